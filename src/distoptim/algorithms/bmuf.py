@@ -1,0 +1,40 @@
+"""BMUF: blockwise model-update filtering."""
+
+from __future__ import annotations
+
+import math
+
+from typing_extensions import Unpack
+
+from distoptim import checks
+from distoptim.algorithms.rules import Pull
+from distoptim.optimizer import AveragingOptimizer, Options, Params, workers
+
+
+class BMUF(AveragingOptimizer):
+    """BMUF: every `tau` local steps the mean is filtered through a block momentum; all restart from the result.
+
+    Classic: v <- block_momentum v + block_lr (mean - z); z <- z + v; x <- z.
+    Nesterov: the same with z the point last restarted from, w = z + block_momentum v.
+
+    Args:
+        params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
+        tau: local steps in a block, >= 1.
+        block_momentum: eta, in [0, 1); default 1 - 1/m for m workers, so that a block counts as in one-worker training.
+        block_lr: zeta, > 0; default 1.
+        nesterov_block: Nesterov block momentum instead of the classic one; default False.
+        gmf: another name of `block_momentum`, from the original code.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: Chen & Huo, ICASSP 2016, equations 4 to 10.
+    """
+
+    def __init__(self, params: Params, *, tau: int, block_momentum: float | None = None, block_lr: float = 1.0,
+                 nesterov_block: bool = False, gmf: float | None = None, **options: Unpack[Options]) -> None:
+        momentum = checks.outer_momentum(block_momentum, gmf, default=1 - 1 / workers(options), name="block_momentum")
+        block_lr = checks.number("block_lr", block_lr, 0, math.inf, open_low=True, open_high=True)
+        nesterov = checks.flag("nesterov_block", nesterov_block) and momentum > 0
+        rule = Pull(1.0, block_lr, momentum, nesterov=nesterov, rescale=False)
+        super().__init__(params, rule=rule, tau=tau, delay=0, **options)

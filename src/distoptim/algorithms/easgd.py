@@ -1,0 +1,40 @@
+"""Elastic Averaging SGD, blocking or overlapped."""
+
+from __future__ import annotations
+
+from typing_extensions import Unpack
+
+from distoptim import checks
+from distoptim.algorithms.rules import Elastic
+from distoptim.optimizer import AveragingOptimizer, Options, Params, workers
+
+
+class EASGD(AveragingOptimizer):
+    """Elastic Averaging SGD: workers and anchor are tied by a spring; with Nesterov inner SGD it is EAMSGD.
+
+    Every `tau` local steps, from the values before either moved:
+    x <- x - alpha (x - z) and z <- z + alpha sum_i (x_i - z).
+    The anchor is needed at the next sync only, so its mean can travel for a whole round without changing x.
+
+    Args:
+        params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
+        tau: local steps in a round, >= 1.
+        alpha: elastic strength, in (0, 2/(m+1)) for m workers, outside of which the anchor oscillates and
+            diverges; default 1/(m+1), which contracts it fastest.
+        delay: local steps from launch to merge, in [0, tau]; default tau, which hides the most; 0 blocks.
+        gmf: of the original code's signature; EASGD has no outer momentum, so only 0 is allowed.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: Zhang, Choromanska, LeCun 2015 (arXiv 1412.6651), equations 5 and 6 (synchronous form).
+    """
+
+    def __init__(self, params: Params, *, tau: int, alpha: float | None = None, delay: int | None = None,
+                 gmf: float | None = None, **options: Unpack[Options]) -> None:
+        checks.no_outer_momentum(type(self).__name__, gmf)
+        m = workers(options)
+        alpha = 1 / (m + 1) if alpha is None else checks.number("alpha", alpha, 0, 2 / (m + 1), open_low=True,
+                                                                open_high=True)
+        delay = tau if delay is None else checks.integer("delay", delay, 0)
+        super().__init__(params, rule=Elastic(alpha), tau=tau, delay=delay, **options)

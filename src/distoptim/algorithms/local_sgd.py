@@ -1,0 +1,41 @@
+"""Local SGD, with or without an outer momentum, with or without a delay."""
+
+from __future__ import annotations
+
+from typing_extensions import Unpack
+
+from distoptim import checks
+from distoptim.algorithms.rules import Average, Pull, Rule
+from distoptim.optimizer import AveragingOptimizer, Options, Params
+
+
+class LocalSGD(AveragingOptimizer):
+    """Local SGD: parameters are averaged every `tau` local steps.
+
+    Blocking (delay 0): x <- mean. Delayed: x <- x + (mean - sent), which keeps the steps made meanwhile.
+    With outer momentum: v <- outer_momentum v + (z - mean); z <- z - v; x <- z, v rescaled when the
+    learning rate changes (what the code of Overlap-Local-SGD calls BMUF).
+
+    Args:
+        params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
+        tau: local steps in a round, >= 1.
+        delay: local steps from launch to merge, in [0, tau]; default 0. tau makes it CoCoD-SGD.
+        outer_momentum: in [0, 1), default 0; above 0 only with delay 0.
+        gmf: another name of `outer_momentum`, from the original code.
+
+    Raises:
+        ValueError: a value outside its range; outer momentum together with a delay, since adopting a late
+            anchor would throw the steps made meanwhile away.
+
+    Source: Stich 2018 (arXiv 1805.09767), algorithm 1; delayed: DaSGD (arXiv 2006.00441).
+    """
+
+    def __init__(self, params: Params, *, tau: int, delay: int = 0, outer_momentum: float | None = None,
+                 gmf: float | None = None, **options: Unpack[Options]) -> None:
+        momentum = checks.outer_momentum(outer_momentum, gmf, default=0.0)
+        checks.integer("delay", delay, 0)
+        if momentum and delay:
+            raise ValueError(f"outer_momentum={momentum} with delay={delay}: adopting a late anchor throws away the "
+                             "local steps made meanwhile; use delay=0, or OverlapLocalSGD, which pulls instead")
+        rule: Rule = Pull(1.0, 1.0, momentum) if momentum else Average(carry=delay > 0)
+        super().__init__(params, rule=rule, tau=tau, delay=delay, **options)

@@ -1,0 +1,254 @@
+"""The three merge rules behind all algorithms, and the outer step on the anchor that two of them share.
+
+x is a worker's local parameters, z the anchor (one identical copy on every worker), mean the mean over the
+workers of what was sent. A rule says what a worker sends and how the finished mean meets x; it knows neither
+steps nor processes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distoptim.fragments import Flat, Fragment
+
+
+@dataclass
+class Mean:
+    """What a merge gets.
+
+    Attributes:
+        flat: the mean of the payloads; the rule may overwrite it.
+        workers: how many workers' payloads are in it.
+        lr: at the launch, the inner learning rate of each segment of the fragment.
+    """
+
+    flat: Flat
+    workers: float
+    lr: Sequence[float]
+
+
+@dataclass
+class State:
+    """A rule's memory for one fragment; everything in it is checkpointed. Subclasses add fields.
+
+    A field is a `Flat`, a `torch.optim.Optimizer`, or plain data.
+    """
+
+
+class Rule(ABC):
+    """What a worker sends, and how the finished mean meets the local parameters.
+
+    Subclasses are frozen dataclasses: their fields are part of what all workers must agree on.
+    """
+
+    def start(self, fragment: Fragment) -> State:
+        """The state before the first step; all workers hold equal parameters then."""
+        return State()
+
+    def payload(self, fragment: Fragment, state: State, out: Flat) -> None:
+        """Write what the worker sends: out <- x unless overridden."""
+        fragment.read(out)
+
+    def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
+        """What is to be done with the payload before it leaves; nothing unless overridden."""
+
+    @abstractmethod
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """Combine the finished mean with the state and the local parameters."""
+
+    def fallback(self, state: State) -> Flat | None:
+        """Where a worker with parameters that are not finite goes back to; None if the merge overwrites them."""
+        return None
+
+
+@dataclass
+class Sent(State):
+    """What was sent, which the mean replaces in the communication buffer."""
+
+    sent: Flat
+
+
+@dataclass(frozen=True)
+class Average(Rule):
+    """x <- mean where no local step lies between launch and merge, else x <- x + (mean - sent).
+
+    The second form keeps the steps made meanwhile, and the workers' mean on Local SGD's trajectory at any delay.
+
+    Args:
+        carry: whether there are such steps, so that what was sent must be remembered.
+    """
+
+    carry: bool
+
+    def start(self, fragment: Fragment) -> State:
+        """The start as what was sent, or nothing."""
+        if not self.carry:
+            return State()
+        state = Sent(fragment.flat())
+        fragment.read(state.sent)
+        return state
+
+    def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
+        """Remember what was sent."""
+        if isinstance(state, Sent):
+            state.sent.tensor.copy_(sent.tensor[: fragment.numel])
+
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """x <- mean, or x <- x + (mean - sent)."""
+        if isinstance(state, Sent):
+            mean.flat.tensor[: fragment.numel].sub_(state.sent.tensor)
+            fragment.add(mean.flat)
+        else:
+            fragment.write(mean.flat)
+
+    def fallback(self, state: State) -> Flat | None:
+        """What was sent last."""
+        return state.sent if isinstance(state, Sent) else None
+
+
+@dataclass
+class Anchored(State):
+    """An anchor and the optimizer that moves it.
+
+    Attributes:
+        anchor: z, bit-equal on all workers.
+        outer: the outer optimizer; None where the step needs no memory.
+        lr: inner learning rates, per segment, of the round merged last.
+    """
+
+    anchor: Flat
+    outer: torch.optim.Optimizer | None = None
+    lr: list[float] | None = None
+
+
+class AnchorRule(Rule):
+    """A rule with an anchor, moved without memory."""
+
+    def start(self, fragment: Fragment) -> Anchored:
+        """The start as anchor."""
+        anchor = fragment.flat()
+        fragment.read(anchor)
+        return Anchored(anchor)
+
+    def fallback(self, state: State) -> Flat | None:
+        """The anchor."""
+        assert isinstance(state, Anchored)
+        return state.anchor
+
+
+@dataclass(frozen=True)
+class Pull(AnchorRule):
+    """The anchor takes an outer step to the mean, then pulls the worker: x <- (1 - alpha) x + alpha z.
+
+    The outer step is SGD on the pseudo-gradient z - mean:
+    v <- outer_momentum v + (z - mean); z <- z - outer_lr v (or Nesterov's form of it).
+
+    Args:
+        alpha: weight of the anchor in the pull, in [0, 1]; 1 adopts the anchor and drops the local value.
+        outer_lr: > 0.
+        outer_momentum: in [0, 1).
+        nesterov: restart from the point where momentum alone would go next.
+        rescale: keep the momentum in units of the gradient: where the inner learning rate has changed since
+            the last round, v is multiplied by the ratio (as in the code of Overlap-Local-SGD and SlowMo).
+    """
+
+    alpha: float
+    outer_lr: float
+    outer_momentum: float
+    nesterov: bool = False
+    rescale: bool = True
+
+    def start(self, fragment: Fragment) -> Anchored:
+        """The start as anchor, momentum 0."""
+        state = super().start(fragment)
+        if self.outer_momentum:
+            # maximize and weight_decay=1 make z - mean out of a "gradient" that is the mean itself: the
+            # communication buffer serves as .grad, and one fused kernel does the whole step.
+            segments = [torch.nn.Parameter(state.anchor.tensor[s]) for _, s in fragment.segments]
+            state.outer = torch.optim.SGD(
+                segments, lr=self.outer_lr, momentum=self.outer_momentum, nesterov=self.nesterov,
+                weight_decay=1.0, maximize=True, fused=fragment.device.type in ("cpu", "cuda"))
+        return state
+
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """z <- outer step; x <- (1 - alpha) x + alpha z."""
+        assert isinstance(state, Anchored)
+        if state.outer is None:
+            state.anchor.tensor.lerp_(mean.flat.tensor[: fragment.numel], self.outer_lr)
+        else:
+            self._outer_step(fragment, state.outer, state.lr, mean)
+            state.lr = list(mean.lr)
+        if self.alpha == 1:
+            fragment.write(state.anchor)
+        else:
+            fragment.pull(state.anchor, self.alpha)
+
+    def _outer_step(self, fragment: Fragment, outer: torch.optim.Optimizer, lr_before: list[float] | None,
+                    mean: Mean) -> None:
+        anchors = outer.param_groups[0]["params"]
+        for i, (z, (_, part)) in enumerate(zip(anchors, fragment.segments, strict=True)):
+            z.grad = mean.flat.tensor[part]
+            if self.rescale and lr_before is not None and lr_before[i] != mean.lr[i]:
+                # Momentum gathered at lr = 0 is none at all; dividing by it would make NaN.
+                ratio = mean.lr[i] / lr_before[i] if lr_before[i] else 0.0
+                outer.state[z]["momentum_buffer"].mul_(ratio)
+        outer.step()
+        for z in anchors:
+            z.grad = None
+
+
+@dataclass(frozen=True)
+class Elastic(AnchorRule):
+    """Worker and anchor pull each other: x <- x - alpha (x - z) at the launch, z <- z + alpha sum (x_i - z) at the merge.
+
+    Both use the values before either moved, so the delay of the merge does not change x.
+
+    Args:
+        alpha: the elastic strength, in (0, 2/(m+1)).
+    """
+
+    alpha: float
+
+    def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
+        """x <- x - alpha (x - z)."""
+        assert isinstance(state, Anchored)
+        fragment.pull(state.anchor, self.alpha)
+
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """z <- z + alpha workers (mean - z)."""
+        assert isinstance(state, Anchored)
+        state.anchor.tensor.lerp_(mean.flat.tensor[: fragment.numel], self.alpha * mean.workers)
+
+
+def save(state: State) -> dict[str, Any]:
+    """A state as plain data and tensors (not copied)."""
+    out: dict[str, Any] = {}
+    for name, value in vars(state).items():
+        if isinstance(value, Flat):
+            value = value.tensor
+        elif isinstance(value, torch.optim.Optimizer):
+            value = value.state_dict()
+        out[name] = value
+    return out
+
+
+def load(state: State, saved: dict[str, Any]) -> None:
+    """Put saved values into a fresh state, tensors in place.
+
+    Raises:
+        ValueError: the fields are not those of this state.
+    """
+    if saved.keys() != vars(state).keys():
+        raise ValueError(f"saved state has {sorted(saved)}, this algorithm keeps {sorted(vars(state))}")
+    for name, value in vars(state).items():
+        if isinstance(value, Flat):
+            value.tensor.copy_(saved[name])
+        elif isinstance(value, torch.optim.Optimizer):
+            value.load_state_dict(saved[name])
+        else:
+            setattr(state, name, saved[name])

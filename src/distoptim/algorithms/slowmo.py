@@ -1,0 +1,36 @@
+"""SlowMo: slow momentum around local SGD."""
+
+from __future__ import annotations
+
+import math
+
+from typing_extensions import Unpack
+
+from distoptim import checks
+from distoptim.algorithms.rules import Pull
+from distoptim.optimizer import AveragingOptimizer, Options, Params
+
+
+class SlowMo(AveragingOptimizer):
+    """SlowMo: every `tau` local steps the anchor takes a momentum step to the mean; all restart from it.
+
+    u <- slow_momentum u + (z - mean)/lr; z <- z - slow_lr lr u; x <- z. Kept as v = lr u, so that lr = 0 is legal.
+
+    Args:
+        params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
+        tau: local steps in a round, >= 1.
+        slow_momentum: beta, in [0, 1); default 0.7 (the paper uses 0.4 to 0.8).
+        slow_lr: > 0; default 1, the paper's choice.
+        gmf: another name of `slow_momentum`, from the original code.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: Wang, Tantia, Ballas, Rabbat 2019 (arXiv 1910.00643), algorithm 1.
+    """
+
+    def __init__(self, params: Params, *, tau: int, slow_momentum: float | None = None, slow_lr: float = 1.0,
+                 gmf: float | None = None, **options: Unpack[Options]) -> None:
+        momentum = checks.outer_momentum(slow_momentum, gmf, default=0.7, name="slow_momentum")
+        slow_lr = checks.number("slow_lr", slow_lr, 0, math.inf, open_low=True, open_high=True)
+        super().__init__(params, rule=Pull(1.0, slow_lr, momentum), tau=tau, delay=0, **options)

@@ -1,0 +1,82 @@
+"""An engine's state as plain data and tensors, and back: what a checkpoint holds of a running round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distoptim.algorithms import rules
+from distoptim.comm.communicator import Handle
+from distoptim.engine import Engine, Flight, Slot
+
+FORMAT = 1
+
+
+def save(engine: Engine) -> dict[str, Any]:
+    """Everything needed to go on bit-equal; what is in flight is waited for and saved as its mean.
+
+    A mean that cannot be had because a peer is gone is left out: the failure comes up at the next `average()`.
+    """
+    engine.settle()
+    return {
+        "format": FORMAT,
+        "rule": type(engine.rule).__name__,
+        "tau": engine.tau,
+        "delay": engine.delay,
+        "workers": engine.communicator.size,
+        "step": engine.step,
+        "fragments": [
+            {"signature": slot.fragment.signature(), "next_launch": slot.next_launch, "launched": slot.launched,
+             "state": rules.save(slot.state), "flight": _save_flight(slot)} for slot in engine.slots],
+    }
+
+
+def check(engine: Engine, saved: dict[str, Any]) -> None:
+    """Whether a saved state fits the engine.
+
+    Raises:
+        ValueError: it has another format or algorithm, or other parameters.
+    """
+    mine = {"format": FORMAT, "rule": type(engine.rule).__name__,
+            "fragments": [slot.fragment.signature() for slot in engine.slots]}
+    theirs = {"format": saved["format"], "rule": saved["rule"],
+              "fragments": [f["signature"] for f in saved["fragments"]]}
+    for key, value in mine.items():
+        if theirs[key] != value:
+            raise ValueError(f"checkpoint has {key} {theirs[key]}, this optimizer {value}")
+
+
+@torch.no_grad()
+def load(engine: Engine, saved: dict[str, Any]) -> None:
+    """Put a state that fits (see `check`) into an engine.
+
+    With tau, delay and number of workers unchanged the run goes on as if it had never stopped. Otherwise what
+    was in flight is dropped and a new round begins; at another number of workers every worker starts from the
+    anchor, where there is one.
+    """
+    same_workers = saved["workers"] == engine.communicator.size
+    goes_on = same_workers and (saved["tau"], saved["delay"]) == (engine.tau, engine.delay)
+    for slot, record in zip(engine.slots, saved["fragments"], strict=True):
+        rules.load(slot.state, record["state"])
+        slot.flight = None
+        slot.launched = record["launched"] if goes_on else saved["step"]
+        slot.next_launch = record["next_launch"] if goes_on else saved["step"] + (slot.fragment.offset or engine.tau)
+        if goes_on and record["flight"] is not None:
+            slot.flight = _load_flight(slot, record["flight"])
+        anchor = engine.rule.fallback(slot.state)
+        if not same_workers and isinstance(slot.state, rules.Anchored) and anchor is not None:
+            slot.fragment.write(anchor)
+    engine.resume_at(saved["step"])
+
+
+def _save_flight(slot: Slot) -> dict[str, Any] | None:
+    flight = slot.flight
+    if flight is None:
+        return None
+    return {"mean": slot.buffer.tensor, "finite": bool(flight.finite), "due": flight.due, "lr": flight.lr}
+
+
+def _load_flight(slot: Slot, saved: dict[str, Any]) -> Flight:
+    slot.buffer.tensor.copy_(saved["mean"])
+    return Flight(Handle(slot.buffer.tensor), torch.tensor(saved["finite"]), saved["due"], saved["lr"])

@@ -1,0 +1,89 @@
+"""What the engine asks of a communicator, and the one for a worker that is alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from torch import Tensor
+
+
+class CommunicationError(RuntimeError):
+    """A collective failed or did not end in time; local parameters and anchors are valid and can be saved."""
+
+
+class Handle:
+    """A mean in flight, and its clock (seconds of time.perf_counter). This class itself: one that is there already.
+
+    Args:
+        buffer: where the mean will be; its last element is the mean weight of the workers.
+
+    Attributes:
+        launched_at: when it was launched.
+        finished_at: when the mean was there; None while it is not, or where nobody can tell.
+        waited_s: how long the worker's computation stood still for it; None while that is not known.
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.launched_at = time.perf_counter()
+        self.finished_at: float | None = self.launched_at
+        self.waited_s: float | None = None
+
+    def poll(self) -> None:
+        """Do what can be done without waiting; comes with every local step."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until the mean is in the buffer. Raises RuntimeError on failure or after `timeout_s`."""
+        start = time.perf_counter()
+        self._wait(timeout_s)
+        end = time.perf_counter()
+        self.waited_s = (self.waited_s or 0.0) + end - start
+        self.finished_at = self.finished_at or end
+
+    def _wait(self, timeout_s: float) -> None:
+        """Block, without the clock."""
+
+    def tail(self) -> float:
+        """The mean's last element, on the host; after `wait`."""
+        return float(self.buffer[-1])
+
+
+class Communicator(Protocol):
+    """Moves bytes between workers. Calls come from the training thread, in the same order on all ranks."""
+
+    rank: int
+    size: int
+
+    def launch_mean(self, buffer: Tensor) -> Handle:
+        """Start replacing `buffer` by its mean over the workers; nobody may touch the buffer meanwhile."""
+
+    def broadcast(self, buffer: Tensor) -> None:
+        """Replace `buffer` by rank 0's. Blocks."""
+
+    def exchange(self, message: object) -> list[object]:
+        """Everybody's message, in rank order; small control data. Blocks."""
+
+    def close(self) -> None:
+        """Finish or abandon what is in flight and leave the groups. Twice is fine."""
+
+
+class SingleWorker:
+    """The communicator of one worker: the mean is its own value."""
+
+    rank = 0
+    size = 1
+
+    def launch_mean(self, buffer: Tensor) -> Handle:
+        """The mean of one is there at once."""
+        return Handle(buffer)
+
+    def broadcast(self, buffer: Tensor) -> None:
+        """Nothing to receive."""
+
+    def exchange(self, message: object) -> list[object]:
+        """The own message."""
+        return [message]
+
+    def close(self) -> None:
+        """Nothing to leave."""

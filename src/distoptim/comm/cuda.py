@@ -1,0 +1,127 @@
+"""Means of CUDA buffers: NCCL on its own stream, or gloo by way of pinned host memory."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distoptim.comm.communicator import Handle
+from distoptim.comm.process_group import WorkHandle
+
+
+class NcclHandle(WorkHandle):
+    """An NCCL all-reduce: waiting orders the current stream behind it.
+
+    A side stream follows the collective and brings the last element to the host, so that reading it waits for
+    the collective alone, never for the computation queued meanwhile. How long the current stream stood still
+    is read from two events once the GPU has passed them.
+    """
+
+    def __init__(self, work: dist.Work, buffer: Tensor, divisor: int = 1) -> None:
+        super().__init__(work, buffer, divisor)
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._tail = torch.empty(1, dtype=buffer.dtype, pin_memory=True)
+        side = _side_stream(buffer.device)
+        with torch.cuda.stream(side):
+            work.wait()
+            if divisor != 1:
+                buffer.div_(divisor)
+            self._tail.copy_(buffer[-1:], non_blocking=True)
+        self._there = side.record_event()
+
+    def wait(self, timeout_s: float) -> None:
+        """Block the host until the collective has ended, at most `timeout_s`."""
+        stream = torch.cuda.current_stream(self.buffer.device)
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record(stream)
+        stream.wait_event(self._there)
+        after.record(stream)
+        limit = time.perf_counter() + timeout_s
+        while not self._there.query():
+            if time.perf_counter() > limit:
+                raise RuntimeError(f"NCCL collective timed out after {timeout_s:g} s")
+            time.sleep(1e-4)
+        self.work = None
+        self._events = before, after
+
+    def poll(self) -> None:
+        """Read the events when they have passed."""
+        if self.waited_s is None and self._events is not None and self._events[1].query():
+            self.waited_s = self._events[0].elapsed_time(self._events[1]) / 1e3
+
+    def tail(self) -> float:
+        """From pinned memory."""
+        return float(self._tail[0])
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+class Staging:
+    """CUDA buffers over gloo: device -> pinned host -> all-reduce -> device, on a side stream.
+
+    A collective starts at the first `poll` (one comes with every local step) after its copy to the host has
+    ended, so the training thread never waits for the GPU. All ranks still start theirs in one order: first
+    launched, first started.
+    """
+
+    def __init__(self, all_reduce: Callable[[Tensor], Handle]) -> None:
+        self.all_reduce = all_reduce
+        self.queue: deque[StagedHandle] = deque()
+
+    def launch(self, buffer: Tensor) -> StagedHandle:
+        """Copy `buffer` to the host behind what the current stream has queued so far."""
+        handle = StagedHandle(buffer, self)
+        self.queue.append(handle)
+        return handle
+
+
+class StagedHandle(Handle):
+    """One buffer under way through `Staging`."""
+
+    def __init__(self, buffer: Tensor, staging: Staging) -> None:
+        super().__init__(buffer)
+        self.finished_at = None
+        self._stream = stream = _side_stream(buffer.device)
+        self._staging = staging
+        self._collective: Handle | None = None
+        self._host = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(buffer.device))
+        with torch.cuda.stream(stream):
+            self._host.copy_(buffer, non_blocking=True)
+        self._copied = stream.record_event()
+
+    def poll(self) -> None:
+        """Start every collective whose copy has ended, oldest first."""
+        queue = self._staging.queue
+        while queue and queue[0]._copied.query():
+            queue.popleft()._start()
+
+    def _start(self) -> None:
+        self._collective = self._staging.all_reduce(self._host)
+
+    def _wait(self, timeout_s: float) -> None:
+        while self._collective is None:
+            oldest = self._staging.queue.popleft()
+            oldest._copied.synchronize()
+            oldest._start()
+        self._collective.wait(timeout_s)
+        self.finished_at = self._collective.finished_at
+        with torch.cuda.stream(self._stream):
+            self.buffer.copy_(self._host, non_blocking=True)
+        torch.cuda.current_stream(self.buffer.device).wait_stream(self._stream)
+
+    def tail(self) -> float:
+        """From the host's copy."""
+        return float(self._host[-1])

@@ -1,0 +1,184 @@
+"""An emulated slow link: a torch.distributed backend that is gloo, but takes the time a link would."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BACKEND = "emulated"
+EXIT_WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """The cost of a collective on a ring of n workers: round trips plus the bytes each worker must send.
+
+    Args:
+        latency_s: seconds one message takes, >= 0.
+        bandwidth_gbit_s: each worker's rate in Gbit/s, > 0; infinite means latency alone.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    latency_s: float
+    bandwidth_gbit_s: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.latency_s < math.inf):
+            raise ValueError(f"latency_s={self.latency_s!r}: allowed is a number of seconds >= 0")
+        if not self.bandwidth_gbit_s > 0:
+            raise ValueError(f"bandwidth_gbit_s={self.bandwidth_gbit_s!r}: allowed is a number > 0")
+
+    def all_reduce_s(self, nbytes: int, workers: int) -> float:
+        """T = 2 (n-1) latency + 2 (n-1)/n bytes / rate, in seconds (Patarasuk & Yuan 2009, ring)."""
+        return 2 * self.broadcast_s(nbytes / workers, workers)
+
+    def broadcast_s(self, nbytes: float, workers: int) -> float:
+        """T = (n-1) (latency + bytes / rate), in seconds: from one worker to the next."""
+        return (workers - 1) * (self.latency_s + nbytes * 8 / (self.bandwidth_gbit_s * 1e9))
+
+
+def emulate(*, latency_s: float, bandwidth_gbit_s: float) -> str:
+    """Set up the backend "emulated" and return its name, to be passed to `init_process_group`.
+
+    All-reduce and broadcast take the time of `Link`, from the arrival of the last worker on, one after the
+    other per worker as on one cable, and without using the processor meanwhile; results appear when that time
+    is over. Other collectives run at gloo's own speed. DDP, comm hooks and new groups work on top. A second
+    call changes the link of a running job. Workers must be on one machine, since they compare clocks.
+
+    Args:
+        latency_s: seconds one message takes, >= 0.
+        bandwidth_gbit_s: each worker's rate in Gbit/s, > 0.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    global _link
+    _link = Link(latency_s, bandwidth_gbit_s)
+    if BACKEND not in dist.Backend.backend_list:
+        dist.Backend.register_backend(BACKEND, EmulatedGroup, devices=["cpu"])
+    return BACKEND
+
+
+_link = Link(0.0, math.inf)
+
+
+class EmulatedGroup(dist.ProcessGroup):
+    """gloo with the emulated link between its workers; made by torch.distributed."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        super().__init__(rank, size)
+        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
+        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        self._timeout = timeout
+
+    def getBackendName(self) -> str:
+        """The name under which torch.distributed knows it."""
+        return BACKEND
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
+        """All-reduce in place, in the time of the link."""
+        opts = opts or dist.AllreduceOptions()
+        return self._send(tensors, lambda t: self._gloo.allreduce(t, opts), _link.all_reduce_s)
+
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+        """Broadcast in place, in the time of the link."""
+        return self._send(tensors, lambda t: self._gloo.broadcast(t, opts), _link.broadcast_s)
+
+    def _send(self, tensors: list[Tensor], collective: Callable[[list[Tensor]], dist.Work],
+              seconds: Callable[[int, int], float]) -> dist.Work:
+        nbytes = sum(t.numel() * t.element_size() for t in tensors)
+        work = _TimedWork(self._timeout)
+
+        def run() -> None:
+            # The latest worker's clock starts the transfer for all.
+            start = torch.tensor([time.monotonic()], dtype=torch.float64)
+            latest = dist.AllreduceOptions()
+            latest.reduceOp = dist.ReduceOp.MAX
+            self._gloo.allreduce([start], latest).wait()
+            # On copies: nobody is to see the result before the link could have brought it.
+            copies = [t.detach().clone() for t in tensors]
+            collective(copies).wait()
+            time.sleep(max(0.0, start.item() + seconds(nbytes, self.size()) - time.monotonic()))
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, copies)
+
+        _cable().put((work, run, tensors))
+        return work
+
+
+class _TimedWork(dist._Work):
+    """A collective on the emulated link."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        super().__init__()
+        self._timeout = timeout
+        self._over = threading.Event()
+        self._error: Exception | None = None
+        self._future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+
+    def end(self, tensors: list[Tensor], error: Exception | None) -> None:
+        """Tell those who wait."""
+        self._error = error
+        self._over.set()
+        if error is None:
+            self._future.set_result(tensors)
+        else:
+            self._future.set_exception(error)
+
+    def is_completed(self) -> bool:
+        """Whether it ended, well or not."""
+        return self._over.is_set()
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Block until it ended; raises RuntimeError if it failed or did not end in time."""
+        limit = timeout if timeout else self._timeout
+        if not self._over.wait(limit.total_seconds()):
+            raise RuntimeError(f"collective on the emulated link timed out after {limit.total_seconds():g} s")
+        if self._error is not None:
+            raise RuntimeError(str(self._error)) from self._error
+        return True
+
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
+        """Completed by the link's thread."""
+        return self._future
+
+
+_Item = tuple[_TimedWork, Callable[[], None], list[Tensor]] | None
+_queue: queue.SimpleQueue[_Item] | None = None
+
+
+def _cable() -> queue.SimpleQueue[_Item]:
+    """This worker's end of the cable: first in, first out, served by a thread that mostly sleeps."""
+    global _queue
+    if _queue is None:
+        _queue = items = queue.SimpleQueue()
+        server = threading.Thread(target=_serve, args=(_queue,), name="emulated-link", daemon=True)
+        server.start()
+        # Exiting in the middle of a gloo operation would abort the process.
+        atexit.register(lambda: (items.put(None), server.join(EXIT_WAIT_S)))
+    return _queue
+
+
+def _serve(items: queue.SimpleQueue[_Item]) -> None:
+    while (item := items.get()) is not None:
+        work, run, tensors = item
+        error: Exception | None = None
+        try:
+            run()
+        except Exception as failure:
+            error = failure
+        work.end(tensors, error)

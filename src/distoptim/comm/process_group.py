@@ -1,0 +1,172 @@
+"""Means over a torch.distributed process group: gloo or nccl, or any backend that has all_reduce."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import time
+import weakref
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distoptim.comm.communicator import Handle
+
+if TYPE_CHECKING:
+    from distoptim.comm.cuda import Staging
+
+_open: weakref.WeakSet[ProcessGroupCommunicator] = weakref.WeakSet()
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Workers in `group` (default: all), 1 where torch.distributed is not initialised."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+class WorkHandle(Handle):
+    """A collective of the backend; notes when it ended, by a callback in the backend's thread.
+
+    Args:
+        work: the collective.
+        buffer: where the mean will be.
+        divisor: what the collective's result is still to be divided by.
+    """
+
+    def __init__(self, work: dist.Work, buffer: Tensor, divisor: int = 1) -> None:
+        super().__init__(buffer)
+        self.finished_at = None
+        self.work: dist.Work | None = work
+        self._divisor = divisor
+        me = weakref.ref(self)
+
+        def note(_: object) -> None:
+            handle = me()
+            if handle is not None:
+                handle.finished_at = time.perf_counter()
+
+        work.get_future().add_done_callback(note)
+
+    def _wait(self, timeout_s: float) -> None:
+        # The work is forgotten, since a failure reaches the peers only when nobody holds it.
+        work, self.work = self.work, None
+        if work is not None:
+            self._join(work, timeout_s)
+            if self._divisor != 1:
+                self.buffer.div_(self._divisor)
+
+    def _join(self, work: dist.Work, timeout_s: float) -> None:
+        work.wait(timedelta(seconds=timeout_s))
+
+
+class ProcessGroupCommunicator:
+    """Two private groups over the ranks of `group`: one for parameters, one (gloo) for small messages.
+
+    Two, because a small message behind large ones in the same gloo group waits for them. They are made at
+    the first use, which is a collective call.
+
+    Args:
+        group: the workers; None means all.
+        timeout_s: bound of every wait, in seconds.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout_s: float = 1800.0) -> None:
+        self._ranks = None if group is None else dist.get_process_group_ranks(group)
+        self._backend = dist.get_backend(group)
+        self._timeout = timedelta(seconds=timeout_s)
+        self._groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+        self._averages: dict[torch.device, bool] = {}
+        self._staging: Staging | None = None
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def launch_mean(self, buffer: Tensor) -> Handle:
+        """Start the all-reduce of `buffer`; CUDA over a gloo group goes through pinned host memory."""
+        if not buffer.is_cuda:
+            return self._all_reduce(buffer, WorkHandle)
+        from distoptim.comm.cuda import NcclHandle, Staging
+
+        if "nccl" in self._backend:
+            return self._all_reduce(buffer, NcclHandle)
+        if self._staging is None:
+            self._staging = Staging(lambda host: self._all_reduce(host, WorkHandle))
+        return self._staging.launch(buffer)
+
+    def broadcast(self, buffer: Tensor) -> None:
+        """Replace `buffer` by that of the group's rank 0."""
+        group, _ = self._connect()
+        host = buffer.cpu() if buffer.is_cuda and "nccl" not in self._backend else buffer
+        dist.broadcast(host, src=dist.get_global_rank(group, 0), group=group)
+        if host is not buffer:
+            buffer.copy_(host)
+
+    def exchange(self, message: object) -> list[object]:
+        """Everybody's message, pickled, in rank order."""
+        _, control = self._connect()
+        messages: list[object] = [None] * self.size
+        dist.all_gather_object(messages, message, group=control)
+        return messages
+
+    def close(self) -> None:
+        """Leave both groups; gloo then ends what is in flight, or gives it up at the timeout."""
+        groups, self._groups = self._groups, None
+        _open.discard(self)
+        for group in groups or ():
+            # The program may have destroyed all groups before us: ours are gone with them.
+            with contextlib.suppress(ValueError, AssertionError):
+                if dist.is_initialized():
+                    dist.destroy_process_group(group)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ProcessGroupCommunicator:
+        """A copied optimizer talks over the same groups."""
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Unpickled in another program, it talks to all the workers of that one."""
+        if self._ranks is not None:
+            raise TypeError("an optimizer with a process group of its own (group=...) cannot be pickled")
+        from distoptim.comm import connect
+
+        return connect, (None, self._timeout.total_seconds())
+
+    def _connect(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        if self._groups is None:
+            # Local synchronisation: only the members of an island call this, not the whole world.
+            local = self._ranks is not None
+
+            def private(backend: str) -> dist.ProcessGroup:
+                return dist.new_group(self._ranks, timeout=self._timeout, backend=backend,
+                                      use_local_synchronization=local)
+
+            self._groups = private(self._backend), private("gloo")
+            _open.add(self)
+        return self._groups
+
+    def _all_reduce(self, buffer: Tensor, handle: type[WorkHandle]) -> WorkHandle:
+        group, _ = self._connect()
+        if buffer.device not in self._averages:
+            self._averages[buffer.device] = _can_average(group, buffer)
+        average = self._averages[buffer.device]
+        op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
+        work = dist.all_reduce(buffer, op=op, group=group, async_op=True)
+        assert work is not None
+        return handle(work, buffer, 1 if average else self.size)
+
+
+def _can_average(group: dist.ProcessGroup, like: Tensor) -> bool:
+    """Whether the backend's AVG is a mean: gloo has it from torch 2.8 on, in its background thread."""
+    probe = torch.ones(1, dtype=like.dtype, device=like.device)
+    try:
+        dist.all_reduce(probe, op=dist.ReduceOp.AVG, group=group)
+    except (RuntimeError, ValueError):
+        return False
+    return probe.item() == 1.0
+
+
+@atexit.register
+def _close_all() -> None:
+    """Interpreter exit with a gloo operation in flight aborts the process; leaving the group first does not."""
+    for communicator in list(_open):
+        communicator.close()

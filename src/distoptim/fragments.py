@@ -1,0 +1,212 @@
+"""Parameters -> fragments -> one flat buffer each, with views shaped like the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Partition = Sequence[Sequence[int]]
+
+_WORK_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One contiguous tensor and views of it, one per parameter, in the parameter's own memory order."""
+
+    tensor: Tensor
+    views: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+class Fragment:
+    """Parameters of one device and one working dtype that are averaged together, as one message.
+
+    Parameters are read and written in place and never rebound. Half-precision parameters are held,
+    averaged and merged in float32; a non-contiguous one keeps its memory order in the flat buffer
+    (so channels_last costs no permutation), and a complex one counts as pairs of reals.
+
+    Args:
+        params: the parameters, in the order of the optimizer's param groups.
+        groups: for each parameter, the index of its param group (ascending).
+        offset: local steps by which this fragment's rounds are shifted, in [0, tau).
+    """
+
+    def __init__(self, params: Sequence[Tensor], *, groups: Sequence[int], offset: int = 0) -> None:
+        self.params = list(params)
+        self.offset = offset
+        self.device = self.params[0].device
+        self.dtype = _WORK_DTYPE[self.params[0].dtype]
+        local = self.local()
+        self.same_dtype = all(x.dtype == self.dtype for x in local)
+        self.numel = sum(x.numel() for x in local)
+        self._shapes = [(x.shape, _dense_stride(x)) for x in local]
+        self.segments = _segments([x.numel() for x in local], groups)
+
+    def local(self) -> list[Tensor]:
+        """The parameters as real tensors; views, made anew at each call since `.data` may be rebound."""
+        return [torch.view_as_real(p) if p.is_complex() else p for p in self.params]
+
+    def flat(self, *, extra: int = 0) -> Flat:
+        """Allocate a zeroed flat buffer, with `extra` elements behind the parameters'."""
+        tensor = torch.zeros(self.numel + extra, dtype=self.dtype, device=self.device)
+        views, start = [], 0
+        for shape, stride in self._shapes:
+            views.append(tensor.as_strided(shape, stride, start))
+            start += shape.numel()
+        return Flat(tensor, views)
+
+    def read(self, out: Flat) -> None:
+        """out <- x."""
+        torch._foreach_copy_(out.views, self.local())
+
+    def write(self, value: Flat) -> None:
+        """X <- value."""
+        torch._foreach_copy_(self.local(), value.views)
+
+    def add(self, value: Flat) -> None:
+        """X <- x + value."""
+        if self.same_dtype:
+            torch._foreach_add_(self.local(), value.views)
+        else:
+            mine = self.flat()
+            self.read(mine)
+            mine.tensor.add_(value.tensor[: self.numel])
+            self.write(mine)
+
+    def pull(self, towards: Flat, weight: float) -> None:
+        """X <- (1 - weight) x + weight towards."""
+        if self.same_dtype:
+            torch._foreach_lerp_(self.local(), towards.views, weight)
+        else:
+            mine = self.flat()
+            self.read(mine)
+            mine.tensor.lerp_(towards.tensor[: self.numel], weight)
+            self.write(mine)
+
+    def signature(self) -> str:
+        """What must agree on all workers and with a checkpoint: dtype, offset, shapes, memory order."""
+        shapes = [f"{p.dtype}{list(p.shape)}{_order(x)}" for p, x in zip(self.params, self.local(), strict=True)]
+        return f"offset {self.offset}: " + " ".join(shapes).replace("torch.", "")
+
+
+def _dense_stride(x: Tensor) -> tuple[int, ...]:
+    """The stride of x where it covers its memory without gaps or overlap, else the contiguous one."""
+    dims = sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=lambda d: x.stride(d))
+    expected = 1
+    for d in dims:
+        if x.stride(d) != expected:
+            return torch.empty(x.shape, device="meta").stride()
+        expected *= x.shape[d]
+    return x.stride() if x.numel() else torch.empty(x.shape, device="meta").stride()
+
+
+def _order(x: Tensor) -> str:
+    """Empty for the usual memory order, otherwise the dimensions from slowest to fastest."""
+    stride = _dense_stride(x)
+    dims = [d for d in range(x.dim()) if x.shape[d] > 1]
+    ranked = sorted(dims, key=lambda d: -stride[d])
+    return "" if ranked == dims else f"@{ranked}"
+
+
+def _segments(sizes: Sequence[int], groups: Sequence[int]) -> list[tuple[int, slice]]:
+    """(param group, its range in the flat buffer) for each group present; groups are contiguous."""
+    out: list[tuple[int, slice]] = []
+    start = 0
+    for size, group in zip(sizes, groups, strict=True):
+        if out and out[-1][0] == group:
+            out[-1] = (group, slice(out[-1][1].start, start + size))
+        else:
+            out.append((group, slice(start, start + size)))
+        start += size
+    return out
+
+
+def trainable(param_groups: Sequence[dict[str, object]]) -> tuple[list[Tensor], list[int]]:
+    """The parameters to be averaged, each once, with their param group: those that require a gradient.
+
+    Raises:
+        ValueError: nothing to train, or a parameter that is not a dense floating-point or complex one.
+    """
+    params: list[Tensor] = []
+    groups: list[int] = []
+    seen: set[int] = set()
+    for index, group in enumerate(param_groups):
+        members = group["params"]
+        assert isinstance(members, list)
+        for p in members:
+            if not p.requires_grad or id(p) in seen:
+                continue
+            if p.dtype not in _WORK_DTYPE or p.layout is not torch.strided:
+                raise ValueError(f"cannot average a parameter of dtype {p.dtype} and layout {p.layout}; "
+                                 f"allowed are dense parameters of {[str(d) for d in _WORK_DTYPE]}")
+            seen.add(id(p))
+            params.append(p)
+            groups.append(index)
+    if not params:
+        raise ValueError("no parameter requires a gradient: there is nothing to average")
+    return params, groups
+
+
+def partition(fragments: int | Sequence[Sequence[Tensor]], params: Sequence[Tensor], tau: int) -> list[list[int]]:
+    """Which parameters, by index, each fragment holds; an integer cuts the list into runs of equal size.
+
+    Raises:
+        ValueError: more fragments than local steps in a round (two would share a step) or than
+            parameters, or lists that do not hold every trainable parameter exactly once.
+    """
+    if isinstance(fragments, int):
+        if isinstance(fragments, bool) or not 1 <= fragments <= min(tau, len(params)):
+            raise ValueError(f"fragments={fragments!r}: allowed is an integer from 1 to "
+                             f"min(tau={tau}, {len(params)} parameters)")
+        return list(_runs([p.numel() for p in params], fragments))
+    index = {id(p): i for i, p in enumerate(params)}
+    try:
+        parts = [[index[id(p)] for p in part if p.requires_grad] for part in fragments]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("fragments: each must be a list of parameters of this optimizer") from error
+    if sorted(i for part in parts for i in part) != list(range(len(params))) or not all(parts):
+        raise ValueError("fragments: together they must hold every trainable parameter exactly once, none empty")
+    if len(parts) > tau:
+        raise ValueError(f"fragments: {len(parts)} of them, but tau={tau} local steps to place them in")
+    return [sorted(part) for part in parts]
+
+
+def _runs(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
+    """Cut range(len(sizes)) into `count` non-empty runs whose totals are near equal."""
+    total, done, start = sum(sizes), 0, 0
+    for k in range(count):
+        stop = start + 1
+        done += sizes[start]
+        while stop < len(sizes) - (count - k - 1) and (k == count - 1 or done + sizes[stop] / 2 <= total * (k + 1) / count):
+            done += sizes[stop]
+            stop += 1
+        yield list(range(start, stop))
+        start = stop
+
+
+def build(params: Sequence[Tensor], groups: Sequence[int], parts: Partition, tau: int) -> list[Fragment]:
+    """One fragment per part, device and working dtype; part k of n starts floor(k tau / n) steps late."""
+    out = []
+    for k, part in enumerate(parts):
+        by_kind: dict[tuple[str, torch.dtype], list[int]] = {}
+        for i in part:
+            by_kind.setdefault((str(params[i].device), _WORK_DTYPE[params[i].dtype]), []).append(i)
+        for members in by_kind.values():
+            out.append(Fragment([params[i] for i in members], groups=[groups[i] for i in members],
+                                offset=k * tau // len(parts)))
+    return out

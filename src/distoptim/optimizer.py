@@ -1,0 +1,304 @@
+"""The torch.optim.Optimizer face of every algorithm: step, average, flush, averaged, state_dict."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from distoptim import checkpoint, checks
+from distoptim import fragments as fragment
+from distoptim.algorithms.rules import Rule
+from distoptim.comm import Communicator, connect, world_size
+from distoptim.engine import Engine
+from distoptim.handshake import agree
+from distoptim.version import __version__
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | torch.optim.Optimizer
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that all algorithms take; see `AveragingOptimizer`."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    size: int | None
+    group: dist.ProcessGroup | None
+    communicator: Communicator | None
+    fragments: int | Sequence[Sequence[Tensor]]
+    timeout_s: float
+    average_in_step: bool
+    reset_inner: bool
+
+
+class AveragingOptimizer(torch.optim.Optimizer):
+    """Base of all algorithms: a local (inner) optimizer on each worker, whose parameters are averaged every tau steps.
+
+    `step()` is a local step of the inner optimizer; `average()` after it counts the step, merges a mean that is
+    due and launches the next in the background. All workers must call `average()` equally often. At the start
+    everybody gets rank 0's parameters.
+
+    Args:
+        params: parameters or param groups, for which a torch.optim.SGD is built; or any torch optimizer, which is
+            then the inner one. Its list of parameters is fixed from here on; frozen ones are left out.
+        rule: what is sent and how the mean meets the parameters.
+        tau: local steps in a round, >= 1. More hides and saves more communication, and lets workers drift further.
+        delay: local steps between launch and merge, in [0, tau]. 0 waits; tau hides a whole round.
+        lr, momentum, dampening, weight_decay, nesterov: of the torch.optim.SGD, with its defaults.
+        size: number of workers, checked if given (the original code's argument).
+        group: the workers; None means all.
+        communicator: moves the bytes instead of torch.distributed (simulation, tests).
+        fragments: in how many messages, evenly spread over the round, the parameters are averaged (1 to tau);
+            or lists of parameters, one per message. Must be equal on all workers.
+        timeout_s: bound of every wait, > 0; torch's own default of 30 minutes.
+        average_in_step: let `step()` do what `average()` does, for frameworks that own the loop.
+        reset_inner: forget the inner optimizer's state (momentum) at every merge instead of keeping it.
+
+    Raises:
+        ValueError: a value outside its range, or workers that disagree.
+        CommunicationError: from `average()`: a worker is gone or a collective timed out.
+    """
+
+    def __init__(self, params: Params, *, rule: Rule, tau: int, delay: int, lr: float | Tensor | None = None,
+                 momentum: float | None = None, dampening: float | None = None, weight_decay: float | None = None,
+                 nesterov: bool | None = None, size: int | None = None, group: dist.ProcessGroup | None = None,
+                 communicator: Communicator | None = None, fragments: int | Sequence[Sequence[Tensor]] = 1,
+                 timeout_s: float = 1800.0, average_in_step: bool = False, reset_inner: bool = False) -> None:
+        checks.integer("tau", tau, 1)
+        checks.integer("delay", delay, 0, tau)
+        checks.number("timeout_s", timeout_s, 0, math.inf, open_low=True, open_high=True)
+        checks.flag("average_in_step", average_in_step)
+        checks.flag("reset_inner", reset_inner)
+        self.inner = _inner(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+                            nesterov=nesterov)
+        members, _ = fragment.trainable(self.inner.param_groups)
+        parts = fragment.partition(fragments, members, tau)
+        _check_size(size, workers({"group": group, "communicator": communicator}))
+        self._rule, self._tau, self._delay, self._parts = rule, tau, delay, parts
+        self._timeout_s, self._average_in_step, self._reset_inner = timeout_s, average_in_step, reset_inner
+        self._communicator = communicator or connect(group, timeout_s)
+        self._engine = self._build_engine(introduce=True)
+        self._face()
+
+    @torch.no_grad()
+    def _build_engine(self, *, introduce: bool) -> Engine:
+        params, groups = fragment.trainable(self.inner.param_groups)
+        fragments = fragment.build(params, groups, self._parts, self._tau)
+        if introduce:
+            agree(self._communicator, {
+                "distoptim version": __version__, "algorithm": type(self).__name__,
+                "inner optimizer": type(self.inner).__name__, "tau": self._tau, "delay": self._delay,
+                **dataclasses.asdict(self._rule),  # type: ignore[call-overload]  # rules are dataclasses
+                "number of fragments": len(fragments),
+                **{f"fragment {i}": f.signature() for i, f in enumerate(fragments)}})
+            for f in fragments:
+                start = f.flat()
+                f.read(start)
+                self._communicator.broadcast(start.tensor)
+                f.write(start)
+        return Engine(fragments, self._rule, self._communicator, tau=self._tau, delay=self._delay,
+                      timeout_s=self._timeout_s, inner_lr=self._lr, forget=self._forget, reset_inner=self._reset_inner)
+
+    def _face(self) -> None:
+        """Give torch's base class its hooks; groups and state stay the inner optimizer's."""
+        super().__init__([{"params": []}], self.inner.defaults)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # torch overloads it
+        """One local step of the inner optimizer; returns the closure's loss, if there is one."""
+        for name in ("grad_scale", "found_inf"):
+            if name in self.__dict__:
+                setattr(self.inner, name, getattr(self, name))
+        try:
+            loss = self.inner.step() if closure is None else self.inner.step(closure)
+        finally:
+            for name in ("grad_scale", "found_inf"):
+                self.inner.__dict__.pop(name, None)
+        if self._average_in_step:
+            self._engine.tick()
+        return loss
+
+    def average(self) -> None:
+        """Count a local step; merge and launch what is due. The one extra line of a training loop.
+
+        Raises:
+            CommunicationError: a collective failed or timed out; parameters and anchor are valid and can be saved.
+            FloatingPointError: no worker had finite parameters.
+            RuntimeError: `average_in_step` is set.
+        """
+        if self._average_in_step:
+            raise RuntimeError("average_in_step=True: step() averages already")
+        self._engine.tick()
+
+    def flush(self) -> None:
+        """Merge what is in flight and average the steps since the last launch, blocking; a new round begins."""
+        self._engine.flush()
+
+    @contextlib.contextmanager
+    def averaged(self, module: torch.nn.Module | None = None) -> Iterator[None]:
+        """Within the `with` block parameters are the workers' mean, for evaluation and saving; then local again.
+
+        Entering is collective and blocks; rounds in flight go on untouched.
+
+        Args:
+            module: its floating-point buffers (batch-norm statistics) are averaged too.
+        """
+        buffers = [b for b in (module.buffers() if module is not None else ()) if b.is_floating_point()]
+        averaged = [slot.fragment for slot in self._engine.slots]
+        if buffers:
+            averaged += fragment.build(buffers, [0] * len(buffers), [range(len(buffers))], 1)
+        means = [self._engine.mean_of(f) for f in averaged]
+        tensors = [x for f in averaged for x in f.params]
+        with torch.no_grad():
+            local = [x.detach().clone() for x in tensors]
+            for f, mean in zip(averaged, means, strict=True):
+                f.write(mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, local)
+
+    def consensus_distance(self) -> float:
+        """Root mean square over the workers of |x_i - mean x|, the Euclidean norm; collective, blocks."""
+        square = 0.0
+        for slot in self._engine.slots:
+            mean, mine = self._engine.mean_of(slot.fragment), slot.fragment.flat()
+            with torch.no_grad():
+                slot.fragment.read(mine)
+            square += float(torch.dist(mine.tensor, mean.tensor[: slot.fragment.numel])) ** 2
+        squares = torch.tensor(self._engine.exchange(square))
+        return float(squares.mean().sqrt())
+
+    def stats(self) -> dict[str, float]:
+        """What this worker measured so far; costs nothing but reading.
+
+        Returns: `steps` and `syncs` (local steps, merged fragments); `exposed_s` (seconds the computation waited
+        for communication), `hidden_s` (seconds of communication beside it), `overhead_s` (forming payloads and
+        merging), `computation_s` (time between the first and the last `average()` less the exposed part),
+        `exposed_share` (exposed / computation), `bytes` (of the payloads), `staleness` (mean local steps from
+        launch to merge), `quarantined` (payloads of this worker that were not finite).
+        """
+        return self._engine.counters.report(self._engine.step)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]  # one key more than torch's
+        """The inner optimizer's state dict with one key more: "distoptim", all of this worker's rounds.
+
+        Each worker saves its own. What is in flight is waited for and saved as its mean, so a resumed run is
+        bit-equal to one that never stopped.
+        """
+        return {**self.inner.state_dict(), "distoptim": checkpoint.save(self._engine)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from `state_dict()`; load the model first. A plain optimizer's state dict starts a new run.
+
+        Raises:
+            ValueError: it is of another algorithm or of other parameters.
+        """
+        inner = dict(state_dict)
+        ours = inner.pop("distoptim", None)
+        if ours is not None:
+            checkpoint.check(self._engine, ours)
+        self.inner.load_state_dict(inner)
+        if ours is not None:
+            checkpoint.load(self._engine, ours)
+        else:
+            self._engine = self._build_engine(introduce=False)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the anchors were cut at construction.
+
+        Raises:
+            ValueError: always, once the optimizer is made.
+        """
+        if param_group["params"]:
+            raise ValueError("the parameters of a distoptim optimizer are fixed at construction; make a new one")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients."""
+        self.inner.zero_grad(set_to_none)
+
+    def close(self) -> None:
+        """Finish or abandon what is in flight and leave the communication groups; twice is fine."""
+        self._engine.settle()
+        self._communicator.close()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute in torch
+        """The inner optimizer's own, so that schedulers work in any order."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: object) -> None:
+        """Torch's constructor sets them; they stay the inner optimizer's."""
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]  # an attribute in torch
+        """The inner optimizer's own."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, value: object) -> None:
+        """Torch's constructor sets it; it stays the inner optimizer's."""
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
+
+    def __getstate__(self) -> dict[str, Any]:  # type: ignore[override]
+        """For pickle and deepcopy: the inner optimizer, the configuration and the rounds."""
+        keep = ("inner", "_rule", "_tau", "_delay", "_parts", "_timeout_s", "_average_in_step", "_reset_inner",
+                "_communicator")
+        return {**{name: self.__dict__[name] for name in keep}, "saved": checkpoint.save(self._engine)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild the engine around the copied parameters, without talking to anybody."""
+        saved = state.pop("saved")
+        self.__dict__.update(state)
+        self._engine = self._build_engine(introduce=False)
+        checkpoint.load(self._engine, saved)
+        self._face()
+
+    def _lr(self, group: int) -> float:
+        return float(self.inner.param_groups[group]["lr"])
+
+    def _forget(self, params: Sequence[Tensor]) -> None:
+        for p in params:
+            self.inner.state.pop(p, None)
+
+
+def workers(options: Options | dict[str, Any]) -> int:
+    """How many workers an optimizer with these options will have."""
+    communicator = options.get("communicator")
+    return communicator.size if communicator is not None else world_size(options.get("group"))
+
+
+def _check_size(size: int | None, actual: int) -> None:
+    if size is not None and checks.integer("size", size, 1) != actual:
+        raise ValueError(f"size={size}, but the process group has {actual} workers")
+
+
+def _inner(params: Params, **given: Any) -> torch.optim.Optimizer:
+    """The inner optimizer: the one given, or an SGD."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(params, torch.optim.Optimizer):
+        if isinstance(params, AveragingOptimizer):
+            raise ValueError("an averaging optimizer cannot be the inner optimizer of another")
+        if given:
+            raise ValueError(f"{', '.join(given)}: belongs to the optimizer that was given; set it there")
+        return params
+    for name, value in given.items():
+        if name == "nesterov":
+            checks.flag(name, value)
+        elif not isinstance(value, Tensor):
+            checks.number(name, value, 0 if name != "dampening" else -math.inf, math.inf, open_high=True)
+    return torch.optim.SGD(params, **given)

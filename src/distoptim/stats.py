@@ -1,0 +1,72 @@
+"""What an optimizer measures about itself, always: a few additions per round."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from distoptim.comm.communicator import Handle
+
+
+@dataclass
+class Counters:
+    """Running totals of this worker; seconds, bytes, local steps."""
+
+    exposed_s: float = 0.0
+    hidden_s: float = 0.0
+    overhead_s: float = 0.0
+    bytes: int = 0
+    syncs: int = 0
+    staleness: int = 0
+    quarantined: int = 0
+    started_at: float | None = None
+    ticked_at: float = 0.0
+    unread: list[Handle] = field(default_factory=list)
+
+    def tick(self) -> None:
+        """Note the time of a local step."""
+        self.ticked_at = time.perf_counter()
+        if self.started_at is None:
+            self.started_at = self.ticked_at
+
+    def waited(self, handle: Handle) -> None:
+        """Count a handle that has been waited for; a GPU's wait is known only some time later."""
+        self.unread.append(handle)
+        self.collect()
+
+    def merged(self, staleness: int, seconds: float) -> None:
+        """Count a merge."""
+        self.syncs += 1
+        self.staleness += staleness
+        self.overhead_s += seconds
+
+    def collect(self) -> None:
+        """Add up the waits that are known by now."""
+        unknown = []
+        for handle in self.unread:
+            handle.poll()
+            if handle.waited_s is None:
+                unknown.append(handle)
+                continue
+            self.exposed_s += handle.waited_s
+            if handle.finished_at is not None:
+                self.hidden_s += max(0.0, handle.finished_at - handle.launched_at - handle.waited_s)
+        self.unread = unknown
+
+    def report(self, steps: int) -> dict[str, float]:
+        """The totals by name."""
+        self.collect()
+        elapsed = self.ticked_at - self.started_at if self.started_at is not None else 0.0
+        computation = max(0.0, elapsed - self.exposed_s)
+        return {
+            "steps": steps,
+            "syncs": self.syncs,
+            "exposed_s": self.exposed_s,
+            "hidden_s": self.hidden_s,
+            "overhead_s": self.overhead_s,
+            "computation_s": computation,
+            "exposed_share": self.exposed_s / computation if computation else 0.0,
+            "bytes": self.bytes,
+            "staleness": self.staleness / self.syncs if self.syncs else 0.0,
+            "quarantined": self.quarantined,
+        }

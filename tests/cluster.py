@@ -1,0 +1,106 @@
+"""Virtual workers in one process, in lockstep: the engine's two halves are called for all in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distoptim import AveragingOptimizer
+from distoptim.comm import Handle
+
+
+class Board:
+    """Where virtual workers leave their buffers."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.rounds: list[list[Tensor]] = []
+        self.launched = [0] * workers
+        self.start: dict[int, Tensor] = {}
+        self.broadcasts = [0] * workers
+
+
+class BoardHandle(Handle):
+    def __init__(self, board: Board, index: int, buffer: Tensor) -> None:
+        super().__init__(buffer)
+        self.board, self.index = board, index
+
+    def _wait(self, timeout_s: float) -> None:
+        buffers = self.board.rounds[self.index]
+        if buffers:
+            if len(buffers) < self.board.workers:
+                raise RuntimeError("a worker waits for one that has not launched")
+            mean = torch.stack(buffers).sum(0) / self.board.workers
+            for b in buffers:
+                b.copy_(mean)
+            buffers.clear()
+
+
+class BoardCommunicator:
+    def __init__(self, board: Board, rank: int) -> None:
+        self.board, self.rank, self.size = board, rank, board.workers
+
+    def launch_mean(self, buffer: Tensor) -> Handle:
+        index = self.board.launched[self.rank]
+        self.board.launched[self.rank] += 1
+        if index == len(self.board.rounds):
+            self.board.rounds.append([])
+        self.board.rounds[index].append(buffer)
+        return BoardHandle(self.board, index, buffer)
+
+    def broadcast(self, buffer: Tensor) -> None:
+        index = self.board.broadcasts[self.rank]
+        self.board.broadcasts[self.rank] += 1
+        buffer.copy_(self.board.start.setdefault(index, buffer.clone()))
+
+    def exchange(self, message: object) -> list[object]:
+        return [message]
+
+    def close(self) -> None:
+        pass
+
+
+class Cluster:
+    """`workers` optimizers over their own copies of the parameters.
+
+    Args:
+        make: called as make(parameters, communicator=...) -> optimizer.
+        params: rank -> its parameters.
+    """
+
+    def __init__(self, make: Callable[..., AveragingOptimizer], params: Sequence[Sequence[Tensor]]) -> None:
+        self.params = [[torch.nn.Parameter(p.detach().clone()) for p in mine] for mine in params]
+        board = Board(len(params))
+        self.optimizers: list[Any] = [
+            make(mine, communicator=BoardCommunicator(board, rank)) for rank, mine in enumerate(self.params)]
+
+    def step(self, gradient: Callable[[int, list[Tensor]], list[Tensor]]) -> None:
+        """One local step of every worker with gradient(rank, its parameters), then average()."""
+        for rank, (optimizer, params) in enumerate(zip(self.optimizers, self.params, strict=True)):
+            for p, g in zip(params, gradient(rank, [p.detach() for p in params]), strict=True):
+                p.grad = g
+            optimizer.step()
+            optimizer.zero_grad()
+        self.average()
+
+    def average(self) -> None:
+        engines = [o._engine for o in self.optimizers]
+        for e in engines:
+            e.count()
+        for e in engines:
+            e.finish_due()
+        for e in engines:
+            e.launch_due()
+        if engines[0].delay == 0:
+            for e in engines:
+                e.finish_due()
+
+    def x(self) -> Tensor:
+        """[workers, dimension]."""
+        return torch.stack([torch.cat([p.detach().reshape(-1) for p in mine]) for mine in self.params])
+
+    def anchors(self) -> list[Tensor]:
+        return [o._engine.slots[0].state.anchor.tensor for o in self.optimizers]
