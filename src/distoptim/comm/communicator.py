@@ -20,7 +20,7 @@ class Handle:
 
     Attributes:
         launched_at: when it was launched.
-        finished_at: when the mean was there; None while it is not, or where nobody can tell.
+        finished_at: when the mean was there, late by up to a local step; None while it is not known to be.
         waited_s: how long the worker's computation stood still for it; None while that is not known.
     """
 

@@ -50,7 +50,8 @@ class NcclHandle(WorkHandle):
         self._events = before, after
 
     def poll(self) -> None:
-        """Read the events when they have passed."""
+        """Note the end, and read the events when they have passed."""
+        super().poll()
         if self.waited_s is None and self._events is not None and self._events[1].query():
             self.waited_s = self._events[0].elapsed_time(self._events[1]) / 1e3
 
@@ -107,6 +108,9 @@ class StagedHandle(Handle):
         queue = self._staging.queue
         while queue and queue[0]._copied.query():
             queue.popleft()._start()
+        if self._collective is not None:
+            self._collective.poll()
+            self.finished_at = self._collective.finished_at
 
     def _start(self) -> None:
         self._collective = self._staging.all_reduce(self._host)

@@ -27,7 +27,11 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 
 
 class WorkHandle(Handle):
-    """A collective of the backend; notes when it ended, by a callback in the backend's thread.
+    """A collective of the backend; its end is noted at the first `poll` after it.
+
+    A callback on the work's future would note it exactly, but in the backend's thread, which needs the
+    interpreter lock for it: a training thread that leaves the group at that moment holds the lock and waits for
+    the thread (seen with torch 2.6).
 
     Args:
         work: the collective.
@@ -40,14 +44,11 @@ class WorkHandle(Handle):
         self.finished_at = None
         self.work: dist.Work | None = work
         self._divisor = divisor
-        me = weakref.ref(self)
 
-        def note(_: object) -> None:
-            handle = me()
-            if handle is not None:
-                handle.finished_at = time.perf_counter()
-
-        work.get_future().add_done_callback(note)
+    def poll(self) -> None:
+        """Note the end."""
+        if self.finished_at is None and self.work is not None and self.work.is_completed():
+            self.finished_at = time.perf_counter()
 
     def _wait(self, timeout_s: float) -> None:
         # The work is forgotten, since a failure reaches the peers only when nobody holds it.
