@@ -14,7 +14,7 @@ from distoptim.algorithms import (
     SlowMo,
     register,
 )
-from distoptim.algorithms.rules import Mean, Rule, State
+from distoptim.algorithms.rule import Mean, Rule, State
 from distoptim.comm import CommunicationError
 from distoptim.engine import QuarantineWarning
 from distoptim.optimizer import AveragingOptimizer

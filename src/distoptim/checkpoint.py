@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from distoptim.algorithms import rules
+from distoptim.algorithms import rule
+from distoptim.algorithms.rules import Anchored
 from distoptim.comm.communicator import Handle
-from distoptim.engine import Engine, Flight, Slot
+from distoptim.engine import Engine
+from distoptim.slot import Flight, Slot
 
 FORMAT = 1
 
@@ -28,7 +30,7 @@ def save(engine: Engine) -> dict[str, Any]:
         "step": engine.step,
         "fragments": [
             {"signature": slot.fragment.signature(), "next_launch": slot.next_launch, "launched": slot.launched,
-             "state": rules.save(slot.state), "flight": _save_flight(slot)} for slot in engine.slots],
+             "state": rule.save(slot.state), "flight": _save_flight(slot)} for slot in engine.slots],
     }
 
 
@@ -58,14 +60,14 @@ def load(engine: Engine, saved: dict[str, Any]) -> None:
     same_workers = saved["workers"] == engine.communicator.size
     goes_on = same_workers and (saved["tau"], saved["delay"]) == (engine.tau, engine.delay)
     for slot, record in zip(engine.slots, saved["fragments"], strict=True):
-        rules.load(slot.state, record["state"])
+        rule.load(slot.state, record["state"])
         slot.flight = None
         slot.launched = record["launched"] if goes_on else saved["step"]
         slot.next_launch = record["next_launch"] if goes_on else saved["step"] + (slot.fragment.offset or engine.tau)
         if goes_on and record["flight"] is not None:
             slot.flight = _load_flight(slot, record["flight"])
         anchor = engine.rule.fallback(slot.state)
-        if not same_workers and isinstance(slot.state, rules.Anchored) and anchor is not None:
+        if not same_workers and isinstance(slot.state, Anchored) and anchor is not None:
             slot.fragment.write(anchor)
     engine.resume_at(saved["step"])
 

@@ -6,7 +6,8 @@ import math
 from numbers import Real
 
 
-def number(name: str, value: object, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> float:
+def number(name: str, value: object, low: float, high: float, *, open_low: bool = False,
+           open_high: bool = False) -> float:
     """`value` as a float if it is a finite number in the range; ends belong to it unless open.
 
     Raises:

@@ -6,17 +6,16 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from distoptim.algorithms import rules
-from distoptim.algorithms.rules import Mean, Rule
+from distoptim.algorithms.rule import Mean, Rule
 from distoptim.comm.communicator import CommunicationError, Communicator, Handle
 from distoptim.fragments import Flat, Fragment
+from distoptim.slot import Flight, Slot, weigh
 from distoptim.stats import Counters
 
 logger = logging.getLogger("distoptim")
@@ -24,39 +23,6 @@ logger = logging.getLogger("distoptim")
 
 class QuarantineWarning(RuntimeWarning):
     """This worker's parameters were not finite: left out of a mean and replaced."""
-
-
-@dataclass
-class Flight:
-    """One launched mean.
-
-    Attributes:
-        handle: the collective, or a finished one where none is needed (the start, a mean from a checkpoint).
-        finite: on the host, whether this worker's payload was; valid once the handle has been waited for.
-        due: the local step of the merge.
-        lr: inner learning rates at the launch, per segment.
-    """
-
-    handle: Handle
-    finite: Tensor
-    due: int
-    lr: list[float]
-
-
-@dataclass
-class Slot:
-    """A fragment, its algorithm's state, its communication buffer, the steps of its launches and its flight.
-
-    The buffer has one element more than the fragment: the worker's weight, so that
-    mean = sum of weighted payloads / sum of weights.
-    """
-
-    fragment: Fragment
-    state: rules.State
-    buffer: Flat
-    next_launch: int
-    launched: int = 0
-    flight: Flight | None = None
 
 
 class Engine:
@@ -157,7 +123,7 @@ class Engine:
         self._check()
         flat = fragment.flat(extra=1)
         fragment.read(flat)
-        _weigh(flat.tensor)
+        weigh(flat.tensor)
         handle = self._start(flat.tensor)
         self._wait(handle)
         self._normalise(flat.tensor, handle)
@@ -212,10 +178,10 @@ class Engine:
         self.rule.payload(fragment, slot.state, buffer)
         if fragment.device.type != "cpu":
             # The flag follows the payload through the stream; reading it here would stop host and device.
-            finite = _weigh(buffer.tensor).to("cpu", non_blocking=True)
+            finite = weigh(buffer.tensor).to("cpu", non_blocking=True)
             self.rule.launched(fragment, slot.state, buffer)
             return finite
-        finite = _weigh(buffer.tensor)
+        finite = weigh(buffer.tensor)
         if not finite:
             self._heal(slot)
             self.rule.payload(fragment, slot.state, buffer)
@@ -289,16 +255,3 @@ class Engine:
 
     def _name(self, slot: Slot | None) -> str:
         return "all parameters" if slot is None else f"fragment {self.slots.index(slot)}"
-
-
-def _weigh(buffer: Tensor) -> Tensor:
-    """Set the last element to 1 if all are finite, else everything to 0; return which. A sum that overflows is not."""
-    buffer[-1] = 0
-    finite = torch.isfinite(buffer.sum())
-    if buffer.device.type == "cpu":
-        if not finite:
-            buffer.zero_()
-    else:
-        buffer.copy_(torch.where(finite, buffer, 0.0))
-    buffer[-1] = finite
-    return finite

@@ -189,10 +189,9 @@ def partition(fragments: int | Sequence[Sequence[Tensor]], params: Sequence[Tens
 def _runs(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
     """Cut range(len(sizes)) into `count` non-empty runs whose totals are near equal."""
     total, done, start = sum(sizes), 0, 0
-    for k in range(count):
-        stop = start + 1
-        done += sizes[start]
-        while stop < len(sizes) - (count - k - 1) and (k == count - 1 or done + sizes[stop] / 2 <= total * (k + 1) / count):
+    for k in range(1, count + 1):
+        stop, last = start, len(sizes) - (count - k)
+        while stop == start or (stop < last and (k == count or done + sizes[stop] / 2 <= total * k / count)):
             done += sizes[stop]
             stop += 1
         yield list(range(start, stop))

@@ -5,40 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from distoptim import checkpoint, checks
 from distoptim import fragments as fragment
-from distoptim.algorithms.rules import Rule
-from distoptim.comm import Communicator, connect, world_size
+from distoptim.algorithms.rule import Rule
+from distoptim.comm import Communicator, connect
 from distoptim.engine import Engine
 from distoptim.handshake import agree
+from distoptim.options import Params, check_size, inner_optimizer, workers
 from distoptim.version import __version__
-
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | torch.optim.Optimizer
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments that all algorithms take; see `AveragingOptimizer`."""
-
-    lr: float | Tensor
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    size: int | None
-    group: dist.ProcessGroup | None
-    communicator: Communicator | None
-    fragments: int | Sequence[Sequence[Tensor]]
-    timeout_s: float
-    average_in_step: bool
-    reset_inner: bool
 
 
 class AveragingOptimizer(torch.optim.Optimizer):
@@ -79,11 +60,13 @@ class AveragingOptimizer(torch.optim.Optimizer):
         checks.number("timeout_s", timeout_s, 0, math.inf, open_low=True, open_high=True)
         checks.flag("average_in_step", average_in_step)
         checks.flag("reset_inner", reset_inner)
-        self.inner = _inner(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+        if isinstance(params, AveragingOptimizer):
+            raise ValueError("an averaging optimizer cannot be the inner optimizer of another")
+        self.inner = inner_optimizer(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
                             nesterov=nesterov)
         members, _ = fragment.trainable(self.inner.param_groups)
         parts = fragment.partition(fragments, members, tau)
-        _check_size(size, workers({"group": group, "communicator": communicator}))
+        check_size(size, workers({"group": group, "communicator": communicator}))
         self._rule, self._tau, self._delay, self._parts = rule, tau, delay, parts
         self._timeout_s, self._average_in_step, self._reset_inner = timeout_s, average_in_step, reset_inner
         self._communicator = communicator or connect(group, timeout_s)
@@ -113,7 +96,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         """Give torch's base class its hooks; groups and state stay the inner optimizer's."""
         super().__init__([{"params": []}], self.inner.defaults)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # torch overloads it
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One local step of the inner optimizer; returns the closure's loss, if there is one."""
         for name in ("grad_scale", "found_inf"):
             if name in self.__dict__:
@@ -190,7 +173,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         """
         return self._engine.counters.report(self._engine.step)
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]  # one key more than torch's
+    def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict with one key more: "distoptim", all of this worker's rounds.
 
         Each worker saves its own. What is in flight is waited for and saved as its mean, so a resumed run is
@@ -233,7 +216,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         self._communicator.close()
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute in torch
+    def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's own, so that schedulers work in any order."""
         return self.inner.param_groups
 
@@ -242,7 +225,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         """Torch's constructor sets them; they stay the inner optimizer's."""
 
     @property
-    def state(self) -> Any:  # type: ignore[override]  # an attribute in torch
+    def state(self) -> Any:
         """The inner optimizer's own."""
         return self.inner.state
 
@@ -254,7 +237,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 
-    def __getstate__(self) -> dict[str, Any]:  # type: ignore[override]
+    def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the inner optimizer, the configuration and the rounds."""
         keep = ("inner", "_rule", "_tau", "_delay", "_parts", "_timeout_s", "_average_in_step", "_reset_inner",
                 "_communicator")
@@ -274,31 +257,3 @@ class AveragingOptimizer(torch.optim.Optimizer):
     def _forget(self, params: Sequence[Tensor]) -> None:
         for p in params:
             self.inner.state.pop(p, None)
-
-
-def workers(options: Options | dict[str, Any]) -> int:
-    """How many workers an optimizer with these options will have."""
-    communicator = options.get("communicator")
-    return communicator.size if communicator is not None else world_size(options.get("group"))
-
-
-def _check_size(size: int | None, actual: int) -> None:
-    if size is not None and checks.integer("size", size, 1) != actual:
-        raise ValueError(f"size={size}, but the process group has {actual} workers")
-
-
-def _inner(params: Params, **given: Any) -> torch.optim.Optimizer:
-    """The inner optimizer: the one given, or an SGD."""
-    given = {name: value for name, value in given.items() if value is not None}
-    if isinstance(params, torch.optim.Optimizer):
-        if isinstance(params, AveragingOptimizer):
-            raise ValueError("an averaging optimizer cannot be the inner optimizer of another")
-        if given:
-            raise ValueError(f"{', '.join(given)}: belongs to the optimizer that was given; set it there")
-        return params
-    for name, value in given.items():
-        if name == "nesterov":
-            checks.flag(name, value)
-        elif not isinstance(value, Tensor):
-            checks.number(name, value, 0 if name != "dampening" else -math.inf, math.inf, open_high=True)
-    return torch.optim.SGD(params, **given)

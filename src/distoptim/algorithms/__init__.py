@@ -12,6 +12,8 @@ from distoptim.algorithms.overlap_local_sgd import OverlapLocalSGD
 from distoptim.algorithms.slowmo import SlowMo
 from distoptim.optimizer import AveragingOptimizer
 
+__all__ = ["ALGORITHMS", "BMUF", "EASGD", "CoCoDSGD", "LocalSGD", "OverlapLocalSGD", "SlowMo", "register"]
+
 ALGORITHMS: dict[str, Callable[..., AveragingOptimizer]] = {
     "local-sgd": LocalSGD,
     "easgd": EASGD,

@@ -8,7 +8,8 @@ from typing_extensions import Unpack
 
 from distoptim import checks
 from distoptim.algorithms.rules import Pull
-from distoptim.optimizer import AveragingOptimizer, Options, Params, workers
+from distoptim.optimizer import AveragingOptimizer
+from distoptim.options import Options, Params, workers
 
 
 class BMUF(AveragingOptimizer):

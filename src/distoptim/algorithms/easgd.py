@@ -6,7 +6,8 @@ from typing_extensions import Unpack
 
 from distoptim import checks
 from distoptim.algorithms.rules import Elastic
-from distoptim.optimizer import AveragingOptimizer, Options, Params, workers
+from distoptim.optimizer import AveragingOptimizer
+from distoptim.options import Options, Params, workers
 
 
 class EASGD(AveragingOptimizer):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing_extensions import Unpack
 
 from distoptim import checks
-from distoptim.algorithms.rules import Average, Pull, Rule
-from distoptim.optimizer import AveragingOptimizer, Options, Params
+from distoptim.algorithms.rule import Rule
+from distoptim.algorithms.rules import Average, Pull
+from distoptim.optimizer import AveragingOptimizer
+from distoptim.options import Options, Params
 
 
 class LocalSGD(AveragingOptimizer):

@@ -6,7 +6,8 @@ from typing_extensions import Unpack
 
 from distoptim import checks
 from distoptim.algorithms.rules import Pull
-from distoptim.optimizer import AveragingOptimizer, Options, Params
+from distoptim.optimizer import AveragingOptimizer
+from distoptim.options import Options, Params
 
 
 class OverlapLocalSGD(AveragingOptimizer):

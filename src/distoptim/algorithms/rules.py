@@ -1,4 +1,4 @@
-"""The three merge rules behind all algorithms, and the outer step on the anchor that two of them share.
+"""The three merge rules behind all algorithms, and the outer step on the anchor.
 
 x is a worker's local parameters, z the anchor (one identical copy on every worker), mean the mean over the
 workers of what was sent. A rule says what a worker sends and how the finished mean meets x; it knows neither
@@ -7,63 +7,12 @@ steps nor processes.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from distoptim.algorithms.rule import Mean, Rule, State
 from distoptim.fragments import Flat, Fragment
-
-
-@dataclass
-class Mean:
-    """What a merge gets.
-
-    Attributes:
-        flat: the mean of the payloads; the rule may overwrite it.
-        workers: how many workers' payloads are in it.
-        lr: at the launch, the inner learning rate of each segment of the fragment.
-    """
-
-    flat: Flat
-    workers: float
-    lr: Sequence[float]
-
-
-@dataclass
-class State:
-    """A rule's memory for one fragment; everything in it is checkpointed. Subclasses add fields.
-
-    A field is a `Flat`, a `torch.optim.Optimizer`, or plain data.
-    """
-
-
-class Rule(ABC):
-    """What a worker sends, and how the finished mean meets the local parameters.
-
-    Subclasses are frozen dataclasses: their fields are part of what all workers must agree on.
-    """
-
-    def start(self, fragment: Fragment) -> State:
-        """The state before the first step; all workers hold equal parameters then."""
-        return State()
-
-    def payload(self, fragment: Fragment, state: State, out: Flat) -> None:
-        """Write what the worker sends: out <- x unless overridden."""
-        fragment.read(out)
-
-    def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
-        """What is to be done with the payload before it leaves; nothing unless overridden."""
-
-    @abstractmethod
-    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
-        """Combine the finished mean with the state and the local parameters."""
-
-    def fallback(self, state: State) -> Flat | None:
-        """Where a worker with parameters that are not finite goes back to; None if the merge overwrites them."""
-        return None
 
 
 @dataclass
@@ -204,7 +153,7 @@ class Pull(AnchorRule):
 
 @dataclass(frozen=True)
 class Elastic(AnchorRule):
-    """Worker and anchor pull each other: x <- x - alpha (x - z) at the launch, z <- z + alpha sum (x_i - z) at the merge.
+    """Worker and anchor pull each other: x <- x - alpha (x - z) at launch, z <- z + alpha sum (x_i - z) at merge.
 
     Both use the values before either moved, so the delay of the merge does not change x.
 
@@ -223,32 +172,3 @@ class Elastic(AnchorRule):
         """z <- z + alpha workers (mean - z)."""
         assert isinstance(state, Anchored)
         state.anchor.tensor.lerp_(mean.flat.tensor[: fragment.numel], self.alpha * mean.workers)
-
-
-def save(state: State) -> dict[str, Any]:
-    """A state as plain data and tensors (not copied)."""
-    out: dict[str, Any] = {}
-    for name, value in vars(state).items():
-        if isinstance(value, Flat):
-            value = value.tensor
-        elif isinstance(value, torch.optim.Optimizer):
-            value = value.state_dict()
-        out[name] = value
-    return out
-
-
-def load(state: State, saved: dict[str, Any]) -> None:
-    """Put saved values into a fresh state, tensors in place.
-
-    Raises:
-        ValueError: the fields are not those of this state.
-    """
-    if saved.keys() != vars(state).keys():
-        raise ValueError(f"saved state has {sorted(saved)}, this algorithm keeps {sorted(vars(state))}")
-    for name, value in vars(state).items():
-        if isinstance(value, Flat):
-            value.tensor.copy_(saved[name])
-        elif isinstance(value, torch.optim.Optimizer):
-            value.load_state_dict(saved[name])
-        else:
-            setattr(state, name, saved[name])

@@ -8,7 +8,8 @@ from typing_extensions import Unpack
 
 from distoptim import checks
 from distoptim.algorithms.rules import Pull
-from distoptim.optimizer import AveragingOptimizer, Options, Params
+from distoptim.optimizer import AveragingOptimizer
+from distoptim.options import Options, Params
 
 
 class SlowMo(AveragingOptimizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from distoptim.comm.communicator import Handle
 from distoptim.comm.process_group import WorkHandle
+
+_cuda: Any = torch.cuda  # whose events and streams have no types
 
 
 class NcclHandle(WorkHandle):
@@ -24,7 +27,7 @@ class NcclHandle(WorkHandle):
 
     def __init__(self, work: dist.Work, buffer: Tensor, divisor: int = 1) -> None:
         super().__init__(work, buffer, divisor)
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._events: tuple[Any, Any] | None = None
         self._tail = torch.empty(1, dtype=buffer.dtype, pin_memory=True)
         side = _side_stream(buffer.device)
         with torch.cuda.stream(side):
@@ -37,7 +40,7 @@ class NcclHandle(WorkHandle):
     def wait(self, timeout_s: float) -> None:
         """Block the host until the collective has ended, at most `timeout_s`."""
         stream = torch.cuda.current_stream(self.buffer.device)
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before, after = (_cuda.Event(enable_timing=True) for _ in range(2))
         before.record(stream)
         stream.wait_event(self._there)
         after.record(stream)
@@ -65,7 +68,7 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
+        _streams[device] = _cuda.Stream(device)
     return _streams[device]
 
 

@@ -36,6 +36,7 @@ class Link:
     bandwidth_gbit_s: float
 
     def __post_init__(self) -> None:
+        """Check the ranges."""
         if not (0 <= self.latency_s < math.inf):
             raise ValueError(f"latency_s={self.latency_s!r}: allowed is a number of seconds >= 0")
         if not self.bandwidth_gbit_s > 0:
@@ -74,13 +75,16 @@ def emulate(*, latency_s: float, bandwidth_gbit_s: float) -> str:
 
 _link = Link(0.0, math.inf)
 
+# torch's stubs know neither the constructors nor the methods that a Python process group overrides.
+_c10d: Any = dist
 
-class EmulatedGroup(dist.ProcessGroup):
+
+class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
     """gloo with the emulated link between its workers; made by torch.distributed."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._gloo = _c10d.ProcessGroupGloo(store, rank, size, timeout)
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         self._timeout = timeout
@@ -91,7 +95,7 @@ class EmulatedGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
         """All-reduce in place, in the time of the link."""
-        opts = opts or dist.AllreduceOptions()
+        opts = opts or _c10d.AllreduceOptions()
         return self._send(tensors, lambda t: self._gloo.allreduce(t, opts), _link.all_reduce_s)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
@@ -106,7 +110,7 @@ class EmulatedGroup(dist.ProcessGroup):
         def run() -> None:
             # The latest worker's clock starts the transfer for all.
             start = torch.tensor([time.monotonic()], dtype=torch.float64)
-            latest = dist.AllreduceOptions()
+            latest = _c10d.AllreduceOptions()
             latest.reduceOp = dist.ReduceOp.MAX
             self._gloo.allreduce([start], latest).wait()
             # On copies: nobody is to see the result before the link could have brought it.
@@ -120,7 +124,7 @@ class EmulatedGroup(dist.ProcessGroup):
         return work
 
 
-class _TimedWork(dist._Work):
+class _TimedWork(_c10d.Work):  # type: ignore[misc]  # as above
     """A collective on the emulated link."""
 
     def __init__(self, timeout: timedelta) -> None:
@@ -137,7 +141,7 @@ class _TimedWork(dist._Work):
         if error is None:
             self._future.set_result(tensors)
         else:
-            self._future.set_exception(error)
+            self._future.set_exception(error)  # type: ignore[arg-type]  # torch takes any exception
 
     def is_completed(self) -> bool:
         """Whether it ended, well or not."""
@@ -165,11 +169,17 @@ def _cable() -> queue.SimpleQueue[_Item]:
     """This worker's end of the cable: first in, first out, served by a thread that mostly sleeps."""
     global _queue
     if _queue is None:
-        _queue = items = queue.SimpleQueue()
-        server = threading.Thread(target=_serve, args=(_queue,), name="emulated-link", daemon=True)
+        items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        _queue = items
+        server = threading.Thread(target=_serve, args=(items,), name="emulated-link", daemon=True)
         server.start()
-        # Exiting in the middle of a gloo operation would abort the process.
-        atexit.register(lambda: (items.put(None), server.join(EXIT_WAIT_S)))
+
+        @atexit.register
+        def drain() -> None:
+            # Exiting in the middle of a gloo operation would abort the process.
+            items.put(None)
+            server.join(EXIT_WAIT_S)
+
     return _queue
 
 

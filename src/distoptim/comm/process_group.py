@@ -138,8 +138,9 @@ class ProcessGroupCommunicator:
             local = self._ranks is not None
 
             def private(backend: str) -> dist.ProcessGroup:
-                return dist.new_group(self._ranks, timeout=self._timeout, backend=backend,
-                                      use_local_synchronization=local)
+                group: dist.ProcessGroup = dist.new_group(self._ranks, timeout=self._timeout, backend=backend,
+                                                          use_local_synchronization=local)
+                return group
 
             self._groups = private(self._backend), private("gloo")
             _open.add(self)

@@ -1,0 +1,69 @@
+"""What all algorithms take, and the inner optimizer made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from distoptim import checks
+from distoptim.comm import Communicator, world_size
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | torch.optim.Optimizer
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that all algorithms take; see `AveragingOptimizer`."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    size: int | None
+    group: dist.ProcessGroup | None
+    communicator: Communicator | None
+    fragments: int | Sequence[Sequence[Tensor]]
+    timeout_s: float
+    average_in_step: bool
+    reset_inner: bool
+
+
+def workers(options: Options | dict[str, Any]) -> int:
+    """How many workers an optimizer with these options will have."""
+    communicator = options.get("communicator")
+    return communicator.size if communicator is not None else world_size(options.get("group"))
+
+
+def check_size(size: int | None, actual: int) -> None:
+    """Compare the original code's `size` with the workers there are.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if size is not None and checks.integer("size", size, 1) != actual:
+        raise ValueError(f"size={size}, but the process group has {actual} workers")
+
+
+def inner_optimizer(params: Params, **given: Any) -> torch.optim.Optimizer:
+    """The optimizer that is given, or an SGD over the parameters with what is not None of the rest.
+
+    Raises:
+        ValueError: a value outside its range, or one beside an optimizer.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(params, torch.optim.Optimizer):
+        if given:
+            raise ValueError(f"{', '.join(given)}: belongs to the optimizer that was given; set it there")
+        return params
+    for name, value in given.items():
+        if name == "nesterov":
+            checks.flag(name, value)
+        elif not isinstance(value, Tensor):
+            checks.number(name, value, 0 if name != "dampening" else -math.inf, math.inf, open_high=True)
+    return torch.optim.SGD(params, **given)

@@ -1,0 +1,58 @@
+"""What the engine keeps of each fragment: its buffer and what is in flight of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distoptim.algorithms.rule import State
+from distoptim.comm.communicator import Handle
+from distoptim.fragments import Flat, Fragment
+
+
+@dataclass
+class Flight:
+    """One launched mean.
+
+    Attributes:
+        handle: the collective, or a finished one where none is needed (the start, a mean from a checkpoint).
+        finite: on the host, whether this worker's payload was; valid once the handle has been waited for.
+        due: the local step of the merge.
+        lr: inner learning rates at the launch, per segment.
+    """
+
+    handle: Handle
+    finite: Tensor
+    due: int
+    lr: list[float]
+
+
+@dataclass
+class Slot:
+    """A fragment, its algorithm's state, its communication buffer, the steps of its launches and its flight.
+
+    The buffer has one element more than the fragment: the worker's weight, so that
+    mean = sum of weighted payloads / sum of weights.
+    """
+
+    fragment: Fragment
+    state: State
+    buffer: Flat
+    next_launch: int
+    launched: int = 0
+    flight: Flight | None = None
+
+
+def weigh(buffer: Tensor) -> Tensor:
+    """Set the last element to 1 if all are finite, else everything to 0; return which. A sum that overflows is not."""
+    buffer[-1] = 0
+    finite = torch.isfinite(buffer.sum())
+    if buffer.device.type == "cpu":
+        if not finite:
+            buffer.zero_()
+    else:
+        buffer.copy_(torch.where(finite, buffer, 0.0))
+    buffer[-1] = finite
+    return finite
