@@ -134,6 +134,12 @@ class Engine:
         self._check()
         return self.communicator.exchange(message)
 
+    def close(self) -> None:
+        """Wait for what is in flight, then leave the communicator; what comes after fails."""
+        self.settle()
+        self.communicator.close()
+        self.failure = self.failure or CommunicationError("the optimizer has been closed")
+
     def settle(self) -> None:
         """Wait for what is in flight without merging it. A failure is kept for the next step, not raised."""
         for slot in list(self._flying):
@@ -218,6 +224,7 @@ class Engine:
         flight = slot.flight
         assert flight is not None
         self._wait(flight.handle, slot)
+        slot.flight = None
         self.counters.waited(flight.handle)
         start = time.perf_counter()
         with record_function("distoptim::merge"):
@@ -228,7 +235,6 @@ class Engine:
             self.rule.merge(slot.fragment, slot.state, Mean(slot.buffer, workers, flight.lr))
             if self._reset_inner:
                 self._forget(slot.fragment.params)
-        slot.flight = None
         self.counters.merged(self.step - slot.launched, time.perf_counter() - start)
 
     def _normalise(self, buffer: Tensor, handle: Handle, slot: Slot | None = None) -> float:

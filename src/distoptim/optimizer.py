@@ -212,8 +212,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Finish or abandon what is in flight and leave the communication groups; twice is fine."""
-        self._engine.settle()
-        self._communicator.close()
+        self._engine.close()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
