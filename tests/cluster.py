@@ -11,6 +11,8 @@ from torch import Tensor
 from distoptim import AveragingOptimizer
 from distoptim.comm import Handle
 
+Gradient = Callable[[int, list[Tensor]], list[Tensor]]
+
 
 class Board:
     """Where virtual workers leave their buffers."""
@@ -64,7 +66,7 @@ class BoardCommunicator:
 
 
 class Cluster:
-    """`workers` optimizers over their own copies of the parameters.
+    """`workers` optimizers over their own copies of the parameters; can be pickled and deep-copied as a whole.
 
     Args:
         make: called as make(parameters, communicator=...) -> optimizer.
@@ -77,7 +79,7 @@ class Cluster:
         self.optimizers: list[Any] = [
             make(mine, communicator=BoardCommunicator(board, rank)) for rank, mine in enumerate(self.params)]
 
-    def step(self, gradient: Callable[[int, list[Tensor]], list[Tensor]]) -> None:
+    def step(self, gradient: Gradient) -> None:
         """One local step of every worker with gradient(rank, its parameters), then average()."""
         for rank, (optimizer, params) in enumerate(zip(self.optimizers, self.params, strict=True)):
             for p, g in zip(params, gradient(rank, [p.detach() for p in params]), strict=True):
@@ -98,9 +100,21 @@ class Cluster:
             for e in engines:
                 e.finish_due()
 
+    def run(self, steps: int, gradient: Gradient) -> Tensor:
+        """[steps, workers, dimension]: x after each of the next steps."""
+        out = []
+        for _ in range(steps):
+            self.step(gradient)
+            out.append(self.x())
+        return torch.stack(out)
+
     def x(self) -> Tensor:
         """[workers, dimension]."""
         return torch.stack([torch.cat([p.detach().reshape(-1) for p in mine]) for mine in self.params])
 
     def anchors(self) -> list[Tensor]:
-        return [o._engine.slots[0].state.anchor.tensor for o in self.optimizers]
+        """Rank -> the anchors of all its fragments."""
+        return [torch.cat([slot.state.anchor.tensor for slot in o._engine.slots]) for o in self.optimizers]
+
+    def has_anchor(self) -> bool:
+        return hasattr(self.optimizers[0]._engine.slots[0].state, "anchor")

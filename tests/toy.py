@@ -1,0 +1,61 @@
+"""A quadratic in three parameters, whose minimum is another one on every worker; and all algorithms to try on it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distoptim import ALGORITHMS, AveragingOptimizer
+from distoptim.comm import SingleWorker
+
+WORKERS, TAU = 4, 3
+SHAPES = [(2, 3), (4,), ()]
+OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+
+_generator = torch.Generator().manual_seed(0)
+_START = [torch.randn(shape, generator=_generator, dtype=torch.float64) for shape in SHAPES]
+_MINIMA = [[torch.randn(shape, generator=_generator, dtype=torch.float64) for shape in SHAPES] for _ in range(8)]
+
+# Algorithms whose default is without one of their parts.
+EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
+    "local-sgd-momentum": ("local-sgd", {"outer_momentum": 0.5}),
+    "bmuf-nesterov": ("bmuf", {"nesterov_block": True, "block_lr": 0.9}),
+    "overlap-plain": ("overlap-local-sgd", {"outer_momentum": 0.0}),
+}
+
+
+def start(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [p.to(dtype, copy=True) for p in _START]
+
+
+def gradient(rank: int, params: list[Tensor]) -> list[Tensor]:
+    return [(p - c.to(p.dtype)) * (1 + 0.1 * i) for i, (p, c) in enumerate(zip(params, _MINIMA[rank], strict=True))]
+
+
+def zero(rank: int, params: list[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(p) for p in params]
+
+
+def variants(tau: int = TAU, fragments: tuple[int, ...] = (1, 3)) -> dict[str, Callable[..., AveragingOptimizer]]:
+    """Every algorithm at delay 0, 1 and tau where it has one, in one message and in several; by name."""
+    out = {}
+    for name, (base, options) in {**{name: (name, {}) for name in ALGORITHMS}, **EXTRA}.items():
+        algorithm = ALGORITHMS[base]
+        delays: list[dict[str, Any]] = [{}]
+        if "delay" in inspect.signature(algorithm).parameters and name != "local-sgd-momentum":
+            delays = [{"delay": delay} for delay in sorted({0, min(1, tau), tau})]
+        for delay in delays:
+            for count in fragments:
+                label = "-".join([name, *(f"delay{d}" for d in delay.values()), f"fragments{count}"])
+                out[label] = partial(algorithm, tau=tau, fragments=count, **{**OPTIONS, **options, **delay})
+    return out
+
+
+def alone(make: Callable[..., AveragingOptimizer], params: Any, **options: Any) -> Any:
+    """The optimizer of a worker that is alone on purpose, so that nothing warns."""
+    return make(params, communicator=SingleWorker(), **options)
