@@ -80,23 +80,16 @@ class Fragment:
 
     def add(self, value: Flat) -> None:
         """X <- x + value."""
-        if self.same_dtype:
-            torch._foreach_add_(self.local(), value.views)
-        else:
-            mine = self.flat()
-            self.read(mine)
-            mine.tensor.add_(value.tensor[: self.numel])
-            self.write(mine)
+        torch._foreach_add_(self.local(), value.views)
 
     def pull(self, towards: Flat, weight: float) -> None:
         """X <- (1 - weight) x + weight towards."""
         if self.same_dtype:
             torch._foreach_lerp_(self.local(), towards.views, weight)
         else:
-            mine = self.flat()
-            self.read(mine)
-            mine.tensor.lerp_(towards.tensor[: self.numel], weight)
-            self.write(mine)
+            # One parameter at a time: no second copy of the model, and only small memory to be touched anew.
+            for x, z in zip(self.local(), towards.views, strict=True):
+                x.copy_(x.to(z.dtype).lerp_(z, weight))
 
     def signature(self) -> str:
         """What must agree on all workers and with a checkpoint: dtype, offset, shapes, memory order."""
