@@ -1,0 +1,1 @@
+"""Benchmarks: what the library costs and what it hides, measured on this machine. Run with `make bench`."""
