@@ -1,0 +1,1 @@
+"""Data, models and the training loop behind `distoptim train` and `distoptim compare`."""

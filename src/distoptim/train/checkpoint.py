@@ -1,0 +1,81 @@
+"""Checkpoints of a run: one file a worker, in a folder that becomes the latest only when all have written theirs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distoptim.train.world import World
+
+FOLDER = "checkpoints"
+_LATEST = "latest"
+
+
+def save(folder: Path, *, world: World, step: int, state: dict[str, Any]) -> Path:
+    """Write every worker's state and make it the latest; collective. Killed at any moment, an older one stays.
+
+    Args:
+        folder: the run's.
+        world: the workers.
+        step: local steps made; names the checkpoint.
+        state: this worker's; tensors and plain data, readable with torch.load(weights_only=True).
+    """
+    target = folder / FOLDER / f"step-{step}"
+    target.mkdir(parents=True, exist_ok=True)
+    _replace(target / f"rank-{world.rank}.pt", {**state, "step": step, "workers": world.size})
+    world.barrier()
+    # All write it, since on several machines each has a folder of its own.
+    draft = target.parent / f"{_LATEST}-{world.rank}.draft"
+    draft.write_text(target.name)
+    os.replace(draft, target.parent / _LATEST)
+    world.barrier()
+    for old in target.parent.glob("step-*"):
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def latest(folder: Path) -> Path:
+    """The folder of a run's latest checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    pointer = folder / FOLDER / _LATEST
+    if not pointer.is_file():
+        raise ValueError(f"{folder}: no checkpoint there to resume from")
+    return folder / FOLDER / pointer.read_text()
+
+
+def load(folder: Path, *, world: World) -> tuple[dict[str, Any], bool]:
+    """This worker's state of the latest checkpoint, and whether it is really this worker's.
+
+    At another number of workers, those for whom there is no state of their own get one of another's; none of
+    them can then go on where it was.
+
+    Raises:
+        ValueError: there is no checkpoint, or its file is damaged.
+    """
+    source = latest(folder)
+    saved = _read(source / "rank-0.pt")
+    if saved["workers"] == world.size:
+        return _read(source / f"rank-{world.rank}.pt"), True
+    return _read(source / f"rank-{world.rank % saved['workers']}.pt"), False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {error}") from error
+    return state
+
+
+def _replace(path: Path, state: dict[str, Any]) -> None:
+    draft = path.with_suffix(".draft")
+    torch.save(state, draft)
+    os.replace(draft, path)

@@ -1,0 +1,56 @@
+"""The same training with one method after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from distoptim.train import records
+from distoptim.train.config import RunConfig
+from distoptim.train.launch import Job, run_local
+from distoptim.train.loop import Observer
+
+METHODS = ("ddp", "local-sgd", "easgd", "cocod-sgd", "bmuf", "overlap-local-sgd")
+
+
+def variants(config: RunConfig, methods: Sequence[str]) -> list[RunConfig]:
+    """`config` once per method, with the algorithms' own defaults; all checked.
+
+    Raises:
+        ValueError: there is no such method, one is named twice, or a value does not suit it.
+    """
+    if len(set(methods)) < len(methods) or not methods:
+        raise ValueError(f"methods={', '.join(methods)!r}: allowed is a list of different methods")
+    return [replace(config, algorithm=name, options={}) for name in methods]
+
+
+def compare(configs: Sequence[RunConfig], folder: Path, observer: Callable[[RunConfig], Observer]) -> int:
+    """Run all, each in its own folder below `folder`; returns the signal that stopped one, or 0.
+
+    Args:
+        configs: one per method.
+        folder: of the comparison.
+        observer: makes what watches a run's lines.
+
+    Raises:
+        WorkerError: a worker failed.
+    """
+    for config in configs:
+        signum = run_local(Job(config, folder / config.algorithm), [observer(config)])
+        if signum:
+            return signum
+    return 0
+
+
+def read(folder: Path) -> list[records.Record]:
+    """The records of a comparison, those that have ended, in the order in which they were made.
+
+    Raises:
+        ValueError: a damaged record, or none at all.
+    """
+    found = [records.read(path) for path in folder.glob(f"*/{records.FILE}")]
+    ended = sorted((r for r in found if r.summary is not None), key=lambda r: r.start["date"])
+    if not ended:
+        raise ValueError(f"{folder}: no finished run there")
+    return ended

@@ -1,0 +1,101 @@
+"""Everything that describes a run, in one object that goes into its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from distoptim import checks
+from distoptim.comm import Link, SingleWorker
+from distoptim.train import data, models, optimizers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run.
+
+    Args:
+        algorithm: a name of `distoptim.ALGORITHMS`, or "ddp": DistributedDataParallel with SGD.
+        tau: local steps in a round, >= 1; "ddp" has no rounds.
+        options: of the algorithm, by keyword, where its defaults are not wanted.
+        lr, momentum, nesterov, weight_decay: of the (inner) SGD.
+        batch_size: samples per worker and step, >= 1.
+        epochs: passes over the training set, >= 1.
+        steps: local steps of each worker, >= 1; overrides `epochs`.
+        seed: of the initial model, the partition and the batches, >= 0.
+        data, data_dir, partition, model: names in `train.data` and `train.models`, and the folder of IDX files.
+        workers: how many, >= 1.
+        latency_ms: of one message over the emulated link, >= 0; None leaves the network as it is.
+        bandwidth_gbit_s: of the emulated link, > 0; None means that only latency counts.
+        dtype: of the computation, "float32" or "bfloat16" (autocast).
+        log_every, evaluate_every, checkpoint_every: local steps, >= 1; None means every epoch (logs: 10 steps).
+        timeout_s: bound of every wait for the other workers, > 0.
+
+    Raises:
+        ValueError: a value outside its range, in one line.
+    """
+
+    algorithm: str = "overlap-local-sgd"
+    tau: int = 4
+    options: Mapping[str, int | float | bool] = field(default_factory=dict)
+    lr: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    batch_size: int = 32
+    epochs: int = 20
+    steps: int | None = None
+    seed: int = 0
+    data: str = "digits"
+    data_dir: str | None = None
+    partition: str = "iid"
+    model: str = "cnn"
+    workers: int = 4
+    latency_ms: float | None = None
+    bandwidth_gbit_s: float | None = None
+    dtype: str = "float32"
+    log_every: int = 10
+    evaluate_every: int | None = None
+    checkpoint_every: int | None = None
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "batch_size", "epochs", "workers", "log_every"):
+            checks.integer(name, getattr(self, name), 1)
+        for name in ("steps", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                checks.integer(name, getattr(self, name), 1)
+        checks.integer("seed", self.seed, 0, 2**31 - 1)
+        for name, table in (("data", data.DATASETS), ("partition", data.PARTITIONS), ("model", models.MODELS),
+                            ("dtype", DTYPES)):
+            if getattr(self, name) not in table:
+                raise ValueError(f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(table)}")
+        self.link  # noqa: B018  # the property checks its values
+        optimizers.build(self, [torch.nn.Parameter(torch.zeros(1))], communicator=_Rehearsal(self.workers))
+
+    @property
+    def link(self) -> Link | None:
+        """The emulated link, if there is one."""
+        if self.latency_ms is None and self.bandwidth_gbit_s is None:
+            return None
+        bandwidth = float("inf") if self.bandwidth_gbit_s is None else self.bandwidth_gbit_s
+        return Link((self.latency_ms or 0.0) / 1e3, bandwidth)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; `RunConfig(**config.to_dict())` is the same again."""
+        return asdict(self)
+
+
+class _Rehearsal(SingleWorker):
+    """Stands for the workers that are not there yet, so that an optimizer can check its arguments."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def exchange(self, message: object) -> list[object]:
+        return [message] * self.size

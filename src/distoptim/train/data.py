@@ -1,0 +1,160 @@
+"""Data sets as tensors in memory, who gets which samples, and the order in which a worker sees its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distoptim.train import idx
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images [n, 1, height, width] as float32 with mean 0 and variance 1 over the training set, labels [n] as int64."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: int
+
+
+def load(name: str, data_dir: Path | None = None) -> Dataset:
+    """A data set of `DATASETS`.
+
+    Args:
+        name: its name.
+        data_dir: folder of its files, for those that have files.
+
+    Raises:
+        ValueError: there is no such data set, or a file of it is missing or damaged.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data={name!r}: allowed is one of {', '.join(DATASETS)}")
+    return DATASETS[name](data_dir)
+
+
+def _digits(data_dir: Path | None) -> Dataset:
+    """1797 real 8x8 scans that come with scikit-learn; every fifth, after a fixed shuffle, is for the test."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("data='digits' needs scikit-learn: pip install 'distoptim[train]'") from error
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(order) // 5], order[len(order) // 5:]
+    return _standardised(images[train], labels[train], images[test], labels[test])
+
+
+def _idx_folder(data_dir: Path | None, *, name: str) -> Dataset:
+    """A folder in MNIST's format."""
+    if data_dir is None:
+        raise ValueError(f"data={name!r} needs --data-dir, the folder with {', '.join(idx.FILES)} (or each with .gz)")
+    return _standardised(*idx.read_folder(data_dir))
+
+
+def _synthetic(data_dir: Path | None) -> Dataset:
+    """Ten random 8x8 patterns in noise: 2000 to train on, 500 for the test."""
+    g = torch.Generator().manual_seed(0)
+    patterns = torch.randn(10, 1, 8, 8, generator=g)
+    labels = torch.arange(2500) % 10
+    images = patterns[labels] + torch.randn(2500, 1, 8, 8, generator=g)
+    return _standardised(images[:2000], labels[:2000], images[2000:], labels[2000:])
+
+
+def _standardised(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Dataset:
+    mean, std = train_images.mean(), train_images.std()
+    classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+    return Dataset((train_images - mean) / std, train_labels, (test_images - mean) / std, test_labels, classes)
+
+
+DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
+    "digits": _digits,
+    "fashion-mnist": lambda folder: _idx_folder(folder, name="fashion-mnist"),
+    "mnist": lambda folder: _idx_folder(folder, name="mnist"),
+    "synthetic": _synthetic,
+}
+
+
+def iid(labels: Tensor, workers: int, generator: torch.Generator) -> list[Tensor]:
+    """Shuffle, then deal out like cards: shards differ by one sample at most."""
+    order = torch.randperm(len(labels), generator=generator)
+    return [order[rank::workers] for rank in range(workers)]
+
+
+PARTITIONS: dict[str, Callable[[Tensor, int, torch.Generator], list[Tensor]]] = {"iid": iid}
+
+
+def partition(name: str, labels: Tensor, *, workers: int, seed: int) -> list[Tensor]:
+    """The indices of each worker's samples; together every sample exactly once.
+
+    Args:
+        name: one of `PARTITIONS`.
+        labels: of the training set, [n].
+        workers: how many, >= 1.
+        seed: of the shuffle; the same on all workers.
+
+    Raises:
+        ValueError: there is no such partition, or a worker would get nothing.
+    """
+    if name not in PARTITIONS:
+        raise ValueError(f"partition={name!r}: allowed is one of {', '.join(PARTITIONS)}")
+    shards = PARTITIONS[name](labels, workers, torch.Generator().manual_seed(seed))
+    if not all(len(shard) for shard in shards):
+        raise ValueError(f"workers={workers}: partition {name!r} of {len(labels)} samples leaves one without any")
+    return shards
+
+
+class Batches:
+    """An endless iterator over one worker's samples, shuffled anew at every pass.
+
+    A batch that reaches the end of a pass goes on in the next, so all batches are full and all samples are
+    seen equally often.
+
+    Args:
+        images: [n, ...].
+        labels: [n].
+        batch_size: samples per batch, >= 1.
+        seed: of this worker's shuffles.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, *, batch_size: int, seed: int) -> None:
+        self._images, self._labels, self._batch_size = images, labels, batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._shuffle()
+
+    def __iter__(self) -> Batches:
+        """Itself."""
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        """The next images [batch, ...] and labels [batch]."""
+        chosen = self._order[self._position: self._position + self._batch_size]
+        self._position += len(chosen)
+        while len(chosen) < self._batch_size:
+            self._shuffle()
+            self._position = min(self._batch_size - len(chosen), len(self._order))
+            chosen = torch.cat([chosen, self._order[: self._position]])
+        return self._images[chosen], self._labels[chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the present pass, and the generator as it was before that pass was shuffled."""
+        return {"generator": self._before, "position": self._position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self._generator.set_state(state_dict["generator"])
+        self._shuffle()
+        self._position = state_dict["position"]
+
+    def _shuffle(self) -> None:
+        self._before = self._generator.get_state()
+        self._order = torch.randperm(len(self._labels), generator=self._generator)
+        self._position = 0

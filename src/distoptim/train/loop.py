@@ -1,0 +1,181 @@
+"""The training loop of both commands: train, keep time, evaluate the workers' mean, record, checkpoint, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distoptim.train import checkpoint, data, methods, models, records
+from distoptim.train.config import RunConfig
+from distoptim.train.world import StopSignals, StopVote, World
+
+Observer = Callable[[records.Line], None]
+
+
+@dataclass
+class Totals:
+    """What this worker has spent in training steps: seconds, the part of them that waited, bytes, syncs."""
+
+    seconds: float = 0.0
+    exposed_s: float = 0.0
+    bytes: int = 0
+    syncs: int = 0
+
+
+@dataclass
+class Place:
+    """Where a run is: the local step, the losses since the last log line, and what was spent before this process."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    before: Totals = field(default_factory=Totals)
+    now: Totals = field(default_factory=Totals)
+
+
+class Run:
+    """One worker's part of a run; making it and all of its methods are collective.
+
+    The clock of a training step covers everything from fetching the batch to the end of `average()`. Evaluation
+    and checkpoints lie outside of it, between barriers, so that no worker's waiting for them is counted.
+
+    Args:
+        config: the run.
+        world: the workers.
+        folder: for record and checkpoints.
+        observers: get every line of the record, on rank 0.
+        resume: go on from the latest checkpoint in `folder`.
+    """
+
+    def __init__(self, config: RunConfig, world: World, folder: Path, *, observers: Sequence[Observer] = (),
+                 resume: bool = False) -> None:
+        self.config, self.world, self.folder = config, world, folder
+        self._data = data.load(config.data, None if config.data_dir is None else Path(config.data_dir))
+        shard = data.partition(config.partition, self._data.train_labels, workers=world.size,
+                               seed=config.seed)[world.rank]
+        self._batches = data.Batches(self._data.train_images[shard], self._data.train_labels[shard],
+                                     batch_size=config.batch_size, seed=config.seed + 1 + world.rank)
+        torch.manual_seed(config.seed)
+        self.model = models.build(config.model, self._data.train_images.shape[1:], self._data.classes)
+        self._method = methods.build(self.model, config)
+        self._place = Place()
+        self.steps_per_epoch = max(1, len(self._data.train_labels) // (world.size * config.batch_size))
+        self.steps = config.steps or config.epochs * self.steps_per_epoch
+        if resume:
+            self._load()
+        self._observers = list(observers)
+        if world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._record = records.RecordWriter(folder / records.FILE, after_step=self._place.step if resume else None)
+            self._observers.insert(0, self._record.write)
+
+    def train(self, signals: StopSignals) -> int:
+        """All steps that are left; returns the signal that stopped them early, after a checkpoint, or 0."""
+        self._introduce()
+        every = self.config.evaluate_every or self.steps_per_epoch
+        save_every = self.config.checkpoint_every or self.steps_per_epoch
+        vote = StopVote(self.world, signals)
+        first = self._place.step
+        self.model.train()
+        self.world.barrier()
+        while self._place.step < self.steps:
+            step_s = self._step()
+            step = self._place.step
+            if step % self.config.log_every == 0 or step == self.steps:
+                self._log()
+            if step % every == 0 or step == self.steps:
+                self._evaluate()
+            signum = vote.verdict(step - first, step_s)
+            if signum or step % save_every == 0 or step == self.steps:
+                self._save()
+            if signum:
+                return signum
+        self._summarise()
+        # Too late to stop: what is told now is only read, so that nothing stays in flight.
+        vote.close()
+        return 0
+
+    def close(self) -> None:
+        """Leave the communication groups and close the record."""
+        self._method.close()
+        if self.world.rank == 0:
+            self._record.close()
+
+    def _step(self) -> float:
+        place = self._place
+        begin = time.perf_counter()
+        loss, exposed_s = self._method.step(*next(self._batches))
+        seconds = time.perf_counter() - begin
+        place.step += 1
+        place.losses.append(loss)
+        place.now.seconds += seconds
+        place.now.exposed_s += exposed_s
+        return seconds
+
+    def _totals(self) -> Totals:
+        """Since the start of the run, over all processes that made it."""
+        before, now, traffic = self._place.before, self._place.now, self._method.traffic()
+        return Totals(before.seconds + now.seconds, before.exposed_s + now.exposed_s,
+                      before.bytes + traffic["bytes"], before.syncs + traffic["syncs"])
+
+    def _tell(self, kind: str, **values: Any) -> None:
+        if self.world.rank == 0:
+            line = {"kind": kind, "step": self._place.step, **values}
+            for observer in self._observers:
+                observer(line)
+
+    def _introduce(self) -> None:
+        if self._place.step:
+            self._tell("resume", **records.surroundings(), steps=self.steps, config=self.config.to_dict())
+        else:
+            self._tell("start", config=self.config.to_dict(), **records.surroundings(), workers=self.world.size,
+                       steps=self.steps, steps_per_epoch=self.steps_per_epoch,
+                       parameters=sum(p.numel() for p in self.model.parameters()))
+
+    def _log(self) -> None:
+        losses = self._place.losses
+        self._tell("log", epoch=self._place.step / self.steps_per_epoch, seconds=self._totals().seconds,
+                   loss=sum(losses) / len(losses))
+        losses.clear()
+
+    def _evaluate(self) -> None:
+        with self._method.averaged():
+            if self.world.rank == 0:
+                score = methods.evaluate(self.model, self._data.test_images, self._data.test_labels)
+                self._tell("evaluation", epoch=self._place.step / self.steps_per_epoch,
+                           seconds=self._totals().seconds, **score)
+                self._score = score
+        self.world.barrier()
+
+    def _summarise(self) -> None:
+        """Seconds are means over the workers; bytes and syncs are each worker's."""
+        totals = self.world.gather(vars(self._totals()))
+        mean = {key: sum(t[key] for t in totals) / len(totals) for key in ("seconds", "exposed_s")}
+        if self.world.rank == 0:
+            computation = mean["seconds"] - mean["exposed_s"]
+            counted = self._method.optimizer.stats() if isinstance(self._method, methods.Averaging) else None
+            self._tell("summary", **self._score, **mean, computation_s=computation,
+                       exposed_share=mean["exposed_s"] / computation, bytes=totals[0]["bytes"],
+                       syncs=totals[0]["syncs"], stats=counted)
+
+    def _save(self) -> None:
+        place = self._place
+        path = checkpoint.save(self.folder, world=self.world, step=place.step, state={
+            "model": self.model.state_dict(), "optimizer": self._method.optimizer.state_dict(),
+            "batches": self._batches.state_dict(), "rng": torch.get_rng_state(), "losses": place.losses,
+            "totals": vars(self._totals())})
+        self._tell("checkpoint", path=str(path.relative_to(self.folder)))
+
+    def _load(self) -> None:
+        state, mine = checkpoint.load(self.folder, world=self.world)
+        self.model.load_state_dict(state["model"])
+        self._method.optimizer.load_state_dict(state["optimizer"])
+        self._place.step, self._place.before = state["step"], Totals(**state["totals"])
+        torch.set_rng_state(state["rng"])
+        if mine:
+            self._batches.load_state_dict(state["batches"])
+            self._place.losses = state["losses"]

@@ -1,0 +1,160 @@
+"""One step of training, with its clock: an averaging algorithm, or synchronous SGD by DistributedDataParallel."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distoptim.optimizer import AveragingOptimizer
+from distoptim.train import optimizers
+from distoptim.train.config import DTYPES, RunConfig
+
+
+# torch 2.13 renamed the argument.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+
+
+class Method(Protocol):
+    """What the training loop asks for.
+
+    `step` returns the loss of this worker's batch and the seconds its computation stood still for
+    communication, both read in the loop's own process by `time.perf_counter`.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Train on one batch."""
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model is the workers' mean; entering is collective."""
+
+    def traffic(self) -> dict[str, int]:
+        """Payload bytes this worker sent, and syncs, so far."""
+
+    def close(self) -> None:
+        """Leave the communication groups."""
+
+
+class Averaging:
+    """An algorithm of `distoptim`.
+
+    Exposed communication is the time inside `optimizer.average()`: the waits, and the merging too, so it is an
+    upper bound of what `optimizer.stats()["exposed_s"]` counts.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig) -> None:
+        optimizer = optimizers.build(config, model.parameters())
+        assert isinstance(optimizer, AveragingOptimizer)
+        self.optimizer = optimizer
+        self._model, self._dtype = model, DTYPES[config.dtype]
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Forward, backward, local step, average."""
+        loss = _loss(self._model, images, labels, self._dtype)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        before = time.perf_counter()
+        self.optimizer.average()
+        return loss.item(), time.perf_counter() - before
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Mean parameters and batch-norm statistics."""
+        return self.optimizer.averaged(self._model)
+
+    def traffic(self) -> dict[str, int]:
+        """From the optimizer's own counters."""
+        stats = self.optimizer.stats()
+        return {"bytes": int(stats["bytes"]), "syncs": int(stats["syncs"])}
+
+    def close(self) -> None:
+        """Close the optimizer."""
+        self.optimizer.close()
+
+
+class Synchronous:
+    """DistributedDataParallel with SGD.
+
+    Exposed communication is the time from the moment this worker's last gradient is computed, which a hook on
+    every parameter notes, to the end of `backward()`: there DDP waits for what its buckets have not hidden. The
+    forward pass does not communicate: batch-norm statistics stay local, as with the other methods, and are
+    averaged for evaluation.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig) -> None:
+        self.optimizer = optimizers.build(config, model.parameters())
+        self._model, self._dtype = model, DTYPES[config.dtype]
+        self._ddp = DistributedDataParallel(model, **_NO_BUFFER_SYNC)
+        self._params = [p for p in model.parameters() if p.requires_grad]
+        self._last_gradient = 0.0
+        for p in self._params:
+            p.register_hook(self._note)
+        self._syncs = 0
+
+    def _note(self, gradient: Tensor) -> None:
+        self._last_gradient = time.perf_counter()
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Forward, backward with the gradients' mean, step."""
+        loss = _loss(self._ddp, images, labels, self._dtype)
+        loss.backward()  # type: ignore[no-untyped-call]
+        exposed = time.perf_counter() - self._last_gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._syncs += 1
+        return loss.item(), exposed
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Parameters are equal everywhere; batch-norm statistics are averaged, and put back."""
+        buffers = [b for b in self._model.buffers() if b.is_floating_point()]
+        local = [b.clone() for b in buffers]
+        for b in buffers:
+            dist.all_reduce(b)
+            b.div_(dist.get_world_size())
+        try:
+            yield
+        finally:
+            for b, value in zip(buffers, local, strict=True):
+                b.copy_(value)
+
+    def traffic(self) -> dict[str, int]:
+        """A gradient for every parameter at every step."""
+        return {"bytes": self._syncs * sum(p.numel() * p.element_size() for p in self._params), "syncs": self._syncs}
+
+    def close(self) -> None:
+        """DDP lives in the default group, which its maker destroys."""
+
+
+def build(model: nn.Module, config: RunConfig) -> Method:
+    """The method that `config` names, training `model` in place. Collective."""
+    return Synchronous(model, config) if config.algorithm == optimizers.SYNCHRONOUS else Averaging(model, config)
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 512) -> dict[str, float]:
+    """Mean loss and accuracy (in [0, 1]) of `model` in evaluation mode; its mode is put back."""
+    was_training = model.training
+    model.eval()
+    loss, right = 0.0, 0
+    with torch.no_grad():
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            out = model(x)
+            loss += float(nn.functional.cross_entropy(out, y, reduction="sum"))
+            right += int((out.argmax(1) == y).sum())
+    model.train(was_training)
+    return {"test_loss": loss / len(labels), "test_accuracy": right / len(labels)}
+
+
+def _loss(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        return nn.functional.cross_entropy(model(images), labels)

@@ -1,0 +1,62 @@
+"""The optimizer of a run, and which options each algorithm takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from distoptim.algorithms import ALGORITHMS
+from distoptim.comm import Communicator
+from distoptim.optimizer import AveragingOptimizer
+
+if TYPE_CHECKING:
+    from distoptim.train.config import RunConfig
+
+SYNCHRONOUS = "ddp"
+
+
+def names() -> list[str]:
+    """All that `RunConfig.algorithm` may be."""
+    return [SYNCHRONOUS, *ALGORITHMS]
+
+
+def own_options(algorithm: str) -> dict[str, type]:
+    """The keyword arguments that are the algorithm's own (all but tau and the original code's gmf), with their type."""
+    if algorithm == SYNCHRONOUS:
+        return {}
+    types = {"int": int, "float": float, "bool": bool}
+    parameters = inspect.signature(ALGORITHMS[algorithm]).parameters.values()
+    annotations = {p.name: getattr(p.annotation, "__name__", str(p.annotation)).split(" ")[0]
+                   for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("tau", "gmf")}
+    return {"fragments": int, **{name: types[text] for name, text in annotations.items() if text in types}}
+
+
+def build(config: RunConfig, params: Iterable[Tensor], *,
+          communicator: Communicator | None = None) -> AveragingOptimizer | torch.optim.SGD:
+    """The optimizer that `config` describes.
+
+    Args:
+        config: the run.
+        params: what it trains.
+        communicator: moves the bytes instead of torch.distributed.
+
+    Raises:
+        ValueError: there is no such algorithm, it has no such option, or a value is outside its range.
+    """
+    if config.algorithm not in names():
+        raise ValueError(f"algorithm={config.algorithm!r}: allowed is one of {', '.join(names())}")
+    allowed = own_options(config.algorithm)
+    for name in config.options:
+        if name not in allowed:
+            takes = f"its options are {', '.join(allowed)}" if allowed else "it has none of its own"
+            raise ValueError(f"{config.algorithm} takes no {name}; {takes}")
+    sgd: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov,
+                           "weight_decay": config.weight_decay}
+    if config.algorithm == SYNCHRONOUS:
+        return torch.optim.SGD(params, **sgd)
+    return ALGORITHMS[config.algorithm](params, tau=config.tau, communicator=communicator,
+                                        timeout_s=config.timeout_s, **sgd, **config.options)

@@ -1,0 +1,153 @@
+"""The workers of a run: how they meet, agree to stop, and speak outside of the training's own communication."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distoptim.comm import emulate
+from distoptim.train.config import RunConfig
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the workers of a run find each other: a store's host and port, this worker's rank, and how many there are.
+
+    Args:
+        host, port: of a TCPStore.
+        rank: in [0, size).
+        size: number of workers.
+        prefix: of the keys in the store, so that a second attempt does not find the first one's addresses.
+        hosted: whether somebody else (a parent, torchrun's agent) serves the store; otherwise rank 0 does.
+    """
+
+    host: str
+    port: int
+    rank: int
+    size: int
+    prefix: str = ""
+    hosted: bool = True
+
+
+def from_torchrun() -> Meeting | None:
+    """What torchrun (or whoever sets the same variables) says; None if nobody does.
+
+    Raises:
+        ValueError: only some of the variables are set, or they are not numbers.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"RANK and WORLD_SIZE are set, but MASTER_ADDR and MASTER_PORT are not right: {error}") from error
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Meeting(host, port, rank, size, f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", hosted)
+
+
+class World:
+    """This worker's place, and a private gloo group for small messages that the emulated link does not slow down."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.control = dist.new_group(backend="gloo")
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        dist.barrier(self.control)
+
+    def gather(self, message: object) -> list[Any]:
+        """Everybody's message, in rank order."""
+        messages: list[Any] = [None] * self.size
+        dist.all_gather_object(messages, message, group=self.control)
+        return messages
+
+
+@contextlib.contextmanager
+def joined(meeting: Meeting, config: RunConfig) -> Iterator[World]:
+    """Within the block torch.distributed runs, over the emulated link if the run has one."""
+    timeout = timedelta(seconds=config.timeout_s)
+    store: dist.Store = dist.TCPStore(meeting.host, meeting.port, meeting.size, timeout=timeout,
+                                      is_master=not meeting.hosted and meeting.rank == 0, wait_for_workers=False)
+    if meeting.prefix:
+        store = dist.PrefixStore(meeting.prefix, store)
+    link = config.link
+    backend = "gloo" if link is None else emulate(latency_s=link.latency_s, bandwidth_gbit_s=link.bandwidth_gbit_s)
+    dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout)
+    yield World()
+    # Not after an exception: peers may be anywhere, and this process is about to end.
+    dist.destroy_process_group()
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM instead of dying from them, within a `with` block of the main thread."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __enter__(self) -> StopSignals:
+        """Take over."""
+        self._before = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give back."""
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signum
+
+
+class StopVote:
+    """Lets all workers stop after the same step when one was told to.
+
+    An all-reduce (maximum) of [signal, seconds per step] travels in the background and is read some steps
+    later, about four times a second at the slowest worker's pace: nobody waits for it.
+    """
+
+    def __init__(self, world: World, signals: StopSignals) -> None:
+        self._world, self._signals = world, signals
+        self._due = 1
+        self._ballot: torch.Tensor | None = None
+        self._work: Any = None
+
+    def verdict(self, steps: int, step_s: float) -> int:
+        """The signal for which all stop now, or 0.
+
+        Args:
+            steps: local steps made since the start of this process, equal on all workers.
+            step_s: seconds a step takes here.
+        """
+        if steps < self._due:
+            return 0
+        signum, pace = self._read()
+        if signum:
+            return signum
+        self._due = steps + (max(1, min(1000, round(0.25 / pace))) if pace else 1)
+        self._ballot = torch.tensor([self._signals.received, step_s], dtype=torch.float64)
+        self._work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, self._world.control, async_op=True)
+        return 0
+
+    def close(self) -> int:
+        """Read the last vote, so that nothing is in flight; returns its signal."""
+        return self._read()[0]
+
+    def _read(self) -> tuple[int, float]:
+        if self._work is None or self._ballot is None:
+            return 0, 0.0
+        self._work.wait()
+        self._work = None
+        return int(self._ballot[0]), float(self._ballot[1])
