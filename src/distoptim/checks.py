@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+LARGEST = 1e30  # far enough from the end of float32 that a product with a parameter is finite
+
 
 def number(name: str, value: object, low: float, high: float, *, open_low: bool = False,
            open_high: bool = False) -> float:
@@ -13,10 +15,12 @@ def number(name: str, value: object, low: float, high: float, *, open_low: bool 
     Raises:
         ValueError: naming the value and the range.
     """
-    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if good:
-        x = float(value)  # type: ignore[arg-type]  # a Real, as just checked
-        if (low < x if open_low else low <= x) and (x < high if open_high else x <= high):
+    if isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            x = float(value)
+        except OverflowError:
+            x = math.inf
+        if math.isfinite(x) and (low < x if open_low else low <= x) and (x < high if open_high else x <= high):
             return x
     left, right = "(" if open_low or low == -math.inf else "[", ")" if open_high or high == math.inf else "]"
     raise ValueError(f"{name}={value!r}: allowed is a number in {left}{low:g}, {high:g}{right}")
@@ -30,7 +34,7 @@ def integer(name: str, value: object, low: int, high: float = math.inf) -> int:
     """
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
         return value
-    limit = f"{low} or more" if high == math.inf else f"from {low} to {high:g}"
+    limit = f"{low} or more" if high == math.inf else f"from {low} to {high}"
     raise ValueError(f"{name}={value!r}: allowed is an integer, {limit}")
 
 

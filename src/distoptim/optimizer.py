@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,7 +40,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         communicator: moves the bytes instead of torch.distributed (simulation, tests).
         fragments: in how many messages, evenly spread over the round, the parameters are averaged (1 to tau);
             or lists of parameters, one per message. Must be equal on all workers.
-        timeout_s: bound of every wait, > 0; torch's own default of 30 minutes.
+        timeout_s: bound of every wait, in [0.001, 1e9] seconds; torch's own default of 30 minutes.
         average_in_step: let `step()` do what `average()` does, for frameworks that own the loop.
         reset_inner: forget the inner optimizer's state (momentum) at every merge instead of keeping it.
 
@@ -57,7 +56,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
                  timeout_s: float = 1800.0, average_in_step: bool = False, reset_inner: bool = False) -> None:
         checks.integer("tau", tau, 1)
         checks.integer("delay", delay, 0, tau)
-        checks.number("timeout_s", timeout_s, 0, math.inf, open_low=True, open_high=True)
+        checks.number("timeout_s", timeout_s, 1e-3, 1e9)
         checks.flag("average_in_step", average_in_step)
         checks.flag("reset_inner", reset_inner)
         if isinstance(params, AveragingOptimizer):
@@ -69,7 +68,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         check_size(size, workers({"group": group, "communicator": communicator}))
         self._rule, self._tau, self._delay, self._parts = rule, tau, delay, parts
         self._timeout_s, self._average_in_step, self._reset_inner = timeout_s, average_in_step, reset_inner
-        self._communicator = communicator or connect(group, timeout_s)
+        self._communicator = connect(group, timeout_s) if communicator is None else communicator
         self._engine = self._build_engine(introduce=True)
         self._face()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -35,9 +34,21 @@ class Options(TypedDict, total=False):
 
 
 def workers(options: Options | dict[str, Any]) -> int:
-    """How many workers an optimizer with these options will have."""
+    """How many workers an optimizer with these options will have.
+
+    Raises:
+        ValueError: the communicator is none, or the group is one of other workers.
+    """
     communicator = options.get("communicator")
-    return communicator.size if communicator is not None else world_size(options.get("group"))
+    if communicator is None:
+        size = world_size(options.get("group"))
+        if size < 1:
+            raise ValueError(f"group={options['group']!r}: this worker is not a member of it")
+        return size
+    if not isinstance(communicator, Communicator):
+        raise ValueError(f"communicator={communicator!r}: allowed is an object with the methods of "
+                         "distoptim.comm.Communicator")
+    return communicator.size
 
 
 def check_size(size: int | None, actual: int) -> None:
@@ -64,6 +75,9 @@ def inner_optimizer(params: Params, **given: Any) -> torch.optim.Optimizer:
     for name, value in given.items():
         if name == "nesterov":
             checks.flag(name, value)
-        elif not isinstance(value, Tensor):
-            checks.number(name, value, 0 if name != "dampening" else -math.inf, math.inf, open_high=True)
+        elif name == "lr" and isinstance(value, Tensor):
+            # Stays a tensor: a compiled step reads it anew each time.
+            checks.number(name, value.item() if value.numel() == 1 else value, 0, checks.LARGEST)
+        else:
+            given[name] = checks.number(name, value, 0 if name != "dampening" else -checks.LARGEST, checks.LARGEST)
     return torch.optim.SGD(params, **given)

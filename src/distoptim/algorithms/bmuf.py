@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from typing_extensions import Unpack
 
 from distoptim import checks
@@ -35,7 +33,7 @@ class BMUF(AveragingOptimizer):
     def __init__(self, params: Params, *, tau: int, block_momentum: float | None = None, block_lr: float = 1.0,
                  nesterov_block: bool = False, gmf: float | None = None, **options: Unpack[Options]) -> None:
         momentum = checks.outer_momentum(block_momentum, gmf, default=1 - 1 / workers(options), name="block_momentum")
-        block_lr = checks.number("block_lr", block_lr, 0, math.inf, open_low=True, open_high=True)
+        block_lr = checks.number("block_lr", block_lr, 0, checks.LARGEST, open_low=True)
         nesterov = checks.flag("nesterov_block", nesterov_block) and momentum > 0
         rule = Pull(1.0, block_lr, momentum, nesterov=nesterov, rescale=False)
         super().__init__(params, rule=rule, tau=tau, delay=0, **options)

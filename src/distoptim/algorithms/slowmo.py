@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from typing_extensions import Unpack
 
 from distoptim import checks
@@ -33,5 +31,5 @@ class SlowMo(AveragingOptimizer):
     def __init__(self, params: Params, *, tau: int, slow_momentum: float | None = None, slow_lr: float = 1.0,
                  gmf: float | None = None, **options: Unpack[Options]) -> None:
         momentum = checks.outer_momentum(slow_momentum, gmf, default=0.7, name="slow_momentum")
-        slow_lr = checks.number("slow_lr", slow_lr, 0, math.inf, open_low=True, open_high=True)
+        slow_lr = checks.number("slow_lr", slow_lr, 0, checks.LARGEST, open_low=True)
         super().__init__(params, rule=Pull(1.0, slow_lr, momentum), tau=tau, delay=0, **options)

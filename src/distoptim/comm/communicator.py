@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -49,6 +49,7 @@ class Handle:
         return float(self.buffer[-1])
 
 
+@runtime_checkable
 class Communicator(Protocol):
     """Moves bytes between workers. Calls come from the training thread, in the same order on all ranks."""
 

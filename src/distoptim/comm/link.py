@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distoptim import checks
+
 BACKEND = "emulated"
 EXIT_WAIT_S = 60.0
 
@@ -37,12 +39,11 @@ class Link:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not (0 <= self.latency_s < math.inf):
-            raise ValueError(f"latency_s={self.latency_s!r}: allowed is a number of seconds >= 0")
-        if not self.bandwidth_gbit_s > 0:
-            raise ValueError(f"bandwidth_gbit_s={self.bandwidth_gbit_s!r}: allowed is a number > 0")
+        checks.number("latency_s", self.latency_s, 0, math.inf, open_high=True)
+        if self.bandwidth_gbit_s != math.inf:
+            checks.number("bandwidth_gbit_s", self.bandwidth_gbit_s, 0, math.inf, open_low=True, open_high=True)
 
-    def all_reduce_s(self, nbytes: int, workers: int) -> float:
+    def all_reduce_s(self, nbytes: float, workers: int) -> float:
         """T = 2 (n-1) latency + 2 (n-1)/n bytes / rate, in seconds (Patarasuk & Yuan 2009, ring)."""
         return 2 * self.broadcast_s(nbytes / workers, workers)
 
@@ -103,7 +104,7 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
         return self._send(tensors, lambda t: self._gloo.broadcast(t, opts), _link.broadcast_s)
 
     def _send(self, tensors: list[Tensor], collective: Callable[[list[Tensor]], dist.Work],
-              seconds: Callable[[int, int], float]) -> dist.Work:
+              seconds: Callable[[float, int], float]) -> dist.Work:
         nbytes = sum(t.numel() * t.element_size() for t in tensors)
         work = _TimedWork(self._timeout)
 
