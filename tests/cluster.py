@@ -9,60 +9,9 @@ import torch
 from torch import Tensor
 
 from distoptim import AveragingOptimizer
-from distoptim.comm import Handle
+from distoptim.sim import Fabric, VirtualCommunicator
 
 Gradient = Callable[[int, list[Tensor]], list[Tensor]]
-
-
-class Board:
-    """Where virtual workers leave their buffers."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-        self.rounds: list[list[Tensor]] = []
-        self.launched = [0] * workers
-        self.start: dict[int, Tensor] = {}
-        self.broadcasts = [0] * workers
-
-
-class BoardHandle(Handle):
-    def __init__(self, board: Board, index: int, buffer: Tensor) -> None:
-        super().__init__(buffer)
-        self.board, self.index = board, index
-
-    def _wait(self, timeout_s: float) -> None:
-        buffers = self.board.rounds[self.index]
-        if buffers:
-            if len(buffers) < self.board.workers:
-                raise RuntimeError("a worker waits for one that has not launched")
-            mean = torch.stack(buffers).sum(0) / self.board.workers
-            for b in buffers:
-                b.copy_(mean)
-            buffers.clear()
-
-
-class BoardCommunicator:
-    def __init__(self, board: Board, rank: int) -> None:
-        self.board, self.rank, self.size = board, rank, board.workers
-
-    def launch_mean(self, buffer: Tensor) -> Handle:
-        index = self.board.launched[self.rank]
-        self.board.launched[self.rank] += 1
-        if index == len(self.board.rounds):
-            self.board.rounds.append([])
-        self.board.rounds[index].append(buffer)
-        return BoardHandle(self.board, index, buffer)
-
-    def broadcast(self, buffer: Tensor) -> None:
-        index = self.board.broadcasts[self.rank]
-        self.board.broadcasts[self.rank] += 1
-        buffer.copy_(self.board.start.setdefault(index, buffer.clone()))
-
-    def exchange(self, message: object) -> list[object]:
-        return [message]
-
-    def close(self) -> None:
-        pass
 
 
 class Cluster:
@@ -70,14 +19,15 @@ class Cluster:
 
     Args:
         make: called as make(parameters, communicator=...) -> optimizer.
-        params: rank -> its parameters.
+        params: rank -> its parameters; tensors are copied into parameters.
     """
 
     def __init__(self, make: Callable[..., AveragingOptimizer], params: Sequence[Sequence[Tensor]]) -> None:
-        self.params = [[torch.nn.Parameter(p.detach().clone()) for p in mine] for mine in params]
-        board = Board(len(params))
+        self.params = [[p if isinstance(p, torch.nn.Parameter) else torch.nn.Parameter(p.clone()) for p in mine]
+                       for mine in params]
+        fabric = Fabric(len(params))
         self.optimizers: list[Any] = [
-            make(mine, communicator=BoardCommunicator(board, rank)) for rank, mine in enumerate(self.params)]
+            make(mine, communicator=VirtualCommunicator(fabric, rank)) for rank, mine in enumerate(self.params)]
 
     def step(self, gradient: Gradient) -> None:
         """One local step of every worker with gradient(rank, its parameters), then average()."""

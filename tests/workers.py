@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import time
@@ -68,7 +69,7 @@ def _collect(processes: list[Any], receivers: list[Connection], expected: dict[i
         for receiver in ready:
             rank = pending.pop(receiver)  # type: ignore[arg-type]
             try:
-                failed, results[rank] = receiver.recv()  # type: ignore[union-attr]
+                failed, results[rank] = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 processes[rank].join(5)
                 raise WorkerFailure(f"worker {rank} died with exit code {processes[rank].exitcode}") from None
@@ -94,9 +95,9 @@ def _main(sender: Connection, fn: Callable[..., Any], rank: int, workers: int, p
             emulate(latency_s=0.0, bandwidth_gbit_s=1000.0)
         dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers,
                                 timeout=timedelta(seconds=60))
-        sender.send((False, fn(rank, *args)))
+        sender.send_bytes(pickle.dumps((False, fn(rank, *args))))
     except BaseException:
-        sender.send((True, traceback.format_exc()))
+        sender.send_bytes(pickle.dumps((True, traceback.format_exc())))
         sys.stderr.flush()
         os._exit(1)
     if dist.is_initialized():

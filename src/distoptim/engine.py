@@ -73,12 +73,12 @@ class Engine:
             self.launch_due()
             if self.delay == 0:
                 self.finish_due()
-            self.counters.tick()
+            self.counters.tick(self.communicator.now())
 
     def count(self) -> None:
         """The first part of `tick`, before anything is merged; a simulator calls the parts for all workers in turn."""
         self._check()
-        self.counters.tick()
+        self.counters.tick(self.communicator.now())
         self.step += 1
         for flight in self._flights:
             flight.handle.poll()
@@ -96,8 +96,8 @@ class Engine:
     def finish_due(self) -> None:
         """Merge, in order of launch, the means that are due at this step."""
         for slot in list(self._flying):
-            assert slot.flight is not None
-            if slot.flight.due <= self.step:
+            # None if its merge has just failed.
+            if slot.flight is not None and slot.flight.due <= self.step:
                 self._finish(slot)
         self._plan()
 
@@ -218,7 +218,7 @@ class Engine:
             with record_function("distoptim::wait"):
                 handle.wait(self.timeout_s)
         except RuntimeError as error:
-            self._fail(slot, time.perf_counter() - handle.launched_at, error)
+            self._fail(slot, self.communicator.now() - handle.launched_at, error)
 
     def _finish(self, slot: Slot) -> None:
         flight = slot.flight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -13,21 +14,21 @@ class CommunicationError(RuntimeError):
 
 
 class Handle:
-    """A mean in flight, and its clock (seconds of time.perf_counter). This class itself: one that is there already.
+    """A mean in flight. This class itself: one that is there already.
 
     Args:
         buffer: where the mean will be; its last element is the mean weight of the workers.
 
     Attributes:
-        launched_at: when it was launched.
+        launched_at: when it was launched, in seconds of the communicator's clock.
         finished_at: when the mean was there, late by up to a local step; None while it is not known to be.
         waited_s: how long the worker's computation stood still for it; None while that is not known.
     """
 
-    def __init__(self, buffer: Tensor) -> None:
+    def __init__(self, buffer: Tensor, *, now: float = 0.0) -> None:
         self.buffer = buffer
-        self.launched_at = time.perf_counter()
-        self.finished_at: float | None = self.launched_at
+        self.launched_at = now
+        self.finished_at: float | None = None
         self.waited_s: float | None = None
 
     def poll(self) -> None:
@@ -35,18 +36,30 @@ class Handle:
 
     def wait(self, timeout_s: float) -> None:
         """Block until the mean is in the buffer. Raises RuntimeError on failure or after `timeout_s`."""
+        self.waited_s = 0.0
+
+    def tail(self) -> float:
+        """The mean's last element, on the host; after `wait`."""
+        return float(self.buffer[-1])
+
+
+class RealHandle(Handle, ABC):
+    """A mean that takes real time; subclasses say how to wait for it."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__(buffer, now=time.perf_counter())
+
+    def wait(self, timeout_s: float) -> None:
+        """Block, by the clock."""
         start = time.perf_counter()
         self._wait(timeout_s)
         end = time.perf_counter()
         self.waited_s = (self.waited_s or 0.0) + end - start
         self.finished_at = self.finished_at or end
 
+    @abstractmethod
     def _wait(self, timeout_s: float) -> None:
-        """Block, without the clock."""
-
-    def tail(self) -> float:
-        """The mean's last element, on the host; after `wait`."""
-        return float(self.buffer[-1])
+        """Block; raises RuntimeError on failure or after `timeout_s`."""
 
 
 @runtime_checkable
@@ -55,6 +68,9 @@ class Communicator(Protocol):
 
     rank: int
     size: int
+
+    def now(self) -> float:
+        """The clock of this worker, in seconds."""
 
     def launch_mean(self, buffer: Tensor) -> Handle:
         """Start replacing `buffer` by its mean over the workers; nobody may touch the buffer meanwhile."""
@@ -74,6 +90,10 @@ class SingleWorker:
 
     rank = 0
     size = 1
+
+    def now(self) -> float:
+        """Real time."""
+        return time.perf_counter()
 
     def launch_mean(self, buffer: Tensor) -> Handle:
         """The mean of one is there at once."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distoptim.comm.communicator import Handle
+from distoptim.comm.communicator import Handle, RealHandle
 from distoptim.comm.process_group import WorkHandle
 
 _cuda: Any = torch.cuda  # whose events and streams have no types
@@ -91,12 +91,11 @@ class Staging:
         return handle
 
 
-class StagedHandle(Handle):
+class StagedHandle(RealHandle):
     """One buffer under way through `Staging`."""
 
     def __init__(self, buffer: Tensor, staging: Staging) -> None:
         super().__init__(buffer)
-        self.finished_at = None
         self._stream = stream = _side_stream(buffer.device)
         self._staging = staging
         self._collective: Handle | None = None

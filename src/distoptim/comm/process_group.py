@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distoptim.comm.communicator import Handle
+from distoptim.comm.communicator import Handle, RealHandle
 
 if TYPE_CHECKING:
     from distoptim.comm.cuda import Staging
@@ -26,7 +26,7 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-class WorkHandle(Handle):
+class WorkHandle(RealHandle):
     """A collective of the backend; its end is noted at the first `poll` after it.
 
     A callback on the work's future would note it exactly, but in the backend's thread, which needs the
@@ -41,7 +41,6 @@ class WorkHandle(Handle):
 
     def __init__(self, work: dist.Work, buffer: Tensor, divisor: int = 1) -> None:
         super().__init__(buffer)
-        self.finished_at = None
         self.work: dist.Work | None = work
         self._divisor = divisor
 
@@ -82,6 +81,10 @@ class ProcessGroupCommunicator:
         self._staging: Staging | None = None
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+
+    def now(self) -> float:
+        """Real time."""
+        return time.perf_counter()
 
     def launch_mean(self, buffer: Tensor) -> Handle:
         """Start the all-reduce of `buffer`; CUDA over a gloo group goes through pinned host memory."""

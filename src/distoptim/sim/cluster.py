@@ -1,0 +1,117 @@
+"""Virtual workers in one process, in lockstep: the same optimizers and engine, another communicator and clock."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distoptim import checks
+from distoptim.optimizer import AveragingOptimizer
+from distoptim.sim.compute import Compute
+from distoptim.sim.fabric import Fabric, VirtualCommunicator
+from distoptim.sim.network import Network
+
+Make = Callable[..., AveragingOptimizer]
+
+
+class Cluster:
+    """`workers` virtual workers, each with a model and an optimizer of its own, on a virtual clock.
+
+    Deterministic: the same arguments and gradients give the same parameters and times, whatever the number of
+    threads. Memory and time grow linearly with the number of workers.
+
+    Args:
+        workers: how many, >= 1.
+        model: makes one worker's model; all start from worker 0's.
+        optimizer: called as optimizer(parameters, communicator=...), must pass the communicator on.
+        compute: how long local steps take; None: no time.
+        network: what means cost; None: nothing.
+        threads: workers computed at the same time; default one per processor core.
+        scale: a byte of payload counts as so many, to time a large model with a small one.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    def __init__(self, *, workers: int, model: Callable[[], torch.nn.Module], optimizer: Make,
+                 compute: Compute | None = None, network: Network | None = None, threads: int | None = None,
+                 scale: float = 1.0) -> None:
+        checks.integer("workers", workers, 1)
+        self.fabric = Fabric(workers, network, scale=scale)
+        self.models = [model() for _ in range(workers)]
+        self.optimizers = [optimizer(m.parameters(), communicator=VirtualCommunicator(self.fabric, rank))
+                           for rank, m in enumerate(self.models)]
+        self.steps = 0
+        self._compute = compute
+        threads = checks.integer("threads", os.cpu_count() if threads is None else threads, 1)
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def step(self, loss: Callable[[torch.nn.Module, int], Tensor] | None = None) -> list[float]:
+        """One local step of every worker, then `average()`; returns the workers' losses.
+
+        Args:
+            loss: called as loss(model, rank), on several threads; None: only time passes.
+        """
+        ranks = range(len(self.models))
+        losses: list[float] = []
+        if loss is not None:
+            each: Iterable[float] = (self._pool.map if self._pool else map)(
+                lambda rank: self._local_step(loss, rank), ranks)
+            losses = list(each)
+        if self._compute is not None:
+            for rank in ranks:
+                self.fabric.clocks[rank] += self._compute.seconds(rank, self.steps)
+        self.steps += 1
+        self._average()
+        return losses
+
+    def mean_model(self) -> torch.nn.Module:
+        """A copy of worker 0's model with the workers' mean parameters and floating-point buffers; takes no time."""
+        mean = copy.deepcopy(self.models[0])
+        with torch.no_grad():
+            tensors = zip(*(_tensors(m) for m in self.models), strict=True)
+            for target, values in zip(_tensors(mean), tensors, strict=True):
+                total = values[0].to(torch.float64)
+                for value in values[1:]:
+                    total = total + value
+                target.copy_(total / len(values))
+        return mean
+
+    def seconds(self) -> float:
+        """The virtual time at which the last worker stands."""
+        return max(self.fabric.clocks)
+
+    def stats(self) -> dict[str, Any]:
+        """`AveragingOptimizer.stats` averaged over the workers, and `seconds`."""
+        each = [optimizer.stats() for optimizer in self.optimizers]
+        return {**{key: sum(s[key] for s in each) / len(each) for key in each[0]}, "seconds": self.seconds()}
+
+    def _local_step(self, loss: Callable[[torch.nn.Module, int], Tensor], rank: int) -> float:
+        optimizer = self.optimizers[rank]
+        value = loss(self.models[rank], rank)
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item()
+
+    def _average(self) -> None:
+        engines = [optimizer._engine for optimizer in self.optimizers]
+        for engine in engines:
+            engine.count()
+        for engine in engines:
+            engine.finish_due()
+        for engine in engines:
+            engine.launch_due()
+        if engines[0].delay == 0:
+            for engine in engines:
+                engine.finish_due()
+
+
+def _tensors(module: torch.nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]

@@ -1,0 +1,155 @@
+"""How long a local step takes: constant, different per worker, random, or as recorded."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from distoptim import checks
+
+_BLOCK = 256
+
+
+class Compute(Protocol):
+    """A model of computation time."""
+
+    def seconds(self, rank: int, step: int) -> float:
+        """Seconds that worker `rank` computes for its local step `step` (from 0); equal at each call."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every step takes equally long, or equally long per worker.
+
+    Args:
+        step_s: seconds, > 0; or one value per worker, reused in turn where there are more workers.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    step_s: float | Sequence[float]
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        for value in self._each():
+            checks.number("step_s", value, 0, math.inf, open_low=True, open_high=True)
+        if not self._each():
+            raise ValueError("step_s=[]: allowed is one number per worker")
+
+    def seconds(self, rank: int, step: int) -> float:
+        """The worker's constant."""
+        each = self._each()
+        return float(each[rank % len(each)])
+
+    def _each(self) -> Sequence[float]:
+        return (self.step_s,) if isinstance(self.step_s, (int, float)) else self.step_s
+
+
+@dataclass(frozen=True)
+class ShiftedExponential:
+    """T = shift + Exp(mean): a fixed amount of work and a memoryless delay.
+
+    Args:
+        shift_s: seconds no step can do without, >= 0.
+        mean_s: mean of the random part, in seconds, > 0.
+        seed: of the random streams, one per worker.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    shift_s: float
+    mean_s: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        checks.number("shift_s", self.shift_s, 0, math.inf, open_high=True)
+        checks.number("mean_s", self.mean_s, 0, math.inf, open_low=True, open_high=True)
+        checks.integer("seed", self.seed, 0)
+
+    def seconds(self, rank: int, step: int) -> float:
+        """The step's draw."""
+        u = _uniform(self.seed, rank, step // _BLOCK)[step % _BLOCK]
+        return self.shift_s - self.mean_s * math.log1p(-u)
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """P(T > t) = (scale / t)^shape for t >= scale: rare steps are very slow.
+
+    Args:
+        scale_s: seconds of the fastest step, > 0.
+        shape: tail index, > 1 so that the mean scale shape / (shape - 1) is finite; small means heavy tail.
+        seed: of the random streams, one per worker.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    scale_s: float
+    shape: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        checks.number("scale_s", self.scale_s, 0, math.inf, open_low=True, open_high=True)
+        checks.number("shape", self.shape, 1, math.inf, open_low=True, open_high=True)
+        checks.integer("seed", self.seed, 0)
+
+    def seconds(self, rank: int, step: int) -> float:
+        """The step's draw."""
+        u = _uniform(self.seed, rank, step // _BLOCK)[step % _BLOCK]
+        return float(self.scale_s * (1 - u) ** (-1 / self.shape))
+
+
+class Trace:
+    """Seconds as recorded: a CSV file with one line per local step and one column per worker.
+
+    A run longer than the trace, or with more workers, starts again from its first line or column.
+
+    Args:
+        path: the file; empty lines and lines that begin with # are left out.
+
+    Raises:
+        ValueError: naming file and line: a hole, something that is no number > 0, no line at all.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._steps: list[list[float]] = []
+        with open(path, newline="") as file:
+            for number, row in enumerate(csv.reader(file), 1):
+                if row and not row[0].startswith("#"):
+                    self._steps.append(_trace_row(path, number, row))
+                    if len(row) != len(self._steps[0]):
+                        raise ValueError(f"{path}, line {number}: {len(row)} workers, the first line has "
+                                         f"{len(self._steps[0])}")
+        if not self._steps:
+            raise ValueError(f"{path}: no step in it")
+
+    def seconds(self, rank: int, step: int) -> float:
+        """The recorded value."""
+        row = self._steps[step % len(self._steps)]
+        return row[rank % len(row)]
+
+
+def _trace_row(path: str | Path, number: int, row: list[str]) -> list[float]:
+    try:
+        return [checks.number("seconds", float(cell), 0, math.inf, open_low=True, open_high=True) for cell in row]
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+@cache
+def _uniform(seed: int, rank: int, block: int) -> npt.NDArray[np.float64]:
+    """Uniform numbers of one worker, in blocks, so that any step can be asked for in any order."""
+    return np.random.default_rng((seed, rank, block)).random(_BLOCK)

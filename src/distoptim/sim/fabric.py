@@ -1,0 +1,123 @@
+"""The simulator's communicator: buffers of all virtual workers, and a virtual clock for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from distoptim.comm import Handle
+from distoptim.sim.network import Network
+
+
+@dataclass
+class Collective:
+    """One mean: who has arrived with what, and when it ends (None before the last has arrived)."""
+
+    buffers: list[Tensor] = field(default_factory=list)
+    arrived_at: float = 0.0
+    ends_at: float | None = None
+
+
+class Fabric:
+    """What the virtual workers share.
+
+    A collective begins when its last worker has arrived and the one before it has ended (one FIFO), and takes
+    what the network says. A worker's clock stands still for it only if it is not over at the merge.
+
+    Args:
+        workers: how many.
+        network: what a mean costs; None: nothing.
+        scale: a byte of payload counts as so many, to time a large model with a small one.
+    """
+
+    def __init__(self, workers: int, network: Network | None = None, *, scale: float = 1.0) -> None:
+        self.workers = workers
+        self.clocks = [0.0] * workers
+        self._network = network
+        self._scale = scale
+        self._free_at = 0.0
+        self._collectives: list[Collective | None] = []
+        self._launched = [0] * workers
+        self._broadcasts: list[Tensor] = []
+
+    def arrive(self, rank: int, buffer: Tensor) -> VirtualHandle:
+        """Worker `rank` joins its next collective."""
+        index = self._launched[rank]
+        self._launched[rank] += 1
+        if index == len(self._collectives):
+            self._collectives.append(Collective())
+        collective = self._collectives[index]
+        assert collective is not None
+        collective.buffers.append(buffer)
+        collective.arrived_at = max(collective.arrived_at, self.clocks[rank])
+        if len(collective.buffers) == self.workers:
+            self._complete(collective)
+            self._collectives[index] = None
+        return VirtualHandle(self, rank, buffer, collective)
+
+    def broadcast(self, rank: int, count: int, buffer: Tensor) -> None:
+        """Worker 0 leaves its buffer, the others take it; free of charge."""
+        if count == len(self._broadcasts):
+            self._broadcasts.append(buffer.clone())
+        buffer.copy_(self._broadcasts[count])
+
+    def _complete(self, collective: Collective) -> None:
+        buffers = collective.buffers
+        total = buffers[0].clone()
+        for buffer in buffers[1:]:
+            total.add_(buffer)
+        total.div_(self.workers)
+        torch._foreach_copy_(buffers, [total] * self.workers)
+        nbytes = total.numel() * total.element_size() * self._scale
+        cost = self._network.all_reduce_s(nbytes, self.workers) if self._network is not None else 0.0
+        self._free_at = collective.ends_at = max(collective.arrived_at, self._free_at) + cost
+        collective.buffers = []
+
+
+class VirtualHandle(Handle):
+    """A mean of virtual workers; its clock is its worker's virtual one."""
+
+    def __init__(self, fabric: Fabric, rank: int, buffer: Tensor, collective: Collective) -> None:
+        super().__init__(buffer, now=fabric.clocks[rank])
+        self._fabric, self._rank, self._collective = fabric, rank, collective
+
+    def wait(self, timeout_s: float) -> None:
+        """Advance the worker's clock to the end of the collective if it is not there yet."""
+        ends_at = self._collective.ends_at
+        if ends_at is None:
+            raise RuntimeError("a virtual worker waits for one that has not launched: run them in lockstep")
+        now = self._fabric.clocks[self._rank]
+        self.waited_s = (self.waited_s or 0.0) + max(0.0, ends_at - now)
+        self.finished_at = ends_at
+        self._fabric.clocks[self._rank] = max(now, ends_at)
+
+
+class VirtualCommunicator:
+    """Worker `rank` of a fabric."""
+
+    def __init__(self, fabric: Fabric, rank: int) -> None:
+        self.rank, self.size = rank, fabric.workers
+        self._fabric = fabric
+        self._broadcasts = 0
+
+    def now(self) -> float:
+        """The worker's virtual clock."""
+        return self._fabric.clocks[self.rank]
+
+    def launch_mean(self, buffer: Tensor) -> Handle:
+        """Join the next collective."""
+        return self._fabric.arrive(self.rank, buffer)
+
+    def broadcast(self, buffer: Tensor) -> None:
+        """Take what worker 0 left."""
+        self._fabric.broadcast(self.rank, self._broadcasts, buffer)
+        self._broadcasts += 1
+
+    def exchange(self, message: object) -> list[object]:
+        """The own message: workers of one process agree by construction."""
+        return [message]
+
+    def close(self) -> None:
+        """Nothing to leave."""

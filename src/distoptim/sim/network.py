@@ -1,0 +1,89 @@
+"""What a mean over the workers costs: a ring or a tree of equal or different links, or islands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from distoptim import checks
+from distoptim.comm import Link
+
+
+class Network(Protocol):
+    """A model of communication time."""
+
+    def all_reduce_s(self, nbytes: float, workers: int) -> float:
+        """Seconds from the arrival of the last worker to the end."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A ring all-reduce over links that may differ: every step of it waits for the slowest.
+
+    T = max over the links of 2 (n-1) (latency + bytes / (n rate)).
+
+    Args:
+        links: one per worker, reused in turn where there are more workers.
+    """
+
+    links: Sequence[Link]
+
+    def all_reduce_s(self, nbytes: float, workers: int) -> float:
+        """Seconds."""
+        return max(link.all_reduce_s(nbytes, workers) for link in _cycle(self.links, workers))
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A reduction up a binary tree and a broadcast down: few messages, each with all the bytes.
+
+    T = max over the links of 2 ceil(log2 n) (latency + bytes / rate). Better than a ring where latency rules.
+
+    Args:
+        links: one per worker, reused in turn where there are more workers.
+    """
+
+    links: Sequence[Link]
+
+    def all_reduce_s(self, nbytes: float, workers: int) -> float:
+        """Seconds."""
+        hops = 2 * math.ceil(math.log2(workers))
+        return max(hops * link.broadcast_s(nbytes, 2) for link in _cycle(self.links, workers))
+
+
+@dataclass(frozen=True)
+class Islands:
+    """Islands with fast links inside and slow ones between: a ring inside, then one over the islands' first workers.
+
+    T = ring inside + ring between + broadcast inside, the last as long as half the ring inside.
+
+    Args:
+        size: workers in an island, >= 1; the last island may be smaller.
+        inside: the link between two workers of an island.
+        between: the link between two islands.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    size: int
+    inside: Link
+    between: Link
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        checks.integer("size", self.size, 1)
+
+    def all_reduce_s(self, nbytes: float, workers: int) -> float:
+        """Seconds."""
+        members = min(self.size, workers)
+        inside = self.inside.all_reduce_s(nbytes, members)
+        return 1.5 * inside + self.between.all_reduce_s(nbytes, math.ceil(workers / self.size))
+
+
+def _cycle(links: Sequence[Link], workers: int) -> Sequence[Link]:
+    if not links:
+        raise ValueError("links=[]: allowed is one link per worker")
+    return [links[i % len(links)] for i in range(workers)] if workers < len(links) else links
