@@ -38,12 +38,17 @@ def check(engine: Engine, saved: dict[str, Any]) -> None:
     """Whether a saved state fits the engine.
 
     Raises:
-        ValueError: it has another format or algorithm, or other parameters.
+        ValueError: it has another format or algorithm, other parameters, or memory of another kind.
     """
-    mine = {"format": FORMAT, "rule": type(engine.rule).__name__,
-            "fragments": [slot.fragment.signature() for slot in engine.slots]}
-    theirs = {"format": saved["format"], "rule": saved["rule"],
-              "fragments": [f["signature"] for f in saved["fragments"]]}
+    found = saved.get("format") if isinstance(saved, dict) else saved
+    if found != FORMAT:
+        raise ValueError(f"checkpoint has format {found!r}: allowed is {FORMAT}")
+    mine = {"rule": type(engine.rule).__name__,
+            "fragments": [slot.fragment.signature() for slot in engine.slots],
+            "state": [rule.layout(rule.save(slot.state)) for slot in engine.slots]}
+    theirs = {"rule": saved["rule"],
+              "fragments": [f["signature"] for f in saved["fragments"]],
+              "state": [rule.layout(f["state"]) for f in saved["fragments"]]}
     for key, value in mine.items():
         if theirs[key] != value:
             raise ValueError(f"checkpoint has {key} {theirs[key]}, this optimizer {value}")

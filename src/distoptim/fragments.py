@@ -92,9 +92,9 @@ class Fragment:
                 x.copy_(x.to(z.dtype).lerp_(z, weight))
 
     def signature(self) -> str:
-        """What must agree on all workers and with a checkpoint: dtype, offset, shapes, memory order."""
+        """What must agree on all workers and with a checkpoint: dtype, shapes, memory order."""
         shapes = [f"{p.dtype}{list(p.shape)}{_order(x)}" for p, x in zip(self.params, self.local(), strict=True)]
-        return f"offset {self.offset}: " + " ".join(shapes).replace("torch.", "")
+        return " ".join(shapes).replace("torch.", "")
 
 
 def _dense_stride(x: Tensor) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
                 "inner optimizer": type(self.inner).__name__, "tau": self._tau, "delay": self._delay,
                 **dataclasses.asdict(self._rule),  # type: ignore[call-overload]  # rules are dataclasses
                 "number of fragments": len(fragments),
-                **{f"fragment {i}": f.signature() for i, f in enumerate(fragments)}})
+                **{f"fragment {i}": f"offset {f.offset}: {f.signature()}" for i, f in enumerate(fragments)}})
             for f in fragments:
                 start = f.flat()
                 f.read(start)
@@ -191,6 +191,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
         if ours is not None:
             checkpoint.check(self._engine, ours)
         self.inner.load_state_dict(inner)
+        # A mean on its way still writes into its buffer.
+        self._engine.settle()
         if ours is not None:
             checkpoint.load(self._engine, ours)
         else:
@@ -202,7 +204,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: always, once the optimizer is made.
         """
-        if param_group["params"]:
+        params = param_group["params"]
+        if not isinstance(params, list) or params:
             raise ValueError("the parameters of a distoptim optimizer are fixed at construction; make a new one")
 
     def zero_grad(self, set_to_none: bool = True) -> None:

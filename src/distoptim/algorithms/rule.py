@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,18 +74,19 @@ def save(state: State) -> dict[str, Any]:
     return out
 
 
-def load(state: State, saved: dict[str, Any]) -> None:
-    """Put saved values into a fresh state, tensors in place.
+def layout(saved: dict[str, Any]) -> dict[str, str]:
+    """Of a saved state, the fields and whether they hold memory (a tensor, an optimizer's state) or plain data."""
+    return {name: "memory" if isinstance(value, torch.Tensor | dict) else "data" for name, value in saved.items()}
 
-    Raises:
-        ValueError: the fields are not those of this state.
-    """
-    if saved.keys() != vars(state).keys():
-        raise ValueError(f"saved state has {sorted(saved)}, this algorithm keeps {sorted(vars(state))}")
+
+def load(state: State, saved: dict[str, Any]) -> None:
+    """Put saved values of the same layout into a state, tensors in place; hyperparameters stay the state's own."""
     for name, value in vars(state).items():
         if isinstance(value, Flat):
             value.tensor.copy_(saved[name])
         elif isinstance(value, torch.optim.Optimizer):
-            value.load_state_dict(saved[name])
+            # A copy, since torch would keep the saved tensors themselves.
+            value.load_state_dict({"state": copy.deepcopy(saved[name]["state"]),
+                                   "param_groups": value.state_dict()["param_groups"]})
         else:
             setattr(state, name, saved[name])

@@ -19,5 +19,5 @@ def connect(group: dist.ProcessGroup | None = None, timeout_s: float = 1800.0) -
     if world_size(group) > 1:
         return ProcessGroupCommunicator(group, timeout_s=timeout_s)
     warnings.warn("one worker: there is nobody to average with (is torch.distributed initialised, before the "
-                  "optimizer is made?)", RuntimeWarning, stacklevel=2)
+                  "optimizer is made?)", RuntimeWarning, stacklevel=4)
     return SingleWorker()
