@@ -1,32 +1,42 @@
-"""The command `distoptim`."""
+"""The console's entry point."""
 
 from __future__ import annotations
 
 import sys
 
+_EXTRA = ("click", "matplotlib", "rich")
+
 
 def main() -> None:
-    """The console's entry point: runs the command line and exits with its code.
+    """Run the command line and exit with its code.
 
-    Codes: 0 done, 1 a worker failed, 2 a wrong value, 128 + signal when interrupted (130 for Ctrl-C).
+    Codes: 0 done, 1 a worker failed, 2 a wrong value, 128 + signal when stopped by one (130 for Ctrl-C).
     """
     try:
         import click
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401
-    except ImportError as error:
-        print(f"Error: the command line needs {error.name}: pip install 'distoptim[train]'", file=sys.stderr)
-        sys.exit(2)
-    from distoptim.commands import cli
 
+        from distoptim.commands import cli
+        from distoptim.train.launch import WorkerError
+    except ImportError as error:
+        if error.name is None or error.name.split(".")[0] not in _EXTRA:
+            raise
+        _fail(f"the command line needs {error.name}: pip install 'distoptim[train]'", 2)
     try:
         code = cli.main(prog_name="distoptim", standalone_mode=False)
     except click.ClickException as error:
-        print(f"Error: {error.format_message()}", file=sys.stderr)
-        code = error.exit_code
+        _fail(error.format_message(), error.exit_code)
+    except ValueError as error:
+        _fail(str(error), 2)
+    except WorkerError as error:
+        _fail(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
         code = 130
     sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"Error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,24 +6,30 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 import distoptim
+from distoptim.report.figure import draw
 from distoptim.report.progress import LiveProgress
+from distoptim.report.table import note, table
 from distoptim.train import compare as comparison
 from distoptim.train import data, models, optimizers, records
 from distoptim.train.config import DTYPES, RunConfig
-from distoptim.train.launch import Job, WorkerError, run_local, run_worker
+from distoptim.train.launch import Job, run_local, run_worker
 from distoptim.train.world import Meeting, from_torchrun
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig)}
 # Fast enough for two cores, and a link over which an all-reduce takes about as long as a training step.
-DEMO = RunConfig(epochs=30, batch_size=32, tau=4, evaluate_every=66, log_every=6, latency_ms=2.0, bandwidth_gbit_s=0.5)
+DEMO = {**DEFAULTS, "epochs": 30, "lr": 0.02, "latency_ms": 3.0, "bandwidth_gbit_s": 0.5, "log_every": 6,
+        "evaluate_every": 66}
 
 
 class Option(click.Option):
@@ -54,46 +60,40 @@ def _option(section: str, *names: str, default: Any = None, **kwargs: Any) -> Ca
                         show_default=default is not None and not kwargs.get("is_flag", False), **kwargs)
 
 
-def run_options(defaults: RunConfig) -> Callable[[Command], Command]:
+def run_options(defaults: dict[str, Any]) -> Callable[[Command], Command]:
     """The options that every training has; their names are the fields of RunConfig."""
-    d = defaults
-    options = [
-        _option("Training", "--tau", type=int, default=d.tau, help="Local steps between two syncs."),
-        _option("Training", "--lr", type=float, default=d.lr, help="Learning rate of the local SGD."),
-        _option("Training", "--momentum", type=float, default=d.momentum, help="Momentum of the local SGD."),
-        _option("Training", "--nesterov/--no-nesterov", default=d.nesterov, help="Nesterov's form of it."),
-        _option("Training", "--weight-decay", type=float, default=d.weight_decay, help="Weight decay."),
-        _option("Training", "--batch-size", type=int, default=d.batch_size, help="Samples per worker and step."),
-        _option("Training", "--epochs", type=int, default=d.epochs, help="Passes over the training set."),
-        _option("Training", "--steps", type=int, help="Steps of each worker, instead of --epochs."),
-        _option("Training", "--seed", type=int, default=d.seed, help="Of the model, the partition, the batches."),
-        _option("Training", "--dtype", type=click.Choice(list(DTYPES)), default=d.dtype, help="Of the computation."),
-        _option("Data and model", "--data", type=click.Choice(list(data.DATASETS)), default=d.data,
-                help="Data set."),
-        _option("Data and model", "--data-dir", type=click.Path(), metavar="FOLDER",
-                help="Folder with the IDX files of mnist or fashion-mnist."),
-        _option("Data and model", "--partition", type=click.Choice(list(data.PARTITIONS)), default=d.partition,
-                help="Who gets which samples."),
-        _option("Data and model", "--model", type=click.Choice(list(models.MODELS)), default=d.model, help="Model."),
-        _option("Workers and network", "--workers", type=int, default=d.workers,
-                help="Processes on this machine."),
-        _option("Workers and network", "--latency-ms", type=float, default=d.latency_ms,
-                help="Emulate a link: milliseconds one message takes."),
-        _option("Workers and network", "--bandwidth-gbit-s", type=float, default=d.bandwidth_gbit_s,
-                help="Emulate a link: each worker's rate, in Gbit/s."),
-        _option("Workers and network", "--timeout-s", type=float, default=d.timeout_s,
-                help="Bound of every wait for other workers, in seconds."),
-        _option("Records", "--folder", type=click.Path(path_type=Path), metavar="FOLDER",
-                help="Where the results go.  [default: a new one in runs/]"),
-        _option("Records", "--log-every", type=int, default=d.log_every, help="Steps between two logged losses."),
-        _option("Records", "--evaluate-every", type=int, default=d.evaluate_every,
-                help="Steps between two evaluations.  [default: an epoch]" if d.evaluate_every is None
-                else "Steps between two evaluations."),
+    training, problem, network, files = "Training", "Data and model", "Workers and network", "Results"
+    rows: list[tuple[str, str, Any, str]] = [
+        (training, "--tau", int, "Local steps between two syncs."),
+        (training, "--lr", float, "Learning rate of the local SGD."),
+        (training, "--momentum", float, "Momentum of the local SGD."),
+        (training, "--nesterov/--no-nesterov", None, "Nesterov's form of it."),
+        (training, "--weight-decay", float, "Weight decay of the local SGD."),
+        (training, "--batch-size", int, "Samples per worker and step."),
+        (training, "--epochs", int, "Passes over the training set."),
+        (training, "--steps", int, "Steps of each worker, instead of --epochs."),
+        (training, "--seed", int, "Of the model, the partition and the batches."),
+        (training, "--dtype", click.Choice(list(DTYPES)), "Of the computation."),
+        (problem, "--data", click.Choice(list(data.DATASETS)), "Data set; digits come with scikit-learn."),
+        (problem, "--data-dir", click.Path(), "Folder with the IDX files of mnist or fashion-mnist."),
+        (problem, "--partition", click.Choice(list(data.PARTITIONS)), "Who gets which samples."),
+        (problem, "--model", click.Choice(list(models.MODELS)), "What is trained."),
+        (network, "--workers", int, "Processes on this machine."),
+        (network, "--latency-ms", float, "Emulate a link: milliseconds one message takes."),
+        (network, "--bandwidth-gbit-s", float, "Emulate a link: each worker's rate, in Gbit/s."),
+        (network, "--timeout-s", float, "Bound of every wait for other workers, in seconds."),
+        (files, "--folder", click.Path(path_type=Path), "Where they go.  [default: a new folder in runs/]"),
+        (files, "--log-every", int, "Steps between two logged losses."),
+        (files, "--evaluate-every", int, "Steps between two evaluations." + (
+            "" if defaults["evaluate_every"] else "  [default: an epoch]")),
     ]
 
     def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
+        for section, names, kind, text in reversed(rows):
+            field = names.split("/")[0].removeprefix("--").replace("-", "_")
+            metavar = "FOLDER" if isinstance(kind, click.Path) else None
+            command = _option(section, names, type=kind, default=defaults.get(field), metavar=metavar,
+                              help=text)(command)
         return command
 
     return add
@@ -125,87 +125,92 @@ def cli(ctx: click.Context) -> None:
 
 
 @cli.command(cls=Sections)
-@_option("Training", "--algorithm", type=click.Choice(optimizers.names()), default=RunConfig.algorithm,
+@_option("Training", "--algorithm", type=click.Choice(optimizers.names()), default=DEFAULTS["algorithm"],
          help="Method; ddp is synchronous SGD by DistributedDataParallel.")
-@run_options(RunConfig())
-@_option("Records", "--checkpoint-every", type=int, help="Steps between two checkpoints.  [default: an epoch]")
-@_option("Records", "--resume", type=click.Path(path_type=Path), metavar="FOLDER",
+@run_options(DEFAULTS)
+@_option("Results", "--checkpoint-every", type=int,
+         help="Steps between two checkpoints; 0: only at the end.  [default: an epoch]")
+@_option("Results", "--resume", type=click.Path(path_type=Path), metavar="FOLDER",
          help="Go on with the run in this folder; options given now replace its own.")
-@_option("Records", "--tensorboard", is_flag=True, default=False, help="Log for TensorBoard too.")
+@_option("Results", "--tensorboard", is_flag=True, default=False, help="Log for TensorBoard too.")
 @_option("Workers and network", "--init", metavar="tcp://HOST:PORT",
-         help="Be one worker of several machines; rank 0 listens there. Under torchrun not needed.")
+         help="Be one of several workers; rank 0 listens there. Not needed under torchrun.")
 @_option("Workers and network", "--rank", type=int, help="With --init: this worker's number, from 0.")
 @_option("Workers and network", "--world-size", type=int, help="With --init: how many workers there are.")
 @algorithm_options
-@click.pass_context
-def train(ctx: click.Context, **given: Any) -> None:
+def train(*, folder: Path | None, resume: Path | None, tensorboard: bool, init: str | None, rank: int | None,
+          world_size: int | None, **given: Any) -> int:
     """Train a model with one method.
 
     Starts --workers processes on this machine, or is one worker under torchrun or with --init.
     """
-    folder, resume, tensorboard = given.pop("folder"), given.pop("resume"), given.pop("tensorboard")
-    try:
-        meeting = _meeting(given.pop("init"), given.pop("rank"), given.pop("world_size")) or from_torchrun()
-        if meeting is not None:
-            given["workers"] = meeting.size
-        config = _resumed(ctx, resume, given) if resume else _config(given)
-        data.load(config.data, None if config.data_dir is None else Path(config.data_dir))
-        job = Job(config, folder or resume or _new_folder(config.algorithm), resume is not None, tensorboard)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    console = Console()
+    meeting = _meeting(init, rank, world_size) or from_torchrun()
+    if meeting is not None:
+        given["workers"] = meeting.size
+    config = _config(given) if resume is None else _resumed(resume, given, keep_workers=meeting is None)
+    _check_files(config, tensorboard)
+    job = Job(config, folder or resume or _new_folder(config.algorithm), resume is not None, tensorboard)
+    speaks = meeting is None or meeting.rank == 0
+    console = Console(quiet=not speaks)
     with LiveProgress(console) as progress:
-        watch = [progress.watch(config.algorithm)]
-        signum = _run(lambda: run_local(job, watch) if meeting is None else run_worker(job, meeting, watch))
-    if meeting is None or meeting.rank == 0:
-        _finish(console, job, signum)
-    ctx.exit(128 + signum if signum else 0)
+        watch = [progress.watch(config.algorithm)] if speaks else []
+        signum = run_local(job, watch) if meeting is None else run_worker(job, meeting, watch)
+    if signum and speaks:
+        print(f"Stopped; go on with: distoptim train --resume {job.folder}", file=sys.stderr)
+    elif speaks:
+        console.print(table([records.read(job.folder)]))
+        console.print(f"record: {job.folder / records.FILE}", soft_wrap=True)
+    return 128 + signum if signum else 0
 
 
 @cli.command(cls=Sections)
 @_option("Training", "--methods", default=",".join(comparison.METHODS), metavar="NAME,NAME,...",
          help="What is compared, one after the other.")
 @run_options(DEMO)
-@click.pass_context
-def compare(ctx: click.Context, methods: str, folder: Path | None, **given: Any) -> None:
+def compare(*, methods: str, folder: Path | None, **given: Any) -> int:
     """Train the same model once per method, over an emulated slow link.
 
-    Prints a table, and leaves it as a picture with the records of all runs.
+    Prints a table, and leaves a picture and the records of all runs.
     """
-    try:
-        configs = comparison.variants(_config(given), [name.strip() for name in methods.split(",")])
-        data.load(configs[0].data, None if configs[0].data_dir is None else Path(configs[0].data_dir))
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    configs = comparison.variants(_config(given), [name.strip() for name in methods.split(",")])
+    _check_files(configs[0])
     folder = folder or _new_folder("compare")
     console = Console()
     with LiveProgress(console) as progress:
-        signum = _run(lambda: comparison.compare(configs, folder, lambda c: progress.watch(c.algorithm)))
+        signum = comparison.compare(configs, folder, lambda config: progress.watch(config.algorithm))
     if signum:
-        ctx.exit(128 + signum)
-    from distoptim.report.table import table
-
+        print(f"Stopped; the records are in {folder}", file=sys.stderr)
+        return 128 + signum
     runs = comparison.read(folder)
-    console.print(table(runs))
-    console.print(f"records: {folder}/*/{records.FILE}")
+    picture = folder / "comparison.png"
+    draw(runs, picture)
+    console.print("", table(runs), "", note(runs))
+    for name, path in (("picture", picture), ("records", folder / "*" / records.FILE)):
+        console.print(f"{name}: {path}", soft_wrap=True)
+    return 0
 
 
 def _config(given: dict[str, Any]) -> RunConfig:
-    """From the values of all options."""
-    fields = {f.name for f in dataclasses.fields(RunConfig)}
-    options = {name: value for name, value in given.items() if name not in fields and value is not None}
-    return RunConfig(**{name: value for name, value in given.items() if name in fields}, options=options)
+    """From options by name: those that are no field of RunConfig are the algorithm's own."""
+    fields = {name: value for name, value in given.items() if name in DEFAULTS}
+    own = {name: value for name, value in given.items() if name not in DEFAULTS and value is not None}
+    return RunConfig(**{"options": own, **fields})
 
 
-def _resumed(ctx: click.Context, folder: Path, given: dict[str, Any]) -> RunConfig:
+def _resumed(folder: Path, given: dict[str, Any], *, keep_workers: bool) -> RunConfig:
     """The configuration of a recorded run, with what is given on the command line now."""
+    ctx = click.get_current_context()
     saved = records.read(folder).config
     now = {name: value for name, value in given.items()
-           if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE or name == "workers" and
-           value != RunConfig.workers}
-    fields = {f.name for f in dataclasses.fields(RunConfig)}
-    options = {**saved.pop("options"), **{name: value for name, value in now.items() if name not in fields}}
-    return RunConfig(**{**saved, **{name: value for name, value in now.items() if name in fields}}, options=options)
+           if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE or (name == "workers" and not keep_workers)}
+    return _config({**saved, **saved.pop("options"), **now})
+
+
+def _check_files(config: RunConfig, tensorboard: bool = False) -> None:
+    """Fail here, before there are workers."""
+    data.load(config.data, None if config.data_dir is None else Path(config.data_dir))
+    if tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs TensorBoard: pip install 'distoptim[tensorboard]'")
 
 
 def _meeting(init: str | None, rank: int | None, size: int | None) -> Meeting | None:
@@ -223,20 +228,3 @@ def _meeting(init: str | None, rank: int | None, size: int | None) -> Meeting | 
 
 def _new_folder(name: str) -> Path:
     return Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
-
-
-def _run(action: Callable[[], int]) -> int:
-    try:
-        return action()
-    except WorkerError as error:
-        raise click.ClickException(str(error)) from error
-
-
-def _finish(console: Console, job: Job, signum: int) -> None:
-    if signum:
-        print(f"stopped; go on with: distoptim train --resume {job.folder}", file=sys.stderr)
-        return
-    from distoptim.report.table import table
-
-    console.print(table([records.read(job.folder)]))
-    console.print(f"record: {job.folder / records.FILE}")

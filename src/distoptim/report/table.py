@@ -11,10 +11,10 @@ from distoptim.train.records import Record
 
 def table(runs: Sequence[Record]) -> Table:
     """One row per finished run."""
-    out = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
-    out.add_column("method")
-    for heading in ("test\naccuracy", "test\nloss", "training\nseconds", "exposed,\n% of comp.", "MB sent\nper worker",
-                    "syncs"):
+    out = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    out.add_column("method", no_wrap=True, vertical="bottom")
+    for heading in ("test\naccuracy", "test\nloss", "training\nseconds", "exposed in %\nof computation",
+                    "MB sent\nper worker", "syncs"):
         out.add_column(heading, justify="right", vertical="bottom")
     for run in runs:
         s = run.summary
@@ -22,3 +22,12 @@ def table(runs: Sequence[Record]) -> Table:
         out.add_row(run.config["algorithm"], f"{s['test_accuracy']:.2%}", f"{s['test_loss']:.3f}",
                     f"{s['seconds']:.1f}", f"{s['exposed_share']:.1%}", f"{s['bytes'] / 1e6:.1f}", str(s["syncs"]))
     return out
+
+
+def note(runs: Sequence[Record]) -> str:
+    """What must be known to compare the methods fairly."""
+    lr = runs[0].config["lr"]
+    effective = {"overlap-local-sgd": "0.69 times that in Overlap-Local-SGD (its pull)",
+                 "bmuf": f"{runs[0].config['workers']} times in BMUF (its block momentum)"}
+    said = " and ".join(effective[r.config["algorithm"]] for r in reversed(runs) if r.config["algorithm"] in effective)
+    return f"All learning rates are {lr:g}, " + (f"but the effective one is {said}." if said else "as given.")

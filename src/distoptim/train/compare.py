@@ -22,7 +22,7 @@ def variants(config: RunConfig, methods: Sequence[str]) -> list[RunConfig]:
     """
     if len(set(methods)) < len(methods) or not methods:
         raise ValueError(f"methods={', '.join(methods)!r}: allowed is a list of different methods")
-    return [replace(config, algorithm=name, options={}) for name in methods]
+    return [replace(config, algorithm=name, options={}, checkpoint_every=0) for name in methods]
 
 
 def compare(configs: Sequence[RunConfig], folder: Path, observer: Callable[[RunConfig], Observer]) -> int:

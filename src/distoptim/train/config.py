@@ -33,7 +33,8 @@ class RunConfig:
         latency_ms: of one message over the emulated link, >= 0; None leaves the network as it is.
         bandwidth_gbit_s: of the emulated link, > 0; None means that only latency counts.
         dtype: of the computation, "float32" or "bfloat16" (autocast).
-        log_every, evaluate_every, checkpoint_every: local steps, >= 1; None means every epoch (logs: 10 steps).
+        log_every, evaluate_every: local steps, >= 1; None means an epoch.
+        checkpoint_every: local steps, >= 0; None means an epoch, 0 only at the end or when stopped.
         timeout_s: bound of every wait for the other workers, > 0.
 
     Raises:
@@ -65,11 +66,12 @@ class RunConfig:
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
+        """Check all values."""
         for name in ("tau", "batch_size", "epochs", "workers", "log_every"):
             checks.integer(name, getattr(self, name), 1)
-        for name in ("steps", "evaluate_every", "checkpoint_every"):
+        for name, low in (("steps", 1), ("evaluate_every", 1), ("checkpoint_every", 0)):
             if getattr(self, name) is not None:
-                checks.integer(name, getattr(self, name), 1)
+                checks.integer(name, getattr(self, name), low)
         checks.integer("seed", self.seed, 0, 2**31 - 1)
         for name, table in (("data", data.DATASETS), ("partition", data.PARTITIONS), ("model", models.MODELS),
                             ("dtype", DTYPES)):

@@ -128,6 +128,7 @@ class Batches:
     def __init__(self, images: Tensor, labels: Tensor, *, batch_size: int, seed: int) -> None:
         self._images, self._labels, self._batch_size = images, labels, batch_size
         self._generator = torch.Generator().manual_seed(seed)
+        self._position = 0
         self._shuffle()
 
     def __iter__(self) -> Batches:

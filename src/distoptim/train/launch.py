@@ -7,20 +7,21 @@ import os
 import signal
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 
 from distoptim.train.config import RunConfig
 from distoptim.train.loop import Observer, Run
 from distoptim.train.world import Meeting, StopSignals, joined
 
-# Imported once, by the server from which the workers are forked; what is not installed is passed over.
-_PRELOAD = ["torch", "torch.distributed", "distoptim.train.launch", "sklearn.datasets"]
+# Imported once, by the server from which the workers are forked; what is not installed is passed over. Making
+# any torch optimizer imports torch._dynamo, which takes longer than all the rest.
+_PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "distoptim.train.launch", "sklearn.datasets"]
 
 
 class WorkerError(RuntimeError):
@@ -55,10 +56,13 @@ def run_worker(job: Job, meeting: Meeting, observers: Sequence[Observer] = ()) -
     torch.set_num_threads(1)
     observers = list(observers)
     if job.tensorboard and meeting.rank == 0:
-        from distoptim.train.tensorboard import tensorboard_observer
+        # It takes seconds to import, and is an extra.
+        from distoptim.train.tensorboard import TensorBoard
 
-        observers.append(tensorboard_observer(job.folder))
+        observers.append(TensorBoard(job.folder / "tensorboard"))
     with StopSignals() as signals, joined(meeting, job.config) as world:
+        # Under torchrun every rank has made up a name of its own.
+        job = replace(job, folder=world.gather(job.folder)[0])
         run = Run(job.config, world, job.folder, observers=observers, resume=job.resume)
         signum = run.train(signals)
         run.close()
@@ -76,7 +80,7 @@ def run_local(job: Job, observers: Sequence[Observer] = ()) -> int:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     workers: list[tuple[Any, Connection]] = []
     with StopSignals() as signals:
         try:

@@ -77,11 +77,13 @@ class Run:
         """All steps that are left; returns the signal that stopped them early, after a checkpoint, or 0."""
         self._introduce()
         every = self.config.evaluate_every or self.steps_per_epoch
-        save_every = self.config.checkpoint_every or self.steps_per_epoch
+        save_every = self.steps_per_epoch if self.config.checkpoint_every is None else self.config.checkpoint_every
         vote = StopVote(self.world, signals)
         first = self._place.step
         self.model.train()
         self.world.barrier()
+        if first >= self.steps:
+            self._evaluate()
         while self._place.step < self.steps:
             step_s = self._step()
             step = self._place.step
@@ -90,7 +92,7 @@ class Run:
             if step % every == 0 or step == self.steps:
                 self._evaluate()
             signum = vote.verdict(step - first, step_s)
-            if signum or step % save_every == 0 or step == self.steps:
+            if signum or step == self.steps or (save_every and step % save_every == 0):
                 self._save()
             if signum:
                 return signum
@@ -157,10 +159,9 @@ class Run:
         mean = {key: sum(t[key] for t in totals) / len(totals) for key in ("seconds", "exposed_s")}
         if self.world.rank == 0:
             computation = mean["seconds"] - mean["exposed_s"]
-            counted = self._method.optimizer.stats() if isinstance(self._method, methods.Averaging) else None
             self._tell("summary", **self._score, **mean, computation_s=computation,
                        exposed_share=mean["exposed_s"] / computation, bytes=totals[0]["bytes"],
-                       syncs=totals[0]["syncs"], stats=counted)
+                       syncs=totals[0]["syncs"], stats=self._method.stats())
 
     def _save(self) -> None:
         place = self._place

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,35 +18,41 @@ from distoptim.optimizer import AveragingOptimizer
 from distoptim.train import optimizers
 from distoptim.train.config import DTYPES, RunConfig
 
-
 # torch 2.13 renamed the argument.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
-class Method(Protocol):
+class Method(ABC):
     """What the training loop asks for.
 
-    `step` returns the loss of this worker's batch and the seconds its computation stood still for
-    communication, both read in the loop's own process by `time.perf_counter`.
+    `step` returns the loss of this worker's batch, and the seconds of `time.perf_counter` for which its
+    computation stood still for communication.
     """
 
     optimizer: torch.optim.Optimizer
 
+    @abstractmethod
     def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """Train on one batch."""
 
+    @abstractmethod
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model is the workers' mean; entering is collective."""
 
+    @abstractmethod
     def traffic(self) -> dict[str, int]:
         """Payload bytes this worker sent, and syncs, so far."""
 
-    def close(self) -> None:
-        """Leave the communication groups."""
+    def stats(self) -> dict[str, float] | None:
+        """What the optimizer measured itself, if it does."""
+        return None
+
+    def close(self) -> None:  # noqa: B027  # not all have something to leave
+        """Leave the communication groups of its own."""
 
 
-class Averaging:
+class Averaging(Method):
     """An algorithm of `distoptim`.
 
     Exposed communication is the time inside `optimizer.average()`: the waits, and the merging too, so it is an
@@ -55,34 +62,38 @@ class Averaging:
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         optimizer = optimizers.build(config, model.parameters())
         assert isinstance(optimizer, AveragingOptimizer)
-        self.optimizer = optimizer
+        self.optimizer = self._averaging = optimizer
         self._model, self._dtype = model, DTYPES[config.dtype]
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """Forward, backward, local step, average."""
         loss = _loss(self._model, images, labels, self._dtype)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         before = time.perf_counter()
-        self.optimizer.average()
+        self._averaging.average()
         return loss.item(), time.perf_counter() - before
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Mean parameters and batch-norm statistics."""
-        return self.optimizer.averaged(self._model)
+        return self._averaging.averaged(self._model)
 
     def traffic(self) -> dict[str, int]:
         """From the optimizer's own counters."""
-        stats = self.optimizer.stats()
+        stats = self._averaging.stats()
         return {"bytes": int(stats["bytes"]), "syncs": int(stats["syncs"])}
+
+    def stats(self) -> dict[str, float]:
+        """Its counters."""
+        return self._averaging.stats()
 
     def close(self) -> None:
         """Close the optimizer."""
-        self.optimizer.close()
+        self._averaging.close()
 
 
-class Synchronous:
+class Synchronous(Method):
     """DistributedDataParallel with SGD.
 
     Exposed communication is the time from the moment this worker's last gradient is computed, which a hook on
@@ -98,7 +109,7 @@ class Synchronous:
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._last_gradient = 0.0
         for p in self._params:
-            p.register_hook(self._note)
+            p.register_hook(self._note)  # type: ignore[no-untyped-call]
         self._syncs = 0
 
     def _note(self, gradient: Tensor) -> None:
@@ -107,7 +118,7 @@ class Synchronous:
     def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """Forward, backward with the gradients' mean, step."""
         loss = _loss(self._ddp, images, labels, self._dtype)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         exposed = time.perf_counter() - self._last_gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -132,9 +143,6 @@ class Synchronous:
         """A gradient for every parameter at every step."""
         return {"bytes": self._syncs * sum(p.numel() * p.element_size() for p in self._params), "syncs": self._syncs}
 
-    def close(self) -> None:
-        """DDP lives in the default group, which its maker destroys."""
-
 
 def build(model: nn.Module, config: RunConfig) -> Method:
     """The method that `config` names, training `model` in place. Collective."""
@@ -147,7 +155,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
     model.eval()
     loss, right = 0.0, 0
     with torch.no_grad():
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        for x, y in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
             out = model(x)
             loss += float(nn.functional.cross_entropy(out, y, reduction="sum"))
             right += int((out.argmax(1) == y).sum())

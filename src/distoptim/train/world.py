@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 
 from distoptim.comm import emulate
 from distoptim.train.config import RunConfig
@@ -52,7 +53,7 @@ def from_torchrun() -> Meeting | None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"RANK and WORLD_SIZE are set, but MASTER_ADDR and MASTER_PORT are not right: {error}") from error
+        raise ValueError(f"RANK and WORLD_SIZE are set, MASTER_ADDR and MASTER_PORT are not: {error}") from error
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Meeting(host, port, rank, size, f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", hosted)
 
@@ -79,10 +80,10 @@ class World:
 def joined(meeting: Meeting, config: RunConfig) -> Iterator[World]:
     """Within the block torch.distributed runs, over the emulated link if the run has one."""
     timeout = timedelta(seconds=config.timeout_s)
-    store: dist.Store = dist.TCPStore(meeting.host, meeting.port, meeting.size, timeout=timeout,
-                                      is_master=not meeting.hosted and meeting.rank == 0, wait_for_workers=False)
+    store: Store = TCPStore(meeting.host, meeting.port, meeting.size, timeout=timeout,
+                            is_master=not meeting.hosted and meeting.rank == 0, wait_for_workers=False)
     if meeting.prefix:
-        store = dist.PrefixStore(meeting.prefix, store)
+        store = PrefixStore(meeting.prefix, store)
     link = config.link
     backend = "gloo" if link is None else emulate(latency_s=link.latency_s, bandwidth_gbit_s=link.bandwidth_gbit_s)
     dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout)
