@@ -29,21 +29,22 @@ class Cluster:
         self.optimizers: list[Any] = [
             make(mine, communicator=VirtualCommunicator(fabric, rank)) for rank, mine in enumerate(self.params)]
 
-    def step(self, gradient: Gradient) -> None:
+    def step(self, gradient: Gradient, before_launch: Callable[[], object] = lambda: None) -> None:
         """One local step of every worker with gradient(rank, its parameters), then average()."""
         for rank, (optimizer, params) in enumerate(zip(self.optimizers, self.params, strict=True)):
             for p, g in zip(params, gradient(rank, [p.detach() for p in params]), strict=True):
                 p.grad = g
             optimizer.step()
             optimizer.zero_grad()
-        self.average()
+        self.average(before_launch)
 
-    def average(self) -> None:
+    def average(self, before_launch: Callable[[], object] = lambda: None) -> None:
         engines = [o._engine for o in self.optimizers]
         for e in engines:
             e.count()
         for e in engines:
             e.finish_due()
+        before_launch()
         for e in engines:
             e.launch_due()
         if engines[0].delay == 0:

@@ -57,7 +57,7 @@ def test_lockstep_equals_reference(name, key):
     for t in range(problem.STEPS):
         if name == "original_lsq" and t == 0:
             # The original syncs first after tau + 1 steps.
-            skipped, cluster.average = cluster.average, lambda: None
+            skipped, cluster.average = cluster.average, lambda _: None
             cluster.step(problem.gradient)
             cluster.average = skipped
         else:
