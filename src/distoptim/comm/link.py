@@ -86,6 +86,8 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
         self._gloo = _c10d.ProcessGroupGloo(store, rank, size, timeout)
+        # Its own connections: the thread below is not to come between the collectives of the program's.
+        self._timed = _c10d.ProcessGroupGloo(_c10d.PrefixStore("timed", store), rank, size, timeout)
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         self._timeout = timeout
@@ -97,11 +99,11 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
         """All-reduce in place, in the time of the link."""
         opts = opts or _c10d.AllreduceOptions()
-        return self._send(tensors, lambda t: self._gloo.allreduce(t, opts), _link.all_reduce_s)
+        return self._send(tensors, lambda t: self._timed.allreduce(t, opts), _link.all_reduce_s)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         """Broadcast in place, in the time of the link."""
-        return self._send(tensors, lambda t: self._gloo.broadcast(t, opts), _link.broadcast_s)
+        return self._send(tensors, lambda t: self._timed.broadcast(t, opts), _link.broadcast_s)
 
     def _send(self, tensors: list[Tensor], collective: Callable[[list[Tensor]], dist.Work],
               seconds: Callable[[float, int], float]) -> dist.Work:
@@ -113,7 +115,7 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
             start = torch.tensor([time.monotonic()], dtype=torch.float64)
             latest = _c10d.AllreduceOptions()
             latest.reduceOp = dist.ReduceOp.MAX
-            self._gloo.allreduce([start], latest).wait()
+            self._timed.allreduce([start], latest).wait()
             # On copies: nobody is to see the result before the link could have brought it.
             copies = [t.detach().clone() for t in tensors]
             collective(copies).wait()
@@ -132,17 +134,17 @@ class _TimedWork(_c10d.Work):  # type: ignore[misc]  # as above
         super().__init__()
         self._timeout = timeout
         self._over = threading.Event()
-        self._error: Exception | None = None
+        self._error: str | None = None
         self._future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
 
-    def end(self, tensors: list[Tensor], error: Exception | None) -> None:
+    def end(self, tensors: list[Tensor], error: str | None) -> None:
         """Tell those who wait."""
         self._error = error
         self._over.set()
         if error is None:
             self._future.set_result(tensors)
         else:
-            self._future.set_exception(error)  # type: ignore[arg-type]  # torch takes any exception
+            self._future.set_exception(RuntimeError(error))  # type: ignore[arg-type]  # torch takes any exception
 
     def is_completed(self) -> bool:
         """Whether it ended, well or not."""
@@ -154,7 +156,7 @@ class _TimedWork(_c10d.Work):  # type: ignore[misc]  # as above
         if not self._over.wait(limit.total_seconds()):
             raise RuntimeError(f"collective on the emulated link timed out after {limit.total_seconds():g} s")
         if self._error is not None:
-            raise RuntimeError(str(self._error)) from self._error
+            raise RuntimeError(self._error)
         return True
 
     def get_future(self) -> torch.futures.Future[list[Tensor]]:
@@ -187,9 +189,11 @@ def _cable() -> queue.SimpleQueue[_Item]:
 def _serve(items: queue.SimpleQueue[_Item]) -> None:
     while (item := items.get()) is not None:
         work, run, tensors = item
-        error: Exception | None = None
+        error: str | None = None
         try:
             run()
         except Exception as failure:
-            error = failure
+            error = str(failure)
         work.end(tensors, error)
+        # Peers hear of a failure only when nobody holds the group any more.
+        del item, work, run, tensors
