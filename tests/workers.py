@@ -33,7 +33,8 @@ def run(fn: Callable[..., Any], workers: int, *args: Any, backend: str = "gloo",
         expect_exit: rank -> exit code of workers that are meant to die without a result (-9 for SIGKILL).
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "distoptim"])
+    # Making any torch optimizer imports torch._dynamo, which takes seconds; here it is done once for all workers.
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "distoptim"])
     expected = expect_exit or {}
     port = free_port()
     receivers: list[Connection] = []
