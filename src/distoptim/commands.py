@@ -28,8 +28,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig)}
 # Fast enough for two cores, and a link over which an all-reduce takes about as long as a training step.
-DEMO = {**DEFAULTS, "epochs": 30, "lr": 0.02, "latency_ms": 3.0, "bandwidth_gbit_s": 0.5, "log_every": 6,
-        "evaluate_every": 66}
+DEMO = {**DEFAULTS, "epochs": 36, "lr": 0.01, "batch_size": 48, "latency_ms": 3.0, "bandwidth_gbit_s": 0.5,
+        "log_every": 5, "evaluate_every": 49}
 
 
 class Option(click.Option):

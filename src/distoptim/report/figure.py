@@ -83,7 +83,7 @@ def _bars(axes: Any, runs: Sequence[Record]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.13)
-    axes.set_xlabel("training time, seconds (%: exposed communication / computation)")
+    axes.set_xlabel("training time, seconds (%: exposed / computation)")
     axes.set_title("Where the time goes", pad=30)
     _legend(axes)
 
@@ -109,7 +109,10 @@ def smooth(values: Sequence[float], weight: float = 0.3) -> list[float]:
 
 
 def spread(heights: Sequence[float], *, gap: float) -> list[float]:
-    """Move heights apart until neighbours are at least `gap` apart, in the same order, around where they were."""
+    """Move heights apart until neighbours are at least `gap` apart, in the same order, around where they were.
+
+    All end up in [0, 1] if there is room for them there.
+    """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     clusters: list[list[int]] = []
     for i in order:
@@ -119,9 +122,15 @@ def spread(heights: Sequence[float], *, gap: float) -> list[float]:
             last = clusters.pop()
             clusters[-1] += last
     out = list(heights)
+    floor = 0.0
     for cluster in clusters:
         for k, i in enumerate(cluster):
-            out[i] = _bottom(cluster, heights, gap) + k * gap
+            out[i] = floor = max(floor, _bottom(cluster, heights, gap) + k * gap)
+            floor += gap
+    ceiling = 1.0
+    for i in reversed(order):
+        out[i] = min(out[i], ceiling)
+        ceiling = out[i] - gap
     return out
 
 
@@ -143,6 +152,7 @@ def _marker(i: int) -> str:
 
 def _caption(run: Record) -> str:
     c, start = run.config, run.start
+    machine = start["machine"]
     link = []
     if c["latency_ms"] is not None:
         link.append(f"{c['latency_ms']:g} ms")
@@ -150,4 +160,4 @@ def _caption(run: Record) -> str:
         link.append(f"{c['bandwidth_gbit_s']:g} Gbit/s")
     over = f" over an emulated link of {' and '.join(link)}" if link else ""
     return (f"{c['model']} on {c['data']}, {start['workers']} workers{over}; batch {c['batch_size']} each, "
-            f"tau {c['tau']}, learning rate {c['lr']:g}. {start['machine']['cores']} cores of {start['machine']['processor']}.")
+            f"tau {c['tau']}, learning rate {c['lr']:g}. {machine['cores']} cores of {machine['processor']}.")

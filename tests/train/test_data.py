@@ -1,0 +1,123 @@
+import gzip
+import struct
+
+import pytest
+import torch
+
+from distoptim.train import data, idx
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.dim()]) + struct.pack(f">{array.dim()}I", *array.shape)
+    content = header + array.numpy().tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six training and three test images of 28x28; two of the files compressed."""
+    g = torch.Generator().manual_seed(0)
+    for name, n, suffix in (("train", 6, ".gz"), ("t10k", 3, "")):
+        images = torch.randint(256, (n, 28, 28), dtype=torch.uint8, generator=g)
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte{suffix}", images)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte{suffix}", torch.arange(n, dtype=torch.uint8))
+    return tmp_path
+
+
+def test_idx_file_holds_what_was_written(tmp_path):
+    array = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4)
+    write_idx(tmp_path / "a", array)
+    write_idx(tmp_path / "a.gz", array)
+    assert torch.equal(idx.read(tmp_path / "a"), array)
+    assert torch.equal(idx.read(tmp_path / "a.gz"), array)
+
+
+def test_idx_folder_is_standardised(folder):
+    d = data.load("fashion-mnist", folder)
+    assert d.train_images.shape == (6, 1, 28, 28)
+    assert d.test_labels.tolist() == [0, 1, 2]
+    assert d.classes == 6
+    assert abs(float(d.train_images.mean())) < 1e-5
+    assert float(d.train_images.std()) == pytest.approx(1, abs=1e-5)
+
+
+def test_missing_files_are_named(folder):
+    (folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(ValueError, match=r"missing t10k-labels-idx1-ubyte \(each may end in .gz\)") as error:
+        data.load("mnist", folder)
+    assert str(folder) in str(error.value)
+    with pytest.raises(ValueError, match="mnist.*needs --data-dir.*train-images-idx3-ubyte"):
+        data.load("mnist")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "not an IDX file"), (b"\0\0\x0d\x01\0\0\0\1....", "not an IDX file"), (b"\0\0\x08\x03\0\0", "header"),
+    (b"\0\0\x08\x01\0\0\0\x05abc", "3 bytes of data, expected 5")])
+def test_damaged_idx_file_is_named(tmp_path, content, message):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        idx.read(tmp_path / "x")
+    assert str(tmp_path / "x") in str(error.value)
+
+
+def test_damaged_gzip_is_named(tmp_path):
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"abc")[:-6])
+    with pytest.raises(ValueError, match=r"x\.gz"):
+        idx.read(tmp_path / "x.gz")
+
+
+def test_images_and_labels_must_belong_together(folder):
+    write_idx(folder / "t10k-labels-idx1-ubyte", torch.arange(2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="do not belong together"):
+        idx.read_folder(folder)
+
+
+def test_digits_are_split_the_same_way_every_time():
+    a, b = data.load("digits"), data.load("digits")
+    assert (len(a.train_labels), len(a.test_labels), a.classes) == (1438, 359, 10)
+    assert a.train_images.shape[1:] == (1, 8, 8)
+    assert torch.equal(a.test_images, b.test_images)
+    rows = {tuple(x.flatten().tolist()) for x in a.train_images}
+    assert not any(tuple(x.flatten().tolist()) in rows for x in a.test_images)
+
+
+@pytest.mark.parametrize("workers", [1, 3, 4])
+@pytest.mark.parametrize("name", data.PARTITIONS)
+def test_partition_uses_each_sample_once(name, workers):
+    shards = data.partition(name, torch.arange(103) % 10, workers=workers, seed=1)
+    assert sorted(torch.cat(shards).tolist()) == list(range(103))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_partition_refuses_empty_shards():
+    with pytest.raises(ValueError, match="workers=5"):
+        data.partition("iid", torch.zeros(4), workers=5, seed=0)
+
+
+@pytest.mark.parametrize("name", ["data", "partition"])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}='x'.*allowed is one of"):
+        data.load("x") if name == "data" else data.partition("x", torch.zeros(4), workers=1, seed=0)
+
+
+def batches(batch_size, n=7, seed=3):
+    return data.Batches(torch.arange(n), torch.arange(n), batch_size=batch_size, seed=seed)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
+def test_batches_are_full_and_use_samples_equally_often(batch_size):
+    seen = torch.cat([labels for (_, labels), _ in zip(batches(batch_size), range(14), strict=False)])
+    assert len(seen) == 14 * batch_size
+    for start in range(0, len(seen) - 6, 7):
+        assert sorted(seen[start:start + 7].tolist()) == list(range(7))
+
+
+@pytest.mark.parametrize("batch_size", [3, 7, 10])
+@pytest.mark.parametrize("stop", [0, 1, 2, 5, 7])
+def test_batches_go_on_from_their_state(batch_size, stop):
+    whole, first, second = batches(batch_size), batches(batch_size), batches(batch_size, seed=99)
+    expected = [next(whole)[1].tolist() for _ in range(stop + 6)]
+    for _ in range(stop):
+        next(first)
+    second.load_state_dict(first.state_dict())
+    assert [next(second)[1].tolist() for _ in range(6)] == expected[stop:]
