@@ -67,7 +67,7 @@ class Averaging(Method):
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """Forward, backward, local step, average."""
-        loss = _loss(self._model, images, labels, self._dtype)
+        loss = batch_loss(self._model, images, labels, self._dtype)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -117,7 +117,7 @@ class Synchronous(Method):
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """Forward, backward with the gradients' mean, step."""
-        loss = _loss(self._ddp, images, labels, self._dtype)
+        loss = batch_loss(self._ddp, images, labels, self._dtype)
         loss.backward()
         exposed = time.perf_counter() - self._last_gradient
         self.optimizer.step()
@@ -163,6 +163,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
     return {"test_loss": loss / len(labels), "test_accuracy": right / len(labels)}
 
 
-def _loss(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Any:
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+def batch_loss(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Any:
+    """Cross-entropy of a batch, under autocast if `dtype` is bfloat16."""
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
         return nn.functional.cross_entropy(model(images), labels)

@@ -1,0 +1,88 @@
+"""Many simulated runs: all combinations, on all cores, each once, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distoptim.sim.machines import Machines
+from distoptim.sim.run import run
+from distoptim.train import records
+from distoptim.train.config import RunConfig
+
+
+def combinations(config: RunConfig, axes: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
+    """`config` once per combination of the axes' values; synchronous SGD once for all tau.
+
+    Args:
+        config: what they have in common.
+        axes: name of a field of the configuration -> its values.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    found: dict[str, RunConfig] = {}
+    for values in itertools.product(*axes.values()):
+        made = replace(config, **dict(zip(axes, values, strict=True)))
+        if made.algorithm == "ddp":
+            made = replace(made, tau=1, options={})
+        found.setdefault(name(made, Machines()), made)
+    return list(found.values())
+
+
+def name(config: RunConfig, machines: Machines) -> str:
+    """A folder's name: readable, and different for every different run."""
+    text = json.dumps([config.to_dict(), machines.to_dict()], sort_keys=True)
+    short = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{config.algorithm}-tau{config.tau}-m{config.workers}-seed{config.seed}-{short}"
+
+
+def run_all(configs: Sequence[RunConfig], machines: Machines, folder: Path, *, processes: int | None = None,
+            done: Callable[[int, int], object] = lambda finished, total: None) -> list[Path]:
+    """Run what has no whole record yet; returns all records' folders, in order.
+
+    An interruption loses the runs that were on their way; the next call makes them again and only them.
+
+    Args:
+        configs: the runs.
+        machines: the virtual machines, the same for all.
+        folder: of the grid.
+        processes: runs at the same time; default one per core, or one with all cores if only one run is left.
+        done: told (finished, total) at the start and after every run.
+    """
+    folders = [folder / name(config, machines) for config in configs]
+    left = [(c, f) for c, f in zip(configs, folders, strict=True) if not (f / records.FILE).exists()]
+    done(len(configs) - len(left), len(configs))
+    if len(left) == 1 or processes == 1:
+        for i, (config, target) in enumerate(left, 1):
+            run(config, machines, target)
+            done(len(configs) - len(left) + i, len(configs))
+    else:
+        for i, _ in enumerate(_in_processes(left, machines, processes or os.cpu_count() or 1), 1):
+            done(len(configs) - len(left) + i, len(configs))
+    return folders
+
+
+def _in_processes(left: Sequence[tuple[RunConfig, Path]], machines: Machines, processes: int) -> Iterator[None]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pending = {pool.submit(run, config, machines, target, threads=1) for config, target in left}
+        try:
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    yield
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
