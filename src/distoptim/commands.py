@@ -184,7 +184,8 @@ def compare(*, methods: str, folder: Path | None, **given: Any) -> int:
     runs = comparison.read(folder)
     picture = folder / "comparison.png"
     draw(runs, picture)
-    console.print("", table(runs), "", note(runs))
+    console.print(table(runs))
+    console.print(note(runs), soft_wrap=True)
     for name, path in (("picture", picture), ("records", folder / "*" / records.FILE)):
         console.print(f"{name}: {path}", soft_wrap=True)
     return 0

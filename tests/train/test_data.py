@@ -46,7 +46,7 @@ def test_missing_files_are_named(folder):
     with pytest.raises(ValueError, match=r"missing t10k-labels-idx1-ubyte \(each may end in .gz\)") as error:
         data.load("mnist", folder)
     assert str(folder) in str(error.value)
-    with pytest.raises(ValueError, match="mnist.*needs --data-dir.*train-images-idx3-ubyte"):
+    with pytest.raises(ValueError, match=r"mnist.*needs --data-dir.*train-images-idx3-ubyte"):
         data.load("mnist")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -77,7 +78,10 @@ class RunConfig:
                             ("dtype", DTYPES)):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(table)}")
-        self.link  # noqa: B018  # the property checks its values
+        if self.latency_ms is not None:
+            checks.number("latency_ms", self.latency_ms, 0, math.inf, open_high=True)
+        if self.bandwidth_gbit_s is not None:
+            checks.number("bandwidth_gbit_s", self.bandwidth_gbit_s, 0, math.inf, open_low=True, open_high=True)
         optimizers.build(self, [torch.nn.Parameter(torch.zeros(1))], communicator=_Rehearsal(self.workers))
 
     @property

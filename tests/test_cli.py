@@ -1,0 +1,163 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import distoptim
+from distoptim import cli
+from distoptim.train import checkpoint, records
+from tests.workers import free_port
+
+TINY = ("--data", "synthetic", "--model", "mlp", "--workers", "2", "--batch-size", "8", "--log-every", "1")
+COMMAND = (sys.executable, "-m", "distoptim.cli")
+
+
+@pytest.fixture
+def invoke(monkeypatch, capfd, tmp_path):
+    """Runs the command line in this process, in an empty folder; returns exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("RANK", raising=False)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["distoptim", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capfd.readouterr()
+
+    return run
+
+
+def test_version_and_help(invoke):
+    assert invoke("--version") == (0, f"distoptim, version {distoptim.__version__}\n", "")
+    assert "compare" in invoke()[1]
+    code, out, _ = invoke("train", "--help")
+    assert code == 0
+    for part in ("Training:", "Workers and network:", "Results:", "--tau INTEGER", "[default: 4]", "Gbit/s",
+                 "Of easgd, overlap-local-sgd."):
+        assert part in out
+    assert "Other:\n  -h, --help" in out
+    assert "--methods" in invoke("compare", "--help")[1]
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (("train", "--tau", "0"), "tau=0: allowed is an integer, 1 or more"),
+    (("train", "--tau", "x"), "'x' is not a valid integer"),
+    (("train", "--algorithm", "sgd"), "'sgd' is not one of 'ddp', 'local-sgd'"),
+    (("train", "--algorithm", "bmuf", "--alpha", "0.5"), "bmuf takes no alpha"),
+    (("train", "--alpha", "3"), "alpha=3.0: allowed is a number in [0, 1]"),
+    (("train", "--taux", "3"), "No such option"),
+    (("trian",), "No such command 'trian'"),
+    (("train", "--data", "mnist"), "needs --data-dir, the folder with train-images-idx3-ubyte"),
+    (("train", "--data", "mnist", "--data-dir", "nowhere"), "nowhere: missing train-images-idx3-ubyte"),
+    (("train", "--resume", "nowhere"), "nowhere: No such file"),
+    (("train", "--rank", "1"), "--rank and --world-size go with --init"),
+    (("train", "--init", "tcp://localhost", "--rank", "0", "--world-size", "2"), "expected tcp://HOST:PORT"),
+    (("train", "--init", "tcp://localhost:1", "--rank", "2", "--world-size", "2"), "0 <= rank < world size"),
+    (("compare", "--methods", "ddp,ddp"), "a list of different methods"),
+    (("compare", "--methods", "ddp,x"), "algorithm='x': allowed is one of"),
+    (("compare", "--latency-ms", "-1"), "latency_ms=-1.0: allowed is a number in [0, inf)"),
+])
+def test_a_wrong_value_gives_one_line(invoke, args, message):
+    code, out, err = invoke(*args)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("Error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_compare_leaves_table_picture_and_records(invoke, tmp_path):
+    code, out, err = invoke("compare", *TINY, "--steps", "6", "--evaluate-every", "3")
+    assert (code, err) == (0, "")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert f"picture: {folder.relative_to(tmp_path)}/comparison.png" in out
+    table = [line.split() for line in out.splitlines() if "%" in line and line.split()[0].islower()]
+    methods = ["ddp", "local-sgd", "easgd", "cocod-sgd", "bmuf", "overlap-local-sgd"]
+    assert [row[0] for row in table if row[0] in methods][-6:] == methods
+    for name in methods:
+        record = records.read(folder / name)
+        assert record.config["algorithm"] == name
+        assert [line["step"] for line in record.logs] == [1, 2, 3, 4, 5, 6]
+        assert record.summary["step"] == 6
+
+
+def test_train_then_resume_for_longer(invoke, tmp_path):
+    code, out, err = invoke("train", *TINY, "--algorithm", "easgd", "--alpha", "0.2", "--steps", "5", "--folder", "a")
+    assert (code, err) == (0, "")
+    assert "easgd" in out
+    code, out, err = invoke("train", "--resume", "a", "--steps", "9")
+    assert (code, err) == (0, "")
+    record = records.read(tmp_path / "a")
+    assert [line["step"] for line in record.logs] == list(range(1, 10))
+    resumed = [line for line in records.read_lines(tmp_path / "a" / records.FILE) if line["kind"] == "resume"]
+    assert resumed[0]["config"] == {**record.config, "steps": 9}
+    assert record.config["options"] == {"alpha": 0.2}
+
+
+def wait_for_steps(process, path):
+    deadline = time.monotonic() + 60
+    while not (path.exists() and any(line["kind"] == "log" for line in records.read_lines(path))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(invoke, tmp_path):
+    process = subprocess.Popen([*COMMAND, "train", *TINY, "--steps", "1000000", "--folder", "a"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for_steps(process, tmp_path / "a" / records.FILE)
+        # As a terminal does: to the command and its workers alike.
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err == "Stopped; go on with: distoptim train --resume a\n"
+    step = int(checkpoint.latest(tmp_path / "a").name.removeprefix("step-"))
+    code, _, err = invoke("train", "--resume", "a", "--steps", step + 3)
+    assert (code, err) == (0, "")
+    assert [line["step"] for line in records.read(tmp_path / "a").logs] == list(range(1, step + 4))
+
+
+def test_torchrun(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distoptim.cli",
+         "train", *TINY, "--algorithm", "local-sgd", "--steps", "4"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=90, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("record: ") == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert records.read(folder).start["workers"] == 2
+    assert len(list(checkpoint.latest(folder).glob("rank-*.pt"))) == 2
+
+
+def test_two_commands_meet_by_tcp(tmp_path):
+    port = free_port()
+    processes = [subprocess.Popen(
+        [*COMMAND, "train", *TINY, "--steps", "4", "--init", f"tcp://127.0.0.1:{port}", "--rank", str(rank),
+         "--world-size", "2", "--folder", "a"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)]
+    try:
+        outputs = [process.communicate(timeout=90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "overlap-local-sgd" in outputs[0][0]
+    assert outputs[1][0] == ""
+    assert records.read(tmp_path / "a").summary["step"] == 4
+
+
+def test_without_the_extra_the_library_works_and_the_command_says_what_is_missing():
+    missing = "import sys; sys.modules.update(dict.fromkeys(['click', 'rich', 'matplotlib', 'sklearn']));"
+    done = subprocess.run([sys.executable, "-c", f"{missing} import distoptim; from distoptim import cli; cli.main()"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "Error: the command line needs click: pip install 'distoptim[train]'\n"
