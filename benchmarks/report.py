@@ -20,19 +20,27 @@ console = Console(width=max(110, Console().width), highlight=False)
 
 @dataclass
 class Aim:
-    """A figure and what it should be: at most `limit`."""
+    """A figure, its statistical error, and what it should be: at most `limit`."""
 
     name: str
     value: float
     limit: float
     unit: str = ""
+    error: float = 0.0
 
     @property
-    def met(self) -> bool:
-        return self.value <= self.limit
+    def verdict(self) -> str:
+        if self.value - self.error > self.limit:
+            return "not met"
+        # A noisy machine can make a figure look good too.
+        return "met" if self.value <= self.limit and self.error <= self.limit else "unclear"
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.value:.3g}{self.unit}, aim at most {self.limit:g}{self.unit}"
+        error = f" +- {self.error:.2g}" if self.error else ""
+        return f"{self.name}: {self.value:.3g}{error}{self.unit}, aim at most {self.limit:g}{self.unit}"
+
+
+COLOURS = {"met": "green", "unclear": "yellow", "not met": "bold red"}
 
 
 @dataclass
@@ -62,23 +70,25 @@ class Report:
             table.add_row(*(_text(value) for value in row.values()))
         console.print(table)
 
-    def aim(self, name: str, value: float, limit: float, unit: str = "") -> None:
-        self.aims.append(Aim(name, value, limit, unit))
+    def aim(self, name: str, value: float, limit: float, unit: str = "", error: float = 0.0) -> None:
+        self.aims.append(Aim(name, value, limit, unit, error))
 
     def finish(self) -> None:
         """Print what is met, and the load that the figures were measured under."""
         for aim in self.aims:
-            console.print(f"[green]met    [/] {aim}" if aim.met else f"[bold red]not met[/] {aim}")
+            console.print(f"[{COLOURS[aim.verdict]}]{aim.verdict:7}[/] {aim}")
         self.machine["load average after"] = load()
         console.print(f"load average (1, 5, 15 min): {self.machine['load average before']} before, {load()} after\n")
 
     def record(self) -> dict[str, Any]:
         return {"machine": self.machine, "tables": self.tables,
-                "aims": [{**asdict(aim), "met": aim.met} for aim in self.aims]}
+                "aims": [{**asdict(aim), "verdict": aim.verdict} for aim in self.aims]}
 
 
 def _text(value: object) -> str:
-    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "-" if value is None else str(value)
 
 
 def machine() -> dict[str, Any]:
