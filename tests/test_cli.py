@@ -53,7 +53,7 @@ def test_version_and_help(invoke):
     (("trian",), "No such command 'trian'"),
     (("train", "--data", "mnist"), "needs --data-dir, the folder with train-images-idx3-ubyte"),
     (("train", "--data", "mnist", "--data-dir", "nowhere"), "nowhere: missing train-images-idx3-ubyte"),
-    (("train", "--resume", "nowhere"), "nowhere: No such file"),
+    (("train", "--resume", "nowhere"), "nowhere: no checkpoint there to resume from"),
     (("train", "--rank", "1"), "--rank and --world-size go with --init"),
     (("train", "--init", "tcp://localhost", "--rank", "0", "--world-size", "2"), "expected tcp://HOST:PORT"),
     (("train", "--init", "tcp://localhost:1", "--rank", "2", "--world-size", "2"), "0 <= rank < world size"),

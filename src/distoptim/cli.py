@@ -15,6 +15,7 @@ def main() -> None:
     try:
         import click
 
+        from distoptim.comm import CommunicationError
         from distoptim.commands import cli
         from distoptim.train.launch import WorkerError
     except ImportError as error:
@@ -27,7 +28,7 @@ def main() -> None:
         _fail(error.format_message(), error.exit_code)
     except ValueError as error:
         _fail(str(error), 2)
-    except WorkerError as error:
+    except (WorkerError, CommunicationError) as error:
         _fail(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
         code = 130

@@ -18,8 +18,8 @@ import distoptim
 from distoptim.report.figure import draw
 from distoptim.report.progress import LiveProgress
 from distoptim.report.table import note, table
+from distoptim.train import checkpoint, data, models, optimizers, records
 from distoptim.train import compare as comparison
-from distoptim.train import data, models, optimizers, records
 from distoptim.train.config import DTYPES, RunConfig
 from distoptim.train.launch import Job, run_local, run_worker
 from distoptim.train.world import Meeting, from_torchrun
@@ -147,6 +147,8 @@ def train(*, folder: Path | None, resume: Path | None, tensorboard: bool, init: 
     meeting = _meeting(init, rank, world_size) or from_torchrun()
     if meeting is not None:
         given["workers"] = meeting.size
+    if resume is not None:
+        checkpoint.latest(resume)
     config = _config(given) if resume is None else _resumed(resume, given, keep_workers=meeting is None)
     _check_files(config, tensorboard)
     job = Job(config, folder or resume or _new_folder(config.algorithm), resume is not None, tensorboard)
@@ -156,7 +158,8 @@ def train(*, folder: Path | None, resume: Path | None, tensorboard: bool, init: 
         watch = [progress.watch(config.algorithm)] if speaks else []
         signum = run_local(job, watch) if meeting is None else run_worker(job, meeting, watch)
     if signum and speaks:
-        print(f"Stopped; go on with: distoptim train --resume {job.folder}", file=sys.stderr)
+        go_on = f"go on with: distoptim train --resume {job.folder}"
+        print(f"Stopped; {go_on if checkpoint.exists(job.folder) else 'no checkpoint yet'}", file=sys.stderr)
     elif speaks:
         console.print(table([records.read(job.folder)]))
         console.print(f"record: {job.folder / records.FILE}", soft_wrap=True)

@@ -39,16 +39,20 @@ def save(folder: Path, *, world: World, step: int, state: dict[str, Any]) -> Pat
     return target
 
 
+def exists(folder: Path) -> bool:
+    """Whether a run has left a checkpoint."""
+    return (folder / FOLDER / _LATEST).is_file()
+
+
 def latest(folder: Path) -> Path:
     """The folder of a run's latest checkpoint.
 
     Raises:
         ValueError: there is none.
     """
-    pointer = folder / FOLDER / _LATEST
-    if not pointer.is_file():
+    if not exists(folder):
         raise ValueError(f"{folder}: no checkpoint there to resume from")
-    return folder / FOLDER / pointer.read_text()
+    return folder / FOLDER / (folder / FOLDER / _LATEST).read_text()
 
 
 def load(folder: Path, *, world: World) -> tuple[dict[str, Any], bool]:

@@ -116,6 +116,8 @@ def _watch(workers: list[tuple[Any, Connection]], signals: StopSignals, observer
                     observer(value)
             elif kind == "failed":
                 raise WorkerError(f"worker {rank} failed: {value}")
+            elif kind == "interrupted":
+                return int(value)
             else:
                 signum = value
                 del pending[receiver]
@@ -140,6 +142,10 @@ def _main(job: Job, meeting: Meeting, sender: Connection) -> None:
     try:
         signum = run_worker(job, meeting, [lambda line: sender.send(("line", line))])
         sender.send(("ended", signum))
+    except KeyboardInterrupt:
+        # Before this worker could take signals over: there is nothing to save.
+        sender.send(("interrupted", int(signal.SIGINT)))
+        os._exit(1)
     except BaseException as error:
         job.folder.mkdir(parents=True, exist_ok=True)
         path = job.folder / f"traceback-rank-{meeting.rank}.txt"
