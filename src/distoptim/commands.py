@@ -162,7 +162,7 @@ def train(*, folder: Path | None, resume: Path | None, tensorboard: bool, init: 
         print(f"Stopped; {go_on if checkpoint.exists(job.folder) else 'no checkpoint yet'}", file=sys.stderr)
     elif speaks:
         console.print(table([records.read(job.folder)]))
-        console.print(f"record: {job.folder / records.FILE}", soft_wrap=True)
+        console.print(f"record: {job.folder / records.FILE}", soft_wrap=True, highlight=False)
     return 128 + signum if signum else 0
 
 
@@ -188,9 +188,9 @@ def compare(*, methods: str, folder: Path | None, **given: Any) -> int:
     picture = folder / "comparison.png"
     draw(runs, picture)
     console.print(table(runs))
-    console.print(note(runs), soft_wrap=True)
+    console.print(note(runs), soft_wrap=True, highlight=False)
     for name, path in (("picture", picture), ("records", folder / "*" / records.FILE)):
-        console.print(f"{name}: {path}", soft_wrap=True)
+        console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
     return 0
 
 
