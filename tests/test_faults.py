@@ -93,7 +93,7 @@ def test_survivors_get_an_error_and_go_on_with_three(name, signal_number, victim
 # The end of a program, of which atexit and the interpreter's teardown are a part. Each program is two children of a
 # process that has imported torch: unlike multiprocessing's, they end as a script does.
 
-WAYS = {"gloo": ["exit", "close", "destroy", "close and destroy", "raise"], "emulated": ["exit", "destroy"]}
+WAYS = {"gloo": ["exit", "destroy", "close and destroy", "raise"], "emulated": ["exit", "destroy"]}
 
 PROGRAM = """
 import json, os, sys, torch, torch._dynamo, torch.distributed as dist, distoptim
