@@ -7,7 +7,7 @@ import pytest
 from distoptim import ALGORITHMS
 from distoptim.comm import Link
 from distoptim.sim import Ring
-from distoptim.sim.plan import CLOSE, TAUS, Job, plan
+from distoptim.sim.planner import CLOSE, TAUS, Job, plan
 
 
 def job(latency_s=0.01, bandwidth_gbit_s=1.0, **changes):

@@ -1,0 +1,124 @@
+"""The options of the subcommands, and how they become a RunConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from distoptim.train import data, models, optimizers
+from distoptim.train.config import DTYPES, RunConfig
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+
+
+class Option(click.Option):
+    """An option that belongs to a section of the help."""
+
+    def __init__(self, *args: Any, section: str = "Other", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class Sections(click.Command):
+    """A command whose help lists its options by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one list per section, in the order in which the sections first appear."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+        for name, rows in sections.items():
+            with formatter.section(name):
+                formatter.write_dl(rows)
+
+
+def option(section: str, *names: str, default: Any = None, **kwargs: Any) -> Callable[[Command], Command]:
+    """`click.option` in a section of the help."""
+    return click.option(*names, cls=Option, section=section, default=default,
+                        show_default=default is not None and not kwargs.get("is_flag", False), **kwargs)
+
+
+def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """The options that every training has, but for those named; their names are the fields of RunConfig."""
+    training, problem, network, files = "Training", "Data and model", "Workers and network", "Results"
+    rows: list[tuple[str, str, Any, str]] = [
+        (training, "--tau", int, "Local steps between two syncs."),
+        (training, "--lr", float, "Learning rate of the local SGD."),
+        (training, "--momentum", float, "Momentum of the local SGD."),
+        (training, "--nesterov/--no-nesterov", None, "Nesterov's form of it."),
+        (training, "--weight-decay", float, "Weight decay of the local SGD."),
+        (training, "--batch-size", int, "Samples per worker and step."),
+        (training, "--epochs", int, "Passes over the training set."),
+        (training, "--steps", int, "Steps of each worker, instead of --epochs."),
+        (training, "--seed", int, "Of the model, the partition and the batches."),
+        (training, "--dtype", click.Choice(list(DTYPES)), "Of the computation."),
+        (problem, "--data", click.Choice(list(data.DATASETS)), "Data set; digits come with scikit-learn."),
+        (problem, "--data-dir", click.Path(), "Folder with the IDX files of mnist or fashion-mnist."),
+        (problem, "--partition", click.Choice(list(data.PARTITIONS)), "Who gets which samples."),
+        (problem, "--model", click.Choice(list(models.MODELS)), "What is trained."),
+        (network, "--workers", int, "Processes on this machine."),
+        (network, "--latency-ms", float, "Emulate a link: milliseconds one message takes."),
+        (network, "--bandwidth-gbit-s", float, "Emulate a link: each worker's rate, in Gbit/s."),
+        (network, "--timeout-s", float, "Bound of every wait for other workers, in seconds."),
+        (files, "--folder", click.Path(path_type=Path), "Where they go.  [default: a new folder in runs/]"),
+        (files, "--log-every", int, "Steps between two logged losses."),
+        (files, "--evaluate-every", int, "Steps between two evaluations." + (
+            "" if defaults["evaluate_every"] else "  [default: an epoch]")),
+    ]
+
+    def add(command: Command) -> Command:
+        for section, names, kind, text in reversed(rows):
+            field = names.split("/")[0].removeprefix("--").replace("-", "_")
+            if field in without:
+                continue
+            metavar = "FOLDER" if isinstance(kind, click.Path) else None
+            command = option(section, names, type=kind, default=defaults.get(field), metavar=metavar,
+                              help=text)(command)
+        return command
+
+    return add
+
+
+def algorithm_options(command: Command) -> Command:
+    """One option for each that an algorithm has of its own, read from the constructors."""
+    takers: dict[str, list[str]] = {}
+    types: dict[str, type] = {}
+    for algorithm in optimizers.names():
+        for name, kind in optimizers.own_options(algorithm).items():
+            takers.setdefault(name, []).append(algorithm)
+            types[name] = kind
+    for name in reversed(takers):
+        everybody = len(takers[name]) == len(optimizers.names()) - 1
+        of = "all but ddp" if everybody else ", ".join(takers[name])
+        command = option("Options of the algorithms (default: each one's own)", f"--{name.replace('_', '-')}", name,
+                          type=types[name], help=f"Of {of}.")(command)
+    return command
+
+
+def config_of(given: dict[str, Any]) -> RunConfig:
+    """From options by name: those that are no field of RunConfig are the algorithm's own."""
+    fields = {name: value for name, value in given.items() if name in DEFAULTS}
+    own = {name: value for name, value in given.items() if name not in DEFAULTS and value is not None}
+    return RunConfig(**{"options": own, **fields})
+
+
+def check_files(config: RunConfig, tensorboard: bool = False) -> None:
+    """Fail here, before there are workers."""
+    data.load(config.data, None if config.data_dir is None else Path(config.data_dir))
+    if tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs TensorBoard: pip install 'distoptim[tensorboard]'")
+
+
+def new_folder(name: str) -> Path:
+    """A name for a folder in runs/ that begins with the time; it is not made."""
+    return Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"

@@ -1,0 +1,126 @@
+"""The subcommands that train with real processes: train and compare."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+
+from distoptim.commands.options import (
+    DEFAULTS,
+    Sections,
+    algorithm_options,
+    check_files,
+    config_of,
+    new_folder,
+    option,
+    run_options,
+)
+from distoptim.report.figure import draw
+from distoptim.report.progress import LiveProgress
+from distoptim.report.table import note, table
+from distoptim.train import checkpoint, optimizers, records
+from distoptim.train import compare as comparison
+from distoptim.train.config import RunConfig
+from distoptim.train.launch import Job, run_local, run_worker
+from distoptim.train.world import Meeting, from_torchrun
+
+# Fast enough for two cores, and a link over which an all-reduce takes about as long as a training step.
+DEMO = {**DEFAULTS, "epochs": 36, "lr": 0.01, "batch_size": 48, "latency_ms": 3.0, "bandwidth_gbit_s": 0.5,
+        "log_every": 5, "evaluate_every": 49}
+
+
+@click.command(cls=Sections)
+@option("Training", "--algorithm", type=click.Choice(optimizers.names()), default=DEFAULTS["algorithm"],
+         help="Method; ddp is synchronous SGD by DistributedDataParallel.")
+@run_options(DEFAULTS)
+@option("Results", "--checkpoint-every", type=int,
+         help="Steps between two checkpoints; 0: only at the end.  [default: an epoch]")
+@option("Results", "--resume", type=click.Path(path_type=Path), metavar="FOLDER",
+         help="Go on with the run in this folder; options given now replace its own.")
+@option("Results", "--tensorboard", is_flag=True, default=False, help="Log for TensorBoard too.")
+@option("Workers and network", "--init", metavar="tcp://HOST:PORT",
+         help="Be one of several workers; rank 0 listens there. Not needed under torchrun.")
+@option("Workers and network", "--rank", type=int, help="With --init: this worker's number, from 0.")
+@option("Workers and network", "--world-size", type=int, help="With --init: how many workers there are.")
+@algorithm_options
+def train(*, folder: Path | None, resume: Path | None, tensorboard: bool, init: str | None, rank: int | None,
+          world_size: int | None, **given: Any) -> int:
+    """Train a model with one method.
+
+    Starts --workers processes on this machine, or is one worker under torchrun or with --init.
+    """
+    meeting = _meeting(init, rank, world_size) or from_torchrun()
+    if meeting is not None:
+        given["workers"] = meeting.size
+    if resume is not None:
+        checkpoint.latest(resume)
+    config = config_of(given) if resume is None else _resumed(resume, given, keep_workers=meeting is None)
+    check_files(config, tensorboard)
+    job = Job(config, folder or resume or new_folder(config.algorithm), resume is not None, tensorboard)
+    speaks = meeting is None or meeting.rank == 0
+    console = Console(quiet=not speaks)
+    with LiveProgress(console) as progress:
+        watch = [progress.watch(config.algorithm)] if speaks else []
+        signum = run_local(job, watch) if meeting is None else run_worker(job, meeting, watch)
+    if signum and speaks:
+        go_on = f"go on with: distoptim train --resume {job.folder}"
+        print(f"Stopped; {go_on if checkpoint.exists(job.folder) else 'no checkpoint yet'}", file=sys.stderr)
+    elif speaks:
+        console.print(table([records.read(job.folder)]))
+        console.print(f"record: {job.folder / records.FILE}", soft_wrap=True, highlight=False)
+    return 128 + signum if signum else 0
+
+
+@click.command(cls=Sections)
+@option("Training", "--methods", default=",".join(comparison.METHODS), metavar="NAME,NAME,...",
+         help="What is compared, one after the other.")
+@run_options(DEMO)
+def compare(*, methods: str, folder: Path | None, **given: Any) -> int:
+    """Train the same model once per method, over an emulated slow link.
+
+    Prints a table, and leaves a picture and the records of all runs.
+    """
+    configs = comparison.variants(config_of(given), [name.strip() for name in methods.split(",")])
+    check_files(configs[0])
+    folder = folder or new_folder("compare")
+    console = Console()
+    with LiveProgress(console) as progress:
+        signum = comparison.compare(configs, folder, lambda config: progress.watch(config.algorithm))
+    if signum:
+        print(f"Stopped; the records are in {folder}", file=sys.stderr)
+        return 128 + signum
+    runs = comparison.read(folder)
+    picture = folder / "comparison.png"
+    draw(runs, picture)
+    console.print(table(runs))
+    console.print(note(runs), soft_wrap=True, highlight=False)
+    for name, path in (("picture", picture), ("records", folder / "*" / records.FILE)):
+        console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _resumed(folder: Path, given: dict[str, Any], *, keep_workers: bool) -> RunConfig:
+    """The configuration of a recorded run, with what is given on the command line now."""
+    ctx = click.get_current_context()
+    saved = records.read(folder).config
+    now = {name: value for name, value in given.items()
+           if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE or (name == "workers" and not keep_workers)}
+    return config_of({**saved, **saved.pop("options"), **now})
+
+
+def _meeting(init: str | None, rank: int | None, size: int | None) -> Meeting | None:
+    if init is None:
+        if rank is not None or size is not None:
+            raise ValueError("--rank and --world-size go with --init tcp://HOST:PORT")
+        return None
+    host, colon, port = init.removeprefix("tcp://").rpartition(":")
+    if not init.startswith("tcp://") or not colon or not port.isdigit():
+        raise ValueError(f"--init {init}: expected tcp://HOST:PORT")
+    if rank is None or size is None or not 0 <= rank < size:
+        raise ValueError(f"--init needs --rank and --world-size with 0 <= rank < world size, got {rank} and {size}")
+    return Meeting(host, int(port), rank, size, hosted=False)
