@@ -117,6 +117,10 @@ class ProcessGroupCommunicator:
         """Leave both groups; gloo then ends what is in flight, or gives it up at the timeout."""
         groups, self._groups = self._groups, None
         _open.discard(self)
+        if groups:
+            # Let gloo's threads drop the tensors of what has just ended. They need the interpreter lock for it, and
+            # the group's destructor waits for them with the lock held: a deadlock, seen with torch 2.6.
+            time.sleep(0.02)
         for group in groups or ():
             # The program may have destroyed all groups before us: ours are gone with them.
             with contextlib.suppress(ValueError, AssertionError):
