@@ -1,0 +1,138 @@
+"""Every code block of README, CONTRIBUTING and docs runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import distoptim
+from tests import problem
+from tests.cluster import Cluster
+from tests.workers import free_port
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTHON = sys.executable
+TORCHRUN = f"{PYTHON} -m torch.distributed.run --nproc-per-node=2 --master-port={{port}}"
+SMALL = "--data synthetic --model mlp --steps 4"
+
+# What stands in a page -> what the test runs: smaller, and on this machine alone. A line that is in neither
+# column of this table fails the test below.
+SHELL = {
+    "make demo": f"make -n demo && {PYTHON} -m distoptim.cli compare --workers 2 --methods ddp,easgd {SMALL}",
+    "make test": "make -n test",
+    "pip install .": f"{PYTHON} -m pip install --quiet --dry-run --no-deps .",
+    "torchrun --nnodes=4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 train.py":
+        f"cp {{folder}}/after.py train.py && {TORCHRUN} train.py",
+    "distoptim train --init tcp://host1:29500 --world-size 4 --rank 0":
+        f"{PYTHON} -m distoptim.cli train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
+    "distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 16 --latency-ms 10 "
+    "--bandwidth-gbit-s 1":
+        f"{PYTHON} -m distoptim.cli simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 4 "
+        f"--latency-ms 10 --bandwidth-gbit-s 1 {SMALL}",
+    "distoptim plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1":
+        f"{PYTHON} -m distoptim.cli plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1",
+    "torchrun --nnodes=4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 "
+    "-m distoptim.cli probe mycode:prepare":
+        f"cp {{folder}}/mycode.py . && {TORCHRUN} -m distoptim.cli probe mycode:prepare --steps 2",
+    "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim.cli plan --probe probe.json",
+}
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def after_and_before():
+    """The README's diff as two scripts."""
+    (diff,) = blocks(ROOT / "README.md", "diff")
+    lines = diff.splitlines()
+    assert all(line[:1] in (" ", "+", "-", "") for line in lines)
+    return ["\n".join(line[1:] for line in lines if line[:1] != drop) for drop in "-+"]
+
+
+def test_every_block_has_a_language_that_is_run():
+    for page in PAGES:
+        fences = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)
+        assert set(fences) <= {"", "python", "bash", "diff"}, page
+        assert fences.count("") * 2 == len(fences), page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_shell_lines(page, tmp_path):
+    after, _ = after_and_before()
+    (tmp_path / "after.py").write_text(after)
+    (tmp_path / "mycode.py").write_text("import torch\n\ndef prepare():\n    return torch.nn.Linear(3, 3), lambda: 0\n")
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for line in [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]:
+        assert line in SHELL, f"{page.name}: nothing runs {line!r}"
+        command = SHELL[line].format(folder=tmp_path, port=free_port())
+        where = ROOT if command.startswith(("make", f"{PYTHON} -m pip")) else folder
+        if " && " in command and command.startswith("make"):
+            subprocess.run("make -n demo", shell=True, cwd=ROOT, check=True, timeout=60)
+            command, where = command.split(" && ")[1], folder
+        subprocess.run(command, shell=True, cwd=where, check=True, timeout=120,
+                       env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"})
+
+
+def test_the_diff_runs_before_and_after_with_two_workers(tmp_path):
+    after, before = after_and_before()
+    assert "DistributedDataParallel" in before
+    assert "DistributedDataParallel" not in after
+    after += "\n" + "\n".join(blocks(ROOT / "README.md", "python"))
+    for name, script in (("before.py", before), ("after.py", after)):
+        (tmp_path / name).write_text(script)
+        subprocess.run([*TORCHRUN.format(port=free_port()).split(), name], cwd=tmp_path, check=True, timeout=120,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+@pytest.mark.filterwarnings("ignore:one worker")
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("README.md", "CONTRIBUTING.md", "slow-link.md")],
+                         ids=lambda p: p.name)
+def test_python_blocks_of_the_docs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(3, 2)
+    names = {"torch": torch, "distoptim": distoptim, "model": model, "rank": 0, "evaluate": lambda model: 1.0,
+             "optimizer": distoptim.OverlapLocalSGD(model.parameters(), lr=0.1, tau=2)}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec", dont_inherit=True), names)
+
+
+def test_the_emulated_link_of_the_docs(tmp_path):
+    (block,) = blocks(ROOT / "docs" / "slow-link.md", "python")
+    (tmp_path / "link.py").write_text(block + "import torch\nt = torch.ones(2)\ndist.all_reduce(t)\n"
+                                      "assert t.tolist() == [2, 2]\n")
+    subprocess.run([*TORCHRUN.format(port=free_port()).split(), "link.py"], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_the_algorithm_of_contributing_is_complete_and_trains(monkeypatch):
+    monkeypatch.setattr("distoptim.algorithms.ALGORITHMS", dict(distoptim.ALGORITHMS))
+    (block,) = blocks(ROOT / "CONTRIBUTING.md", "python")
+    assert len([line for line in block.splitlines() if line.strip()]) <= 20
+    exec(compile(block, "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": "elsewhere"})
+    from distoptim.algorithms import ALGORITHMS
+
+    algorithm = ALGORITHMS["partial-averaging"]
+    cluster = Cluster(lambda params, **options: algorithm(params, tau=2, lr=0.05, **options),
+                      [problem.start()] * problem.WORKERS)
+    start = sum(g.square().sum() for r in range(4) for g in problem.gradient(r, problem.start()))
+    spread = []
+    for _ in range(2 * 40):
+        cluster.step(problem.gradient)
+        spread.append(float((cluster.x() - cluster.x().mean(0)).norm()))
+    # A sync halves the distance to the mean.
+    assert spread[1] < spread[0]
+    end = sum(g.square().sum() for r in range(4) for g in problem.gradient(r, [cluster.x().mean(0)[:8].view(2, 4),
+                                                                             cluster.x().mean(0)[8:]]))
+    assert end < start
+    with pytest.raises(ValueError, match="exists already"):
+        distoptim.register("partial-averaging", algorithm)
