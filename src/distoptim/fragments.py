@@ -85,7 +85,8 @@ class Fragment:
     def pull(self, towards: Flat, weight: float) -> None:
         """X <- (1 - weight) x + weight towards."""
         if self.same_dtype:
-            torch._foreach_lerp_(self.local(), towards.views, weight)
+            # Backwards: z's end was written last and is still in the cache; then x's start is, for who reads it next.
+            torch._foreach_lerp_(self.local()[::-1], towards.views[::-1], weight)
         else:
             # One parameter at a time: no second copy of the model, and only small memory to be touched anew.
             for x, z in zip(self.local(), towards.views, strict=True):

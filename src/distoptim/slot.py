@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +49,13 @@ class Slot:
 def weigh(buffer: Tensor) -> Tensor:
     """Set the last element to 1 if all are finite, else everything to 0; return which. A sum that overflows is not."""
     buffer[-1] = 0
-    finite = torch.isfinite(buffer.sum())
+    total = buffer.sum()
     if buffer.device.type == "cpu":
+        finite = torch.tensor(math.isfinite(total))
         if not finite:
             buffer.zero_()
     else:
+        finite = torch.isfinite(total)
         buffer.copy_(torch.where(finite, buffer, 0.0))
     buffer[-1] = finite
     return finite
