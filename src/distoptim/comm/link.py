@@ -80,6 +80,19 @@ _link = Link(0.0, math.inf)
 _c10d: Any = dist
 
 
+def _by_gloo(name: str) -> Callable[..., dist.Work]:
+    """A collective that takes no time on the link.
+
+    Left to torch, it would call gloo with the interpreter lock held and there wait for a lock whose holder, gloo's
+    thread, may be waiting for the interpreter's to free a tensor.
+    """
+    def collective(group: EmulatedGroup, *args: Any, **kwargs: Any) -> dist.Work:
+        work: dist.Work = getattr(group._gloo, name)(*args, **kwargs)
+        return work
+
+    return collective
+
+
 class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
     """gloo with the emulated link between its workers; made by torch.distributed."""
 
@@ -95,6 +108,14 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
     def getBackendName(self) -> str:
         """The name under which torch.distributed knows it."""
         return BACKEND
+
+    allgather = _by_gloo("allgather")
+    allreduce_coalesced = _by_gloo("allreduce_coalesced")
+    alltoall_base = _by_gloo("alltoall_base")
+    barrier = _by_gloo("barrier")
+    reduce_scatter = _by_gloo("reduce_scatter")
+    send = _by_gloo("send")
+    recv = _by_gloo("recv")
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
         """All-reduce in place, in the time of the link."""
