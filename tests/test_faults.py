@@ -72,7 +72,7 @@ def _resume(rank, name, files):
 ])
 def test_survivors_get_an_error_and_go_on_with_three(name, signal_number, victim, backend):
     """A death is noticed at once, far inside the timeout; a standstill only by it."""
-    timeout_s = 3.0 if signal_number == signal.SIGSTOP else 300.0
+    timeout_s = 5.0 if signal_number == signal.SIGSTOP else 300.0
     results = run(_survive, 4, victim, signal_number, name, timeout_s, backend=backend,
                   expect_exit={victim: -signal_number})
     survivors = [rank for rank in range(4) if rank != victim]

@@ -96,6 +96,8 @@ def _main(sender: Connection, fn: Callable[..., Any], rank: int, workers: int, p
             emulate(latency_s=0.0, bandwidth_gbit_s=1000.0)
         dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers,
                                 timeout=timedelta(seconds=60))
+        # A worker that is done before another has connected to it would fail that one.
+        dist.barrier()
         sender.send_bytes(pickle.dumps((False, fn(rank, *args))))
     except BaseException:
         sender.send_bytes(pickle.dumps((True, traceback.format_exc())))

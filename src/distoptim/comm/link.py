@@ -104,6 +104,7 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         self._timeout = timeout
+        self._latest: _TimedWork | None = None
 
     def getBackendName(self) -> str:
         """The name under which torch.distributed knows it."""
@@ -144,6 +145,8 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
             with torch.no_grad():
                 torch._foreach_copy_(tensors, copies)
 
+        # DDP asks it for its future from C++, where torch 2.6 does not hold the Python object.
+        self._latest = work
         _cable().put((work, run, tensors))
         return work
 
