@@ -11,7 +11,7 @@ from distoptim.train.records import Record
 
 def table(runs: Sequence[Record]) -> Table:
     """One row per finished run; with tau where the runs differ in it, and with the seed likewise."""
-    told = [key for key in ("tau", "seed") if len({r.config[key] for r in runs}) > 1]
+    told = [key for key in ("tau", "seed") if len({r.config.get(key) for r in runs}) > 1]
     out = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     out.add_column("method", no_wrap=True, vertical="bottom")
     for heading in (*told, "test\naccuracy", "test\nloss", "training\nseconds", "exposed, %\nof comput.",
@@ -20,7 +20,7 @@ def table(runs: Sequence[Record]) -> Table:
     for run in runs:
         s = run.summary
         assert s is not None
-        out.add_row(run.config["algorithm"], *(str(run.config[key]) for key in told),
+        out.add_row(run.config["algorithm"], *(str(run.config.get(key)) for key in told),
                     f"{s['test_accuracy']:.2%}", f"{s['test_loss']:.3f}", f"{s['seconds']:.1f}",
                     f"{s['exposed_share']:.1%}", f"{s['bytes'] / 1e6:.1f}", str(s["syncs"]))
     return out
