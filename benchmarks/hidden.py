@@ -33,7 +33,7 @@ from torch import nn
 
 import distoptim
 from benchmarks.report import Report, json_path, save
-from distoptim.comm import Link, emulate
+from distoptim.comm import Communicator, Link, ProcessGroupCommunicator, emulate
 
 WORKERS = 2
 TAU = 8
@@ -68,13 +68,13 @@ class Trainee:
     stats: Callable[[], Figures]
 
 
-def trainee(method: str, data: torch.Tensor) -> Trainee:
+def trainee(method: str, data: torch.Tensor, communicator: Communicator) -> Trainee:
     """A model with its optimizer; "computation" is the local steps without any communication."""
     net = model()
     if method == "ddp":
         net = nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1000)
     make = distoptim.ALGORITHMS.get(method)
-    averaging = make(net.parameters(), lr=0.01, tau=TAU) if make is not None else None
+    averaging = make(net.parameters(), lr=0.01, tau=TAU, communicator=communicator) if make is not None else None
     optimizer = averaging or torch.optim.SGD(net.parameters(), lr=0.01)
 
     def step() -> None:
@@ -111,17 +111,18 @@ def segment(subject: Trainee, rounds: int | None = None) -> Figures:
 
 def repetition(trainees: dict[str, Trainee], share: float) -> dict[str, Figures]:
     """One segment of each method, as shares of computation."""
-    before = segment(trainees["computation"])["clock"]
+    before = segment(trainees["computation"])
     # All workers set the same link: for the slowest of them.
-    slowest = torch.tensor(before)
+    slowest = torch.tensor(before["clock"])
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     link = Link(LATENCY_S, model_bytes() * 8e-9 / (share * slowest.item() - 2 * LATENCY_S))
     emulate(latency_s=link.latency_s, bandwidth_gbit_s=link.bandwidth_gbit_s)
     out = {}
     for method in methods():
         measured = segment(trainees[method])
-        after = segment(trainees["computation"])["clock"]
-        out[method] = shares(method, measured, (before + after) / 2 / TAU, link.all_reduce_s(model_bytes(), WORKERS))
+        after = segment(trainees["computation"])
+        step = {key: (before[key] + after[key]) / 2 / TAU for key in after}
+        out[method] = shares(method, measured, step, link.all_reduce_s(model_bytes(), WORKERS))
         before = after
     return out
 
@@ -130,20 +131,20 @@ def methods() -> list[str]:
     return [method for method in ROUNDS if method != "computation"]
 
 
-def shares(method: str, measured: Figures, step_s: float, all_reduce_s: float) -> Figures:
-    """What was measured in a round, as shares of its computation."""
-    computation = step_s * STEPS.get(method, TAU)
-    all_reduces = STEPS[method] if method == "ddp" else 1
-    own = measured["exposed_s"] / measured["computation_s"] if "exposed_s" in measured else math.nan
+def shares(method: str, measured: Figures, step: Figures, all_reduce_s: float) -> Figures:
+    """What was measured in a round, as shares of its computation; `step` is a step of computation alone."""
+    steps = STEPS.get(method, TAU)
+    computation = step["clock"] * steps
+    all_reduces = steps if method == "ddp" else 1
     return {
-        "step_s": step_s,
+        "step_s": step["clock"],
         "all_reduce_s": all_reduce_s,
         "predicted": all_reduces * all_reduce_s / computation if method in BLOCKING else 0.0,
-        "stats": own,
+        "stats": measured["exposed_s"] / measured["computation_s"] if "exposed_s" in measured else math.nan,
         "clock": measured["clock"] / computation - 1,
         "asleep": measured["asleep"] / computation,
         "merging": measured.get("overhead_s", math.nan) / computation,
-        "others": measured["others"] / computation,
+        "others": (measured["others"] - step["others"] * steps) / computation,
     }
 
 
@@ -157,7 +158,9 @@ def worker(rank: int, port: int, results: Any) -> None:
     dist.init_process_group(emulate(latency_s=0.0, bandwidth_gbit_s=1e3), rank=rank, world_size=WORKERS,
                             init_method=f"tcp://127.0.0.1:{port}")
     data = torch.randn(BATCH, WIDTH)
-    trainees = {method: trainee(method, data) for method in ROUNDS}
+    # One for all, since the threads of every gloo group look for work a hundred times a second.
+    communicator = ProcessGroupCommunicator()
+    trainees = {method: trainee(method, data, communicator) for method in ROUNDS}
     for subject in trainees.values():
         segment(subject, rounds=1)
     figures = {share: [repetition(trainees, share) for _ in range(REPETITIONS)] for share in LIMITS}

@@ -78,6 +78,8 @@ class Report:
         for aim in self.aims:
             console.print(f"[{COLOURS[aim.verdict]}]{aim.verdict:7}[/] {aim}")
         self.machine["load average after"] = load()
+        if float(self.machine["load average before"].split()[0]) > 0.5:
+            console.print("[yellow]other programs were running: run it again on a quiet machine before believing it")
         console.print(f"load average (1, 5, 15 min): {self.machine['load average before']} before, {load()} after\n")
 
     def record(self) -> dict[str, Any]:
