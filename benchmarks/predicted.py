@@ -193,7 +193,8 @@ def report_plan(report: Report, found: dict[Any, Any]) -> None:
         mine = measured[made.best.algorithm, made.best.tau]
         rows.append({"latency ms": link.latency_s * 1e3, "Gbit/s": link.bandwidth_gbit_s,
                      "recommended": f"{made.best.algorithm} tau {made.best.tau}",
-                     "predicted ms": made.best.step_s * 1e3, "measured ms": mine * 1e3, "fastest": f"{fastest[0]} tau {fastest[1]}",
+                     "predicted ms": made.best.step_s * 1e3, "measured ms": mine * 1e3,
+                     "fastest": f"{fastest[0]} tau {fastest[1]}",
                      "its ms": measured[fastest] * 1e3, "slower by %": (mine / measured[fastest] - 1) * 100})
     report.table("the plan's choice on ten links", rows)
     report.aim("worst choice is slower than the fastest by", max(row["slower by %"] for row in rows), 10, " %")
