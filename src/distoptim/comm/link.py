@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -104,7 +105,7 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         self._timeout = timeout
-        self._latest: _TimedWork | None = None
+        self._latest: deque[_TimedWork] = deque(maxlen=8)
 
     def getBackendName(self) -> str:
         """The name under which torch.distributed knows it."""
@@ -145,8 +146,8 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
             with torch.no_grad():
                 torch._foreach_copy_(tensors, copies)
 
-        # DDP asks it for its future from C++, where torch 2.6 does not hold the Python object.
-        self._latest = work
+        # DDP waits for it in C++, where torch 2.6 does not hold the Python object: a crash or a hang.
+        self._latest.append(work)
         _cable().put((work, run, tensors))
         return work
 
