@@ -355,6 +355,29 @@ def _methods(rank):
     return out
 
 
+def _rollback(rank):
+    params = parameters(0)
+    optimizer = CoCoDSGD(params, lr=0.1, momentum=0.9, tau=TAU)
+    train(optimizer, params, TAU + 1, rank)
+    saved, x = copy.deepcopy(optimizer.state_dict()), params[0].detach().clone()
+    emulate(latency_s=0.05, bandwidth_gbit_s=1000.0)
+    train(optimizer, params, 2 * TAU - 1, rank)
+    expected = params[0].detach().clone()
+    # A mean is on its way; meanwhile the old state comes back.
+    time.sleep(0.03)
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        params[0].copy_(x)
+    time.sleep(Link(0.05, 1000.0).all_reduce_s(16, 2) + 0.1)
+    train(optimizer, params, 2 * TAU - 1, rank)
+    optimizer.close()
+    return torch.equal(params[0], expected)
+
+
+def test_a_mean_on_its_way_does_not_land_in_a_run_that_is_loaded():
+    assert run(_rollback, 2, backend="emulated") == [True, True]
+
+
 def test_methods_over_the_emulated_link_are_those_over_gloo():
     for gloo, emulated in zip(run(_methods, 4), run(_methods, 4, backend="emulated"), strict=True):
         for name in ALGORITHMS:

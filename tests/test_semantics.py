@@ -531,22 +531,6 @@ def test_the_outer_hyperparameters_are_the_constructors():
     train(optimizer, params, 2 * TAU)
 
 
-def test_loading_with_a_mean_on_its_way():
-    """The mean of the abandoned run must not land in the resumed one."""
-    workers = Cluster(partial(CoCoDSGD, tau=TAU, lr=0.1), [toy.start()] * 2)
-    workers.run(TAU + 1, toy.gradient)
-    saved = [save_and_load({"x": mine, "o": o.state_dict()})
-             for mine, o in zip(workers.params, workers.optimizers, strict=True)]
-    expected = workers.run(2 * TAU, toy.gradient)
-    # One more launch, which nobody has waited for when the old state comes back.
-    assert workers.optimizers[0]._engine.slots[0].flight is not None
-    for state, mine, optimizer in zip(saved, workers.params, workers.optimizers, strict=True):
-        with torch.no_grad():
-            torch._foreach_copy_(mine, [p.detach() for p in state["x"]])
-        optimizer.load_state_dict(state["o"])
-    assert torch.equal(workers.run(2 * TAU, toy.gradient), expected)
-
-
 # Observability and imports
 
 def test_profiler_labels():
