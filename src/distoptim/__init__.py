@@ -16,8 +16,8 @@ from distoptim.algorithms import (
 )
 from distoptim.algorithms.rule import Mean, Rule, State
 from distoptim.comm import CommunicationError
-from distoptim.engine import QuarantineWarning
 from distoptim.optimizer import AveragingOptimizer
+from distoptim.slot import QuarantineWarning
 from distoptim.version import __version__
 
 logging.getLogger("distoptim").addHandler(logging.NullHandler())

@@ -15,14 +15,10 @@ from torch.profiler import record_function
 from distoptim.algorithms.rule import Mean, Rule
 from distoptim.comm.communicator import CommunicationError, Communicator, Handle
 from distoptim.fragments import Flat, Fragment
-from distoptim.slot import Flight, Slot, weigh
+from distoptim.slot import Flight, QuarantineWarning, Slot, weigh
 from distoptim.stats import Counters
 
 logger = logging.getLogger("distoptim")
-
-
-class QuarantineWarning(RuntimeWarning):
-    """This worker's parameters were not finite: left out of a mean and replaced."""
 
 
 class Engine:
@@ -47,18 +43,13 @@ class Engine:
     def __init__(self, fragments: Sequence[Fragment], rule: Rule, communicator: Communicator, *, tau: int,
                  delay: int, timeout_s: float, inner_lr: Callable[[int], float],
                  forget: Callable[[Sequence[Tensor]], None], reset_inner: bool = False) -> None:
-        self.rule = rule
-        self.communicator = communicator
-        self.tau = tau
-        self.delay = delay
-        self.timeout_s = timeout_s
+        self.rule, self.communicator = rule, communicator
+        self.tau, self.delay, self.timeout_s = tau, delay, timeout_s
         self.step = 0
         self.counters = Counters()
         self.failure: CommunicationError | None = None
-        self._inner_lr = inner_lr
-        self._forget = forget
-        self._reset_inner = reset_inner
-        self.slots = [Slot(f, rule.start(f), f.flat(extra=1), f.offset or tau) for f in fragments]
+        self._inner_lr, self._forget, self._reset_inner = inner_lr, forget, reset_inner
+        self.slots = [Slot(i, f, rule.start(f), f.flat(extra=1), f.offset or tau) for i, f in enumerate(fragments)]
         if delay == tau:
             for slot in self.slots:
                 finite = self._pack(slot)
@@ -129,11 +120,6 @@ class Engine:
         self._normalise(flat.tensor, handle)
         return flat
 
-    def exchange(self, message: object) -> list[object]:
-        """Everybody's message, in rank order; blocking and collective."""
-        self._check()
-        return self.communicator.exchange(message)
-
     def close(self) -> None:
         """Wait for what is in flight, then leave the communicator; what comes after fails."""
         self.settle()
@@ -200,7 +186,7 @@ class Engine:
         """Send a worker whose parameters are not finite back to a value that is, without its inner state."""
         self.counters.quarantined += 1
         warnings.warn(
-            f"rank {self.communicator.rank}: parameters of {self._name(slot)} are not finite at local step "
+            f"rank {self.communicator.rank}: parameters of {_name(slot)} are not finite at local step "
             f"{self.step}: left out of this mean and replaced", QuarantineWarning, stacklevel=2)
         fallback = self.rule.fallback(slot.state)
         if fallback is not None:
@@ -241,7 +227,7 @@ class Engine:
         """Mean of weighted payloads -> weighted mean; returns the sum of the weights."""
         weight = handle.tail()
         if weight == 0:
-            raise FloatingPointError(f"{self._name(slot)}: no worker has finite values at local step {self.step}; "
+            raise FloatingPointError(f"{_name(slot)}: no worker has finite values at local step {self.step}; "
                                      "the anchor is as it was")
         if weight != 1:
             buffer.div_(weight)
@@ -250,7 +236,7 @@ class Engine:
     def _fail(self, slot: Slot | None, seconds: float, error: Exception) -> NoReturn:
         """Give up communication for good, keeping parameters and state; peers see our groups close."""
         self.failure = CommunicationError(
-            f"rank {self.communicator.rank}: mean of {self._name(slot)} failed {seconds:.1f} s after its launch "
+            f"rank {self.communicator.rank}: mean of {_name(slot)} failed {seconds:.1f} s after its launch "
             f"(timeout {self.timeout_s:g} s): {error}. Parameters and anchor are valid: save them, and restart "
             "with the workers that are left")
         for other in self.slots:
@@ -259,5 +245,6 @@ class Engine:
         self.communicator.close()
         raise self.failure from error
 
-    def _name(self, slot: Slot | None) -> str:
-        return "all parameters" if slot is None else f"fragment {self.slots.index(slot)}"
+
+def _name(slot: Slot | None) -> str:
+    return "all parameters" if slot is None else f"fragment {slot.index}"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distoptim import checkpoint, checks
+from distoptim import checkpoint, checks, evaluation
 from distoptim import fragments as fragment
 from distoptim.algorithms.rule import Rule
 from distoptim.comm import Communicator, connect
@@ -134,32 +134,12 @@ class AveragingOptimizer(torch.optim.Optimizer):
         Args:
             module: its floating-point buffers (batch-norm statistics) are averaged too.
         """
-        buffers = [b for b in (module.buffers() if module is not None else ()) if b.is_floating_point()]
-        averaged = [slot.fragment for slot in self._engine.slots]
-        if buffers:
-            averaged += fragment.build(buffers, [0] * len(buffers), [range(len(buffers))], 1)
-        means = [self._engine.mean_of(f) for f in averaged]
-        tensors = [x for f in averaged for x in f.params]
-        with torch.no_grad():
-            local = [x.detach().clone() for x in tensors]
-            for f, mean in zip(averaged, means, strict=True):
-                f.write(mean)
-        try:
+        with evaluation.averaged(self._engine, module):
             yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(tensors, local)
 
     def consensus_distance(self) -> float:
         """Root mean square over the workers of |x_i - mean x|, the Euclidean norm; collective, blocks."""
-        square = 0.0
-        for slot in self._engine.slots:
-            mean, mine = self._engine.mean_of(slot.fragment), slot.fragment.flat()
-            with torch.no_grad():
-                slot.fragment.read(mine)
-            square += float(torch.dist(mine.tensor, mean.tensor[: slot.fragment.numel])) ** 2
-        squares = torch.tensor(self._engine.exchange(square))
-        return float(squares.mean().sqrt())
+        return evaluation.consensus_distance(self._engine)
 
     def stats(self) -> dict[str, float]:
         """What this worker measured so far; costs nothing but reading.

@@ -13,6 +13,10 @@ from distoptim.comm.communicator import Handle
 from distoptim.fragments import Flat, Fragment
 
 
+class QuarantineWarning(RuntimeWarning):
+    """This worker's parameters were not finite: left out of a mean and replaced."""
+
+
 @dataclass
 class Flight:
     """One launched mean.
@@ -38,6 +42,7 @@ class Slot:
     mean = sum of weighted payloads / sum of weights.
     """
 
+    index: int
     fragment: Fragment
     state: State
     buffer: Flat
