@@ -75,6 +75,8 @@ class ProcessGroupCommunicator:
     def __init__(self, group: dist.ProcessGroup | None = None, *, timeout_s: float = 1800.0) -> None:
         self._ranks = None if group is None else dist.get_process_group_ranks(group)
         self._backend = dist.get_backend(group)
+        # A group made without naming a backend has one for each kind of device.
+        self._nccl = "nccl" in str(dist.get_backend_config(group))
         self._timeout = timedelta(seconds=timeout_s)
         self._groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
         self._averages: dict[torch.device, bool] = {}
@@ -92,7 +94,7 @@ class ProcessGroupCommunicator:
             return self._all_reduce(buffer, WorkHandle)
         from distoptim.comm.cuda import NcclHandle, Staging
 
-        if "nccl" in self._backend:
+        if self._nccl:
             return self._all_reduce(buffer, NcclHandle)
         if self._staging is None:
             self._staging = Staging(lambda host: self._all_reduce(host, WorkHandle))
@@ -101,7 +103,7 @@ class ProcessGroupCommunicator:
     def broadcast(self, buffer: Tensor) -> None:
         """Replace `buffer` by that of the group's rank 0."""
         group, _ = self._connect()
-        host = buffer.cpu() if buffer.is_cuda and "nccl" not in self._backend else buffer
+        host = buffer.cpu() if buffer.is_cuda and not self._nccl else buffer
         dist.broadcast(host, src=dist.get_global_rank(group, 0), group=group)
         if host is not buffer:
             buffer.copy_(host)
