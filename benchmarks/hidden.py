@@ -23,6 +23,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ WORKERS = 2
 TAU = 8
 LIMITS = {0.5: 1.0, 0.9: 3.0}  # an all-reduce as a share of tau steps -> what may be exposed, % of computation
 LATENCY_S = 1e-3
-BATCH, WIDTH, DEPTH = 6144, 160, 4
+BATCH, WIDTH, DEPTH = 5120, 160, 4
 REPETITIONS = 5
-ROUNDS = {"overlap-local-sgd": 3, "cocod-sgd": 3, "local-sgd": 2, "ddp": 2, "computation": 2}
+ROUNDS = {"overlap-local-sgd": 3, "cocod-sgd": 3, "local-sgd": 2, "ddp": 2, "computation": 3}
 STEPS = {"ddp": 2}  # in a round; the others have TAU
 BLOCKING = ("local-sgd", "ddp")
 SCHEDULER = Path("/proc/thread-self/schedstat")
@@ -88,25 +89,33 @@ def trainee(method: str, data: torch.Tensor, communicator: Communicator) -> Trai
 
 
 def clocks() -> Figures:
-    """Now, in seconds: by the clock, of this thread asleep, of the processor in this process's other threads."""
+    """Now, in seconds: of this thread asleep, of the processor in this process's other threads."""
     now = time.perf_counter()
     ran_or_queued = sum(map(int, SCHEDULER.read_text().split()[:2])) / 1e9 if SCHEDULER.exists() else math.nan
-    return {"clock": now, "asleep": now - ran_or_queued, "others": time.process_time() - time.thread_time()}
+    return {"asleep": now - ran_or_queued, "others": time.process_time() - time.thread_time()}
 
 
 def segment(subject: Trainee, rounds: int | None = None) -> Figures:
-    """Medians over rounds of what `clocks` and `stats` gain in one; the first round is left out."""
+    """What a round takes, by `clocks` and `stats`: medians over rounds, the first of which is left out.
+
+    By the clock it is the sum over its steps of a step's median, which loses fewer rounds to other programs.
+    """
     gains: dict[str, list[float]] = defaultdict(list)
+    steps: list[list[float]] = []
     dist.barrier()
     for number in range(1 + (ROUNDS[subject.name] if rounds is None else rounds)):
         before = clocks() | subject.stats()
+        ends = [time.perf_counter()]
         for _ in range(STEPS.get(subject.name, TAU)):
             subject.step()
+            ends.append(time.perf_counter())
         after = clocks() | subject.stats()
         if number:
+            steps.append([b - a for a, b in pairwise(ends)])
             for key in after:
                 gains[key].append(after[key] - before[key])
-    return {key: statistics.median(values) for key, values in gains.items()}
+    figures = {key: statistics.median(values) for key, values in gains.items()}
+    return figures | {"clock": sum(map(statistics.median, zip(*steps, strict=True)))}
 
 
 def repetition(trainees: dict[str, Trainee], share: float) -> dict[str, Figures]:
