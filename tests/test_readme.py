@@ -86,7 +86,9 @@ def test_the_diff_runs_before_and_after_with_two_workers(tmp_path):
     after, before = after_and_before()
     assert "DistributedDataParallel" in before
     assert "DistributedDataParallel" not in after
-    after += "\n" + "\n".join(blocks(ROOT / "README.md", "python"))
+    end = "dist.destroy_process_group()"
+    assert after.endswith(end)
+    after = after.removesuffix(end) + "\n".join(blocks(ROOT / "README.md", "python")) + end + "\n"
     for name, script in (("before.py", before), ("after.py", after)):
         (tmp_path / name).write_text(script)
         subprocess.run([*TORCHRUN.format(port=free_port()).split(), name], cwd=tmp_path, check=True, timeout=120,
@@ -110,7 +112,7 @@ def test_python_blocks_of_the_docs(page, tmp_path, monkeypatch):
 def test_the_emulated_link_of_the_docs(tmp_path):
     (block,) = blocks(ROOT / "docs" / "slow-link.md", "python")
     (tmp_path / "link.py").write_text(block + "import torch\nt = torch.ones(2)\ndist.all_reduce(t)\n"
-                                      "assert t.tolist() == [2, 2]\n")
+                                      "assert t.tolist() == [2, 2]\ndist.destroy_process_group()\n")
     subprocess.run([*TORCHRUN.format(port=free_port()).split(), "link.py"], cwd=tmp_path, check=True, timeout=120)
 
 
