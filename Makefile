@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-# The CPU build, a tenth of the size of the one with CUDA. Where this index cannot be reached, pip goes on without it.
+# The CPU build, without gigabytes of CUDA packages. Where this index cannot be reached, pip goes on without it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test bench lint clean
