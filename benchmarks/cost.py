@@ -134,7 +134,7 @@ def memory_copies(name: str, kind: str = "float32") -> tuple[float, float]:
             optimizer.step()
             optimizer.average()
     now = highest = 0
-    changes = [e for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    changes = [e for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]  # set once the profile has ended
     for event in sorted(changes, key=lambda e: e.start_ns()):
         now += event.nbytes()
         highest = max(highest, now)

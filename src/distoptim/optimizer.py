@@ -62,7 +62,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         if isinstance(params, AveragingOptimizer):
             raise ValueError("an averaging optimizer cannot be the inner optimizer of another")
         self.inner = inner_optimizer(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-                            nesterov=nesterov)
+                                     nesterov=nesterov)
         members, _ = fragment.trainable(self.inner.param_groups)
         parts = fragment.partition(fragments, members, tau)
         check_size(size, workers({"group": group, "communicator": communicator}))

@@ -95,7 +95,7 @@ class Cluster:
     def _local_step(self, loss: Callable[[torch.nn.Module, int], Tensor], rank: int) -> float:
         optimizer = self.optimizers[rank]
         value = loss(self.models[rank], rank)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         optimizer.step()
         optimizer.zero_grad()
         return value.item()

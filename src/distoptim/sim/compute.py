@@ -79,8 +79,7 @@ class ShiftedExponential:
 
     def seconds(self, rank: int, step: int) -> float:
         """The step's draw."""
-        u = _uniform(self.seed, rank, step // _BLOCK)[step % _BLOCK]
-        return self.shift_s - self.mean_s * math.log1p(-u)
+        return self.shift_s - self.mean_s * math.log1p(-_uniform(self.seed, rank, step))
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,7 @@ class Pareto:
 
     def seconds(self, rank: int, step: int) -> float:
         """The step's draw."""
-        u = _uniform(self.seed, rank, step // _BLOCK)[step % _BLOCK]
-        return float(self.scale_s * (1 - u) ** (-1 / self.shape))
+        return self.scale_s * float((1 - _uniform(self.seed, rank, step)) ** (-1 / self.shape))
 
 
 class Trace:
@@ -149,7 +147,11 @@ def _trace_row(path: str | Path, number: int, row: list[str]) -> list[float]:
         raise ValueError(f"{path}, line {number}: {error}") from None
 
 
+def _uniform(seed: int, rank: int, step: int) -> float:
+    """A worker's uniform number in [0, 1) for a step; steps may be asked for in any order."""
+    return float(_block(seed, rank, step // _BLOCK)[step % _BLOCK])
+
+
 @cache
-def _uniform(seed: int, rank: int, block: int) -> npt.NDArray[np.float64]:
-    """Uniform numbers of one worker, in blocks, so that any step can be asked for in any order."""
-    return np.random.default_rng((seed, rank, block)).random(_BLOCK)
+def _block(seed: int, rank: int, index: int) -> npt.NDArray[np.float64]:
+    return np.random.default_rng((seed, rank, index)).random(_BLOCK)

@@ -109,7 +109,7 @@ class Synchronous(Method):
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._last_gradient = 0.0
         for p in self._params:
-            p.register_hook(self._note)  # type: ignore[no-untyped-call]
+            p.register_hook(self._note)  # type: ignore[no-untyped-call]  # torch has no types for it
         self._syncs = 0
 
     def _note(self, gradient: Tensor) -> None:
