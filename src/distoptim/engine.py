@@ -114,7 +114,7 @@ class Engine:
         self._check()
         flat = fragment.flat(extra=1)
         fragment.read(flat)
-        weigh(flat.tensor)
+        weigh(flat.tensor, fragment)
         handle = self._start(flat.tensor)
         self._wait(handle)
         self._normalise(flat.tensor, handle)
@@ -170,10 +170,10 @@ class Engine:
         self.rule.payload(fragment, slot.state, buffer)
         if fragment.device.type != "cpu":
             # The flag follows the payload through the stream; reading it here would stop host and device.
-            finite = weigh(buffer.tensor).to("cpu", non_blocking=True)
+            finite = weigh(buffer.tensor, fragment).to("cpu", non_blocking=True)
             self.rule.launched(fragment, slot.state, buffer)
             return finite
-        finite = weigh(buffer.tensor)
+        finite = weigh(buffer.tensor, fragment)
         if not finite:
             self._heal(slot)
             self.rule.payload(fragment, slot.state, buffer)

@@ -19,21 +19,30 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
     if buffers:
         fragments += build(buffers, [0] * len(buffers), [range(len(buffers))], 1)
     means = [engine.mean_of(f) for f in fragments]
-    tensors = [x for f in fragments for x in f.params]
     with torch.no_grad():
-        local = [x.detach().clone() for x in tensors]
+        local = [[x.clone() for x in f.local()] for f in fragments]
         for f, mean in zip(fragments, means, strict=True):
             f.write(mean)
+        _reshard(module)
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(tensors, local)
+            for f, values in zip(fragments, local, strict=True):
+                torch._foreach_copy_(f.local(), values)
+            _reshard(module)
+
+
+def _reshard(module: torch.nn.Module | None) -> None:
+    """Make FSDP gather parameters anew: after a forward pass without a backward one the root keeps the old ones."""
+    for part in module.modules() if module is not None else ():
+        if hasattr(part, "set_reshard_after_forward"):
+            part.reshard()  # type: ignore[operator]  # an FSDPModule's method
 
 
 @torch.no_grad()
 def consensus_distance(engine: Engine) -> float:
-    """Root mean square over the workers of |x_i - mean x|."""
+    """Root mean square over the workers of |x_i - mean x|, x being this rank's shard where parameters are DTensors."""
     square = 0.0
     for fragment in (slot.fragment for slot in engine.slots):
         mean, mine = engine.mean_of(fragment), fragment.flat()

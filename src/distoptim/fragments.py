@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distoptim.comm import islands
+
 Partition = Sequence[Sequence[int]]
 
 _WORK_DTYPE = {
@@ -38,7 +40,8 @@ class Fragment:
 
     Parameters are read and written in place and never rebound. Half-precision parameters are held,
     averaged and merged in float32; a non-contiguous one keeps its memory order in the flat buffer
-    (so channels_last costs no permutation), and a complex one counts as pairs of reals.
+    (so channels_last costs no permutation), and a complex one counts as pairs of reals. Of a DTensor, this
+    rank's shard is meant.
 
     Args:
         params: the parameters, in the order of the optimizer's param groups.
@@ -51,6 +54,7 @@ class Fragment:
         self.offset = offset
         self.device = self.params[0].device
         self.dtype = _WORK_DTYPE[self.params[0].dtype]
+        self.island = islands.Island(self.params)
         local = self.local()
         self.same_dtype = all(x.dtype == self.dtype for x in local)
         self.numel = sum(x.numel() for x in local)
@@ -59,7 +63,8 @@ class Fragment:
 
     def local(self) -> list[Tensor]:
         """The parameters as real tensors; views, made anew at each call since `.data` may be rebound."""
-        return [torch.view_as_real(p) if p.is_complex() else p for p in self.params]
+        shards = [islands.local(p) for p in self.params]
+        return [torch.view_as_real(x) if x.is_complex() else x for x in shards]
 
     def flat(self, *, extra: int = 0) -> Flat:
         """Allocate a zeroed flat buffer, with `extra` elements behind the parameters'."""
@@ -94,7 +99,8 @@ class Fragment:
 
     def signature(self) -> str:
         """What must agree on all workers and with a checkpoint: dtype, shapes, memory order."""
-        shapes = [f"{p.dtype}{list(p.shape)}{_order(x)}" for p, x in zip(self.params, self.local(), strict=True)]
+        shapes = [f"{p.dtype}{list(islands.local(p).shape)}{_order(x)}"
+                  for p, x in zip(self.params, self.local(), strict=True)]
         return " ".join(shapes).replace("torch.", "")
 
 
@@ -154,6 +160,17 @@ def trainable(param_groups: Sequence[dict[str, object]]) -> tuple[list[Tensor], 
     if not params:
         raise ValueError("no parameter requires a gradient: there is nothing to average")
     return params, groups
+
+
+def names(param_groups: Sequence[dict[str, object]]) -> list[str]:
+    """The names of the trainable parameters, of those groups that were made of (name, parameter) pairs."""
+    out: dict[int, str] = {}
+    for group in param_groups:
+        members, known = group["params"], group.get("param_names", [])
+        assert isinstance(members, list)
+        assert isinstance(known, list)
+        out.update({id(p): name for p, name in zip(members, known, strict=False) if p.requires_grad})
+    return list(out.values())
 
 
 def partition(fragments: int | Sequence[Sequence[Tensor]], params: Sequence[Tensor], tau: int) -> list[list[int]]:

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
 from distoptim.comm.communicator import Communicator
+from distoptim.comm.islands import Island, describe
+from distoptim.fragments import Fragment
+
+Facts = dict[str, object]
 
 
-def agree(communicator: Communicator, facts: dict[str, object]) -> None:
-    """Compare `facts` over the workers; blocking and collective.
+@torch.no_grad()
+def introduce(communicator: Communicator, facts: Facts, fragments: Sequence[Fragment],
+              names: Sequence[str]) -> None:
+    """Compare facts and parameters, then give everybody rank 0's parameters; blocking and collective.
+
+    The ranks of an island agree on the facts too: they launch together. Their shards may differ.
+
+    Args:
+        communicator: to the other workers.
+        facts: by name, what must be equal.
+        fragments: whose values are to be equal at the start.
+        names: the parameters' names, where torch knows them; two of one shape in another order go unseen without.
 
     Raises:
-        ValueError: on every worker, naming the first fact that differs, the two ranks and both values.
+        ValueError: on every worker, as `compare`.
     """
-    everybody = communicator.exchange(facts)
+    params = [p for f in fragments for p in f.params]
+    own = {"number of fragments": len(fragments), "names of parameters": names, "shards": describe(params),
+           **{f"fragment {i}": f"offset {f.offset}: {f.signature()}" for i, f in enumerate(fragments)}}
+    # One message, compared only when everybody has them all: who finds a difference leaves nobody waiting.
+    messages = cast("list[tuple[list[Facts], Facts]]", communicator.exchange((Island(params).exchange(facts), own)))
+    compare([theirs for island, _ in messages for theirs in island])
+    compare([theirs for _, theirs in messages])
+    for f in fragments:
+        start = f.flat()
+        f.read(start)
+        communicator.broadcast(start.tensor)
+        f.write(start)
+
+
+def compare(everybody: Sequence[Facts]) -> None:
+    """Whether all workers say the same.
+
+    Raises:
+        ValueError: naming the first fact that differs, the two ranks and both values.
+    """
     reference = everybody[0]
-    assert isinstance(reference, dict)
     for rank, theirs in enumerate(everybody):
-        assert isinstance(theirs, dict)
         for key in {**reference, **theirs}:
             ours, other = reference.get(key), theirs.get(key)
             if ours != other:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from distoptim import checkpoint, checks, evaluation
+from distoptim import checkpoint, checks, evaluation, handshake
 from distoptim import fragments as fragment
 from distoptim.algorithms.rule import Rule
 from distoptim.comm import Communicator, connect
+from distoptim.comm.islands import Island, averaging_group
 from distoptim.engine import Engine
-from distoptim.handshake import agree
 from distoptim.options import Params, check_size, inner_optimizer, workers
 from distoptim.version import __version__
 
@@ -37,6 +38,9 @@ class AveragingOptimizer(torch.optim.Optimizer):
         lr, momentum, dampening, weight_decay, nesterov: of the torch.optim.SGD, with its defaults.
         size: number of workers, checked if given (the original code's argument).
         group: the workers; None means all.
+        device_mesh: says the workers instead, as its dimension called "replicate" or "dp_replicate", or its only one;
+            a worker is then the group of ranks along the others (DDP, FSDP2, HSDP, tensor parallel), the parameters
+            DTensors, of which each rank averages its own shard.
         communicator: moves the bytes instead of torch.distributed (simulation, tests).
         fragments: in how many messages, evenly spread over the round, the parameters are averaged (1 to tau);
             or lists of parameters, one per message. Must be equal on all workers.
@@ -52,7 +56,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Params, *, rule: Rule, tau: int, delay: int, lr: float | Tensor | None = None,
                  momentum: float | None = None, dampening: float | None = None, weight_decay: float | None = None,
                  nesterov: bool | None = None, size: int | None = None, group: dist.ProcessGroup | None = None,
-                 communicator: Communicator | None = None, fragments: int | Sequence[Sequence[Tensor]] = 1,
+                 device_mesh: DeviceMesh | None = None, communicator: Communicator | None = None,
+                 fragments: int | Sequence[Sequence[Tensor]] = 1,
                  timeout_s: float = 1800.0, average_in_step: bool = False, reset_inner: bool = False) -> None:
         checks.integer("tau", tau, 1)
         checks.integer("delay", delay, 0, tau)
@@ -65,7 +70,10 @@ class AveragingOptimizer(torch.optim.Optimizer):
                                      nesterov=nesterov)
         members, _ = fragment.trainable(self.inner.param_groups)
         parts = fragment.partition(fragments, members, tau)
-        check_size(size, workers({"group": group, "communicator": communicator}))
+        check_size(size, workers({"group": group, "device_mesh": device_mesh, "communicator": communicator}))
+        group = averaging_group(group, device_mesh, communicator)
+        if communicator is None:
+            Island(members).check(group)
         self._rule, self._tau, self._delay, self._parts = rule, tau, delay, parts
         self._timeout_s, self._average_in_step, self._reset_inner = timeout_s, average_in_step, reset_inner
         self._communicator = connect(group, timeout_s) if communicator is None else communicator
@@ -77,17 +85,11 @@ class AveragingOptimizer(torch.optim.Optimizer):
         params, groups = fragment.trainable(self.inner.param_groups)
         fragments = fragment.build(params, groups, self._parts, self._tau)
         if introduce:
-            agree(self._communicator, {
+            handshake.introduce(self._communicator, {
                 "distoptim version": __version__, "algorithm": type(self).__name__,
                 "inner optimizer": type(self.inner).__name__, "tau": self._tau, "delay": self._delay,
                 **dataclasses.asdict(self._rule),  # type: ignore[call-overload]  # rules are dataclasses
-                "number of fragments": len(fragments),
-                **{f"fragment {i}": f"offset {f.offset}: {f.signature()}" for i, f in enumerate(fragments)}})
-            for f in fragments:
-                start = f.flat()
-                f.read(start)
-                self._communicator.broadcast(start.tensor)
-                f.write(start)
+            }, fragments, fragment.names(self.inner.param_groups))
         return Engine(fragments, self._rule, self._communicator, tau=self._tau, delay=self._delay,
                       timeout_s=self._timeout_s, inner_lr=self._lr, forget=self._forget, reset_inner=self._reset_inner)
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import TypedDict
 
 from distoptim import checks
 from distoptim.comm import Communicator, world_size
+from distoptim.comm.islands import averaging_group
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | torch.optim.Optimizer
 
@@ -26,6 +28,7 @@ class Options(TypedDict, total=False):
     nesterov: bool
     size: int | None
     group: dist.ProcessGroup | None
+    device_mesh: DeviceMesh | None
     communicator: Communicator | None
     fragments: int | Sequence[Sequence[Tensor]]
     timeout_s: float
@@ -37,13 +40,14 @@ def workers(options: Options | dict[str, Any]) -> int:
     """How many workers an optimizer with these options will have.
 
     Raises:
-        ValueError: the communicator is none, or the group is one of other workers.
+        ValueError: the communicator is none, or group or mesh are of other workers.
     """
     communicator = options.get("communicator")
+    group = averaging_group(options.get("group"), options.get("device_mesh"), communicator)
     if communicator is None:
-        size = world_size(options.get("group"))
+        size = world_size(group)
         if size < 1:
-            raise ValueError(f"group={options['group']!r}: this worker is not a member of it")
+            raise ValueError(f"group={group!r}: this worker is not a member of it")
         return size
     if not isinstance(communicator, Communicator):
         raise ValueError(f"communicator={communicator!r}: allowed is an object with the methods of "

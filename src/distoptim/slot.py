@@ -51,16 +51,19 @@ class Slot:
     flight: Flight | None = None
 
 
-def weigh(buffer: Tensor) -> Tensor:
-    """Set the last element to 1 if all are finite, else everything to 0; return which. A sum that overflows is not."""
+def weigh(buffer: Tensor, fragment: Fragment) -> Tensor:
+    """Set the last element to 1 if all are finite, else everything to 0; return which. A sum that overflows is not.
+
+    All ranks of an island decide alike: a worker of which one shard were missing would be torn apart.
+    """
     buffer[-1] = 0
     total = buffer.sum()
     if buffer.device.type == "cpu":
-        finite = torch.tensor(math.isfinite(total))
+        finite = fragment.island.everywhere(torch.tensor(math.isfinite(total)))
         if not finite:
             buffer.zero_()
     else:
-        finite = torch.isfinite(total)
+        finite = fragment.island.everywhere(torch.isfinite(total))
         buffer.copy_(torch.where(finite, buffer, 0.0))
     buffer[-1] = finite
     return finite

@@ -18,6 +18,8 @@ from distoptim.comm.communicator import Handle, RealHandle
 if TYPE_CHECKING:
     from distoptim.comm.cuda import Staging
 
+# Groups that were left and whose place in torch's count of groups is free.
+_left = 0
 _open: weakref.WeakSet[ProcessGroupCommunicator] = weakref.WeakSet()
 
 
@@ -124,6 +126,8 @@ class ProcessGroupCommunicator:
             # the group's destructor waits for them with the lock held: a deadlock, seen with torch 2.6.
             time.sleep(0.02)
         for group in groups or ():
+            global _left
+            _left += self._ranks is not None
             # The program may have destroyed all groups before us: ours are gone with them.
             with contextlib.suppress(ValueError, AssertionError):
                 if dist.is_initialized():
@@ -151,6 +155,8 @@ class ProcessGroupCommunicator:
                                                           use_local_synchronization=local)
                 return group
 
+            if local:
+                _keep_names_apart()
             self._groups = private(self._backend), private("gloo")
             _open.add(self)
         return self._groups
@@ -174,6 +180,18 @@ def _can_average(group: dist.ProcessGroup, like: Tensor) -> bool:
     except (RuntimeError, ValueError):
         return False
     return probe.item() == 1.0
+
+
+def _keep_names_apart() -> None:
+    """Fill the places of groups that were left with groups of this rank alone.
+
+    Torch names a group after its ranks and the number of groups there are. A second group of the same ranks at
+    the same number would find the first one's addresses in the store, where nobody listens any more.
+    """
+    global _left
+    while _left > 0:
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+        _left -= 1
 
 
 @atexit.register
