@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from distoptim.algorithms.rule import Rule
 from distoptim.comm import Communicator, connect
 from distoptim.comm.islands import Island, averaging_group
 from distoptim.engine import Engine
+from distoptim.levels import Levels, connect_levels
 from distoptim.options import Params, check_size, inner_optimizer, workers
 from distoptim.version import __version__
 
@@ -39,8 +40,9 @@ class AveragingOptimizer(torch.optim.Optimizer):
         size: number of workers, checked if given (the original code's argument).
         group: the workers; None means all.
         device_mesh: says the workers instead, as its dimension called "replicate" or "dp_replicate", or its only one;
-            a worker is then the group of ranks along the others (DDP, FSDP2, HSDP, tensor parallel), the parameters
-            DTensors, of which each rank averages its own shard.
+            the ranks along the others are one worker together (DDP, FSDP2, ...) and average DTensors shard by shard.
+        levels: period in local steps -> smaller group of workers that also averages inside itself, blocking, as often;
+            periods divide each other and tau. One more copy of the model each.
         communicator: moves the bytes instead of torch.distributed (simulation, tests).
         fragments: in how many messages, evenly spread over the round, the parameters are averaged (1 to tau);
             or lists of parameters, one per message. Must be equal on all workers.
@@ -56,8 +58,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Params, *, rule: Rule, tau: int, delay: int, lr: float | Tensor | None = None,
                  momentum: float | None = None, dampening: float | None = None, weight_decay: float | None = None,
                  nesterov: bool | None = None, size: int | None = None, group: dist.ProcessGroup | None = None,
-                 device_mesh: DeviceMesh | None = None, communicator: Communicator | None = None,
-                 fragments: int | Sequence[Sequence[Tensor]] = 1,
+                 device_mesh: DeviceMesh | None = None, levels: Mapping[int, dist.ProcessGroup] | None = None,
+                 communicator: Communicator | None = None, fragments: int | Sequence[Sequence[Tensor]] = 1,
                  timeout_s: float = 1800.0, average_in_step: bool = False, reset_inner: bool = False) -> None:
         checks.integer("tau", tau, 1)
         checks.integer("delay", delay, 0, tau)
@@ -77,21 +79,25 @@ class AveragingOptimizer(torch.optim.Optimizer):
         self._rule, self._tau, self._delay, self._parts = rule, tau, delay, parts
         self._timeout_s, self._average_in_step, self._reset_inner = timeout_s, average_in_step, reset_inner
         self._communicator = connect(group, timeout_s) if communicator is None else communicator
-        self._engine = self._build_engine(introduce=True)
+        self._inner_groups = connect_levels(levels, Island(members), self._communicator, tau=tau, timeout_s=timeout_s)
+        self._build_engine(introduce=True)
         self._face()
 
     @torch.no_grad()
-    def _build_engine(self, *, introduce: bool) -> Engine:
+    def _build_engine(self, *, introduce: bool) -> None:
         params, groups = fragment.trainable(self.inner.param_groups)
         fragments = fragment.build(params, groups, self._parts, self._tau)
         if introduce:
             handshake.introduce(self._communicator, {
                 "distoptim version": __version__, "algorithm": type(self).__name__,
                 "inner optimizer": type(self.inner).__name__, "tau": self._tau, "delay": self._delay,
+                "levels": list(self._inner_groups),
                 **dataclasses.asdict(self._rule),  # type: ignore[call-overload]  # rules are dataclasses
             }, fragments, fragment.names(self.inner.param_groups))
-        return Engine(fragments, self._rule, self._communicator, tau=self._tau, delay=self._delay,
-                      timeout_s=self._timeout_s, inner_lr=self._lr, forget=self._forget, reset_inner=self._reset_inner)
+        self._engine = Engine(
+            fragments, self._rule, self._communicator, tau=self._tau, delay=self._delay, timeout_s=self._timeout_s,
+            inner_lr=self._lr, forget=self._forget, reset_inner=self._reset_inner)
+        self._levels = Levels(self._engine, self._inner_groups, self._forget)
 
     def _face(self) -> None:
         """Give torch's base class its hooks; groups and state stay the inner optimizer's."""
@@ -108,7 +114,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
             for name in ("grad_scale", "found_inf"):
                 self.inner.__dict__.pop(name, None)
         if self._average_in_step:
-            self._engine.tick()
+            self._levels.tick()
         return loss
 
     def average(self) -> None:
@@ -121,11 +127,11 @@ class AveragingOptimizer(torch.optim.Optimizer):
         """
         if self._average_in_step:
             raise RuntimeError("average_in_step=True: step() averages already")
-        self._engine.tick()
+        self._levels.tick()
 
     def flush(self) -> None:
         """Merge what is in flight and average the steps since the last launch, blocking; a new round begins."""
-        self._engine.flush()
+        self._levels.flush()
 
     @contextlib.contextmanager
     def averaged(self, module: torch.nn.Module | None = None) -> Iterator[None]:
@@ -177,8 +183,9 @@ class AveragingOptimizer(torch.optim.Optimizer):
         self._engine.settle()
         if ours is not None:
             checkpoint.load(self._engine, ours)
+            self._levels.align()
         else:
-            self._engine = self._build_engine(introduce=False)
+            self._build_engine(introduce=False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the anchors were cut at construction.
@@ -196,7 +203,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Finish or abandon what is in flight and leave the communication groups; twice is fine."""
-        self._engine.close()
+        self._levels.close()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -223,15 +230,16 @@ class AveragingOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the inner optimizer, the configuration and the rounds."""
         keep = ("inner", "_rule", "_tau", "_delay", "_parts", "_timeout_s", "_average_in_step", "_reset_inner",
-                "_communicator")
+                "_communicator", "_inner_groups")
         return {**{name: self.__dict__[name] for name in keep}, "saved": checkpoint.save(self._engine)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the engine around the copied parameters, without talking to anybody."""
         saved = state.pop("saved")
         self.__dict__.update(state)
-        self._engine = self._build_engine(introduce=False)
+        self._build_engine(introduce=False)
         checkpoint.load(self._engine, saved)
+        self._levels.align()
         self._face()
 
     def _lr(self, group: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     size: int | None
     group: dist.ProcessGroup | None
     device_mesh: DeviceMesh | None
+    levels: Mapping[int, dist.ProcessGroup] | None
     communicator: Communicator | None
     fragments: int | Sequence[Sequence[Tensor]]
     timeout_s: float

@@ -86,6 +86,11 @@ class ProcessGroupCommunicator:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
+    @property
+    def ranks(self) -> list[int]:
+        """The workers' ranks among all."""
+        return list(range(self.size)) if self._ranks is None else self._ranks
+
     def now(self) -> float:
         """Real time."""
         return time.perf_counter()
