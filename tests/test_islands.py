@@ -81,12 +81,18 @@ def _plain(rank):
     return out
 
 
-def _sharded(rank):
-    mesh, out = mesh_2d(), {}
+def _sharded(rank, hybrid):
+    mesh, inner, out = mesh_2d(), "shard", {}
+    if hybrid:
+        mesh, inner = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("island", "dp_replicate", "dp_shard")), (
+            "dp_replicate", "dp_shard")
     island, part = divmod(rank, 2)
     for name, make in METHODS.items():
-        model = shard(network(island), mesh["shard"])
-        optimizer = make(model.parameters(), device_mesh=mesh, size=2)
+        model = shard(network(island), mesh[inner])
+        if hybrid:
+            with pytest.raises(ValueError, match="share DTensors with this rank"):
+                make(model.parameters(), device_mesh=mesh)
+        optimizer = make(model.parameters(), device_mesh=mesh["island"] if hybrid else mesh, size=2)
         pointers = [p.to_local().data_ptr() for p in model.parameters()]
         train(model, optimizer, island, part)
         assert [p.to_local().data_ptr() for p in model.parameters()] == pointers
@@ -120,15 +126,16 @@ def plain():
     return run(_plain, 2)
 
 
-def test_two_fsdp_islands_equal_two_workers_with_twice_the_batch(plain):
-    results = run(_sharded, 4)
+@pytest.mark.parametrize("hybrid", [False, True], ids=["FSDP2", "HSDP"])
+def test_two_fsdp_islands_equal_two_workers_with_twice_the_batch(plain, hybrid):
+    results = run(_sharded, 4, hybrid)
     for rank, result in enumerate(results):
         for name, (x, mean, _) in result.items():
             expected, expected_mean, _ = plain[rank // 2][name]
             torch.testing.assert_close(x, expected, rtol=0, atol=1e-12, msg=name)
             assert mean == pytest.approx(expected_mean, abs=1e-12), name
     for name, (_, _, distance) in plain[0].items():
-        shards = [results[rank][name][2] for rank in (0, 1)]
+        shards = [results[rank][name][2] for rank in ((0,) if hybrid else (0, 1))]
         assert sum(d**2 for d in shards) ** 0.5 == pytest.approx(distance), name
 
 

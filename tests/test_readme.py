@@ -14,7 +14,7 @@ import torch
 import distoptim
 from tests import problem
 from tests.cluster import Cluster
-from tests.workers import free_port
+from tests.workers import free_port, run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +43,8 @@ SHELL = {
         f"cp {{folder}}/mycode.py . && {TORCHRUN} -m distoptim.cli probe mycode:prepare --steps 2",
     "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim.cli plan --probe probe.json",
 }
+# Pages whose blocks need several processes and have a test of their own.
+DISTRIBUTED = ("README.md", "CONTRIBUTING.md", "slow-link.md", "islands.md")
 
 
 def blocks(path, language):
@@ -98,8 +100,7 @@ def test_the_diff_runs_before_and_after_with_two_workers(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:one worker")
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("README.md", "CONTRIBUTING.md", "slow-link.md")],
-                         ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in DISTRIBUTED], ids=lambda p: p.name)
 def test_python_blocks_of_the_docs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Linear(3, 2)
@@ -114,6 +115,24 @@ def test_the_emulated_link_of_the_docs(tmp_path):
     (tmp_path / "link.py").write_text(block + "import torch\nt = torch.ones(2)\ndist.all_reduce(t)\n"
                                       "assert t.tolist() == [2, 2]\ndist.destroy_process_group()\n")
     subprocess.run([*TORCHRUN.format(port=free_port()).split(), "link.py"], cwd=tmp_path, check=True, timeout=120)
+
+
+def _islands_of_the_docs(rank):
+    for block, syncs in zip(blocks(ROOT / "docs" / "islands.md", "python"), (2, 5), strict=True):
+        names = {"torch": torch, "distoptim": distoptim}
+        exec(compile(block, "islands.md", "exec", dont_inherit=True), names)
+        model, optimizer = names["model"], names["optimizer"]
+        for _ in range(16):
+            model(torch.randn(2, 64)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.average()
+        assert optimizer.stats()["syncs"] == syncs
+        optimizer.close()
+
+
+def test_the_islands_of_the_docs():
+    run(_islands_of_the_docs, 4)
 
 
 def test_the_algorithm_of_contributing_is_complete_and_trains(monkeypatch):
