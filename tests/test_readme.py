@@ -14,6 +14,7 @@ import torch
 import distoptim
 from tests import problem
 from tests.cluster import Cluster
+from tests.test_islands import fsdp
 from tests.workers import free_port, run
 
 ROOT = Path(__file__).parent.parent
@@ -131,6 +132,7 @@ def _islands_of_the_docs(rank):
         optimizer.close()
 
 
+@fsdp
 def test_the_islands_of_the_docs():
     run(_islands_of_the_docs, 4)
 

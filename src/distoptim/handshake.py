@@ -35,8 +35,13 @@ def introduce(communicator: Communicator, facts: Facts, fragments: Sequence[Frag
            **{f"fragment {i}": f"offset {f.offset}: {f.signature()}" for i, f in enumerate(fragments)}}
     # One message, compared only when everybody has them all: who finds a difference leaves nobody waiting.
     messages = cast("list[tuple[list[Facts], Facts]]", communicator.exchange((Island(params).exchange(facts), own)))
-    compare([theirs for island, _ in messages for theirs in island])
-    compare([theirs for _, theirs in messages])
+    try:
+        compare([theirs for island, _ in messages for theirs in island])
+        compare([theirs for _, theirs in messages])
+    except ValueError:
+        # Nobody could later: with torch 2.6 a program that ends with these groups open may hang.
+        communicator.close()
+        raise
     for f in fragments:
         start = f.flat()
         f.read(start)
