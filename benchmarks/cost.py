@@ -39,6 +39,11 @@ ALGORITHMS: dict[str, tuple[Callable[..., Any], int]] = {
     "EASGD": (distoptim.EASGD, 2),
     "CoCoDSGD": (distoptim.CoCoDSGD, 2),
     "OverlapLocalSGD": (distoptim.OverlapLocalSGD, 3),
+    "DiLoCo": (distoptim.DiLoCo, 3),
+    "DiLoCo carrying": (lambda *a, tau, **k: distoptim.DiLoCo(*a, tau=tau, delay=tau, carry=True, **k), 4),
+    "StreamingDiLoCo": (distoptim.StreamingDiLoCo, 3),
+    "EagerDiLoCo": (distoptim.EagerDiLoCo, 5),
+    "CO2": (distoptim.CO2, 4),
 }
 POST_LOCAL = "torch's PostLocalSGD"
 

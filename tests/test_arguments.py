@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from distoptim import ALGORITHMS, BMUF, EASGD, LocalSGD, OverlapLocalSGD, SlowMo
+from distoptim import ALGORITHMS, BMUF, CO2, EASGD, DiLoCo, LocalSGD, OverlapLocalSGD, SlowMo, StreamingDiLoCo
 from distoptim.comm import Link, SingleWorker, emulate
 from tests.toy import alone
 
@@ -21,18 +22,27 @@ ODD = st.sampled_from([
 TAU = st.one_of(st.integers(1, 6), ODD)
 UNIT = st.one_of(st.floats(0, 1), st.floats(), ODD)
 
+FLAG = st.one_of(st.booleans(), ODD)
+FACTORY = st.sampled_from([None, partial(torch.optim.Adam, lr=0.1), 1, torch.optim.SGD([torch.zeros(1)]),
+                           lambda anchors: anchors, lambda anchors: torch.optim.SGD([torch.zeros(1)])])
+OUTER = {"delay": TAU, "outer_lr": UNIT, "outer_momentum": UNIT, "outer_nesterov": FLAG}
+
 COMMON = {
     "lr": UNIT, "momentum": UNIT, "dampening": UNIT, "weight_decay": UNIT, "nesterov": st.one_of(st.booleans(), ODD),
     "size": st.one_of(st.none(), st.just(1), ODD), "group": st.none(),
     "communicator": st.one_of(st.just(SingleWorker()), ODD), "fragments": TAU, "timeout_s": UNIT,
     "average_in_step": st.one_of(st.booleans(), ODD), "reset_inner": st.one_of(st.booleans(), ODD), "gmf": UNIT}
 OWN = {
-    "local-sgd": {"delay": TAU, "outer_momentum": UNIT},
+    "local-sgd": {"delay": TAU, "outer_momentum": UNIT, "carry": FLAG},
     "easgd": {"delay": TAU, "alpha": UNIT},
     "cocod-sgd": {"delay": TAU},
-    "bmuf": {"block_momentum": UNIT, "block_lr": UNIT, "nesterov_block": st.one_of(st.booleans(), ODD)},
-    "slowmo": {"slow_momentum": UNIT, "slow_lr": UNIT},
+    "bmuf": {"block_momentum": UNIT, "block_lr": UNIT, "nesterov_block": FLAG, "delay": TAU, "carry": FLAG},
+    "slowmo": {"slow_momentum": UNIT, "slow_lr": UNIT, "delay": TAU, "carry": FLAG},
     "overlap-local-sgd": {"delay": TAU, "alpha": UNIT, "outer_momentum": UNIT},
+    "diloco": {**OUTER, "outer": FACTORY, "carry": FLAG, "local_weight": UNIT},
+    "streaming-diloco": {**OUTER, "outer": FACTORY, "local_weight": UNIT},
+    "eager-diloco": {**OUTER, "eager": FLAG},
+    "co2": {"delay": TAU, "outer_lr": UNIT, "outer_momentum": UNIT, "clip": UNIT},
 }
 
 
@@ -75,11 +85,22 @@ def test_all_algorithms_are_tried():
     (LocalSGD, {"tau": 2.0}, r"tau=2.0: allowed is an integer"),
     (LocalSGD, {"tau": True}, r"tau=True: allowed is an integer"),
     (LocalSGD, {"tau": 4, "delay": 5}, r"delay=5: allowed is an integer, from 0 to 4"),
-    (LocalSGD, {"tau": 4, "delay": 1, "outer_momentum": 0.5}, r"outer_momentum=0.5 with delay=1: .*OverlapLocalSGD"),
+    (LocalSGD, {"tau": 4, "delay": 1, "outer_momentum": 0.5}, r"delay=1 without carry: .*OverlapLocalSGD"),
     (LocalSGD, {"tau": 4, "outer_momentum": 1}, r"outer_momentum=1: allowed is a number in \[0, 1\)"),
     (LocalSGD, {"tau": 4, "gmf": 0.1, "outer_momentum": 0.1}, r"two names of one thing"),
     (EASGD, {"tau": 4, "gmf": 0.1}, r"gmf=0.1: EASGD has no outer momentum; allowed is 0"),
     (OverlapLocalSGD, {"tau": 4, "alpha": 1.5}, r"alpha=1.5: allowed is a number in \[0, 1\]"),
+    (BMUF, {"tau": 4, "delay": 1}, r"delay=1 without carry: .*throws away the local steps.*carry=True"),
+    (SlowMo, {"tau": 4, "delay": 4}, r"delay=4 without carry"),
+    (DiLoCo, {"tau": 4, "delay": 4}, r"delay=4 without carry"),
+    (DiLoCo, {"tau": 4, "delay": 5, "carry": True}, r"delay=5: allowed is an integer, from 0 to 4"),
+    (DiLoCo, {"tau": 4, "delay": 4, "carry": True, "local_weight": 0.5}, r"local_weight=0.5 with carry=True: two ways"),
+    (DiLoCo, {"tau": 4, "outer": torch.optim.Adam, "outer_lr": 0.1}, r"outer_lr=0.1 with outer: belongs to the outer"),
+    (DiLoCo, {"tau": 4, "outer": 3}, r"outer=3: allowed is a function"),
+    (DiLoCo, {"tau": 4, "outer": lambda anchors: 3}, r"outer: makes 3; allowed is a torch optimizer"),
+    (StreamingDiLoCo, {"tau": 4, "local_weight": 0}, r"local_weight=0 with delay=1: .*thrown away"),
+    (StreamingDiLoCo, {"tau": 4, "local_weight": 1}, r"local_weight=1: allowed is a number in \[0, 1\)"),
+    (CO2, {"tau": 4, "clip": 0}, r"clip=0: allowed is a number in \(0"),
     (OverlapLocalSGD, {"tau": 4, "alpha": 1}, r"alpha=1 with delay=4: .*thrown away"),
     (BMUF, {"tau": 4, "block_lr": 0}, r"block_lr=0: allowed is a number in \(0, 1e\+30\]"),
     (SlowMo, {"tau": 4, "slow_lr": math.nan}, r"slow_lr=nan: allowed"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distoptim import BMUF, EASGD, CoCoDSGD, LocalSGD, OverlapLocalSGD, SlowMo
+from distoptim import BMUF, EASGD, CoCoDSGD, DiLoCo, LocalSGD, OverlapLocalSGD, SlowMo, StreamingDiLoCo
 from tests import problem, toy
 from tests.cluster import Cluster
 
@@ -46,6 +46,25 @@ EQUAL = {
                                               BMUF, {"block_momentum": 0, "block_lr": 0.8}),
     "EASGD(overlapped) = EASGD(blocking)": (EASGD, {}, EASGD, {"delay": 0}),
     "EASGD(delay 2) = EASGD(blocking)": (EASGD, {"alpha": 0.3, "delay": 2}, EASGD, {"alpha": 0.3, "delay": 0}),
+    "DiLoCo(outer SGD lr 1) = Local": (DiLoCo, {"outer": partial(torch.optim.SGD, lr=1.0)}, LocalSGD, {}),
+    "DiLoCo(outer_lr 1, beta 0) = Local": (DiLoCo, {"outer_lr": 1, "outer_momentum": 0}, LocalSGD, {}),
+    "DiLoCo(outer_lr 1, classic beta) = Local(beta)":
+        (DiLoCo, {"outer_lr": 1, "outer_momentum": 0.6, "outer_nesterov": False}, LocalSGD, {"outer_momentum": 0.6}),
+    "DiLoCo(Nesterov SGD as outer) = DiLoCo":
+        (DiLoCo, {"outer": partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)}, DiLoCo, {}),
+    "DiLoCo(beta 0) = BMUF(beta 0)": (DiLoCo, {"outer_lr": 0.8, "outer_momentum": 0},
+                                      BMUF, {"block_momentum": 0, "block_lr": 0.8}),
+    "Streaming(delay 0, local_weight 0) = DiLoCo":
+        (StreamingDiLoCo, {"delay": 0, "local_weight": 0, "outer_lr": 0.7}, DiLoCo, {}),
+    "DiLoCo(delay 2, local_weight) = Streaming":
+        (DiLoCo, {"delay": 2, "local_weight": 0.3, "outer_lr": 0.4}, StreamingDiLoCo,
+         {"delay": 2, "local_weight": 0.3}),
+    "DiLoCo(carry, outer_lr 1, beta 0, delay tau) = CoCoD":
+        (DiLoCo, {"delay": TAU, "carry": True, "outer_lr": 1, "outer_momentum": 0}, CoCoDSGD, {}),
+    "BMUF(carry, beta 0, delay 2) = Local(delay 2)":
+        (BMUF, {"delay": 2, "carry": True, "block_momentum": 0}, LocalSGD, {"delay": 2}),
+    "SlowMo(carry) = Local(beta, carry)": (SlowMo, {"slow_momentum": 0.6, "delay": 2, "carry": True},
+                                           LocalSGD, {"outer_momentum": 0.6, "delay": 2, "carry": True}),
     "gmf = outer_momentum": (OverlapLocalSGD, {"gmf": 0.3}, OverlapLocalSGD, {"outer_momentum": 0.3}),
     "gmf = block_momentum": (BMUF, {"gmf": 0.3}, BMUF, {"block_momentum": 0.3}),
     "gmf = slow_momentum": (SlowMo, {"gmf": 0.3}, SlowMo, {"slow_momentum": 0.3}),

@@ -26,6 +26,8 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "local-sgd-momentum": ("local-sgd", {"outer_momentum": 0.5}),
     "bmuf-nesterov": ("bmuf", {"nesterov_block": True, "block_lr": 0.9}),
     "overlap-plain": ("overlap-local-sgd", {"outer_momentum": 0.0}),
+    "diloco-adam": ("diloco", {"outer": partial(torch.optim.Adam, lr=0.1)}),
+    "diloco-delayed": ("eager-diloco", {"eager": False}),
 }
 
 
@@ -47,11 +49,14 @@ def variants(tau: int = TAU, fragments: tuple[int, ...] = (1, 3)) -> dict[str, C
     for name, (base, options) in {**{name: (name, {}) for name in ALGORITHMS}, **EXTRA}.items():
         algorithm = ALGORITHMS[base]
         delays: list[dict[str, Any]] = [{}]
-        if "delay" in inspect.signature(algorithm).parameters and name != "local-sgd-momentum":
-            delays = [{"delay": delay} for delay in sorted({0, min(1, tau), tau})]
+        takes = inspect.signature(algorithm).parameters
+        if "delay" in takes:
+            delays = [{"delay": delay, **({"carry": True} if delay and "carry" in takes else {})}
+                      for delay in sorted({0, min(1, tau), tau})]
         for delay in delays:
             for count in fragments:
-                label = "-".join([name, *(f"delay{d}" for d in delay.values()), f"fragments{count}"])
+                label = "-".join([name, *(f"delay{d}" for key, d in delay.items() if key == "delay"),
+                                  f"fragments{count}"])
                 out[label] = partial(algorithm, tau=tau, fragments=count, **{**OPTIONS, **options, **delay})
     return out
 

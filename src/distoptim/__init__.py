@@ -7,11 +7,15 @@ import logging
 from distoptim.algorithms import (
     ALGORITHMS,
     BMUF,
+    CO2,
     EASGD,
     CoCoDSGD,
+    DiLoCo,
+    EagerDiLoCo,
     LocalSGD,
     OverlapLocalSGD,
     SlowMo,
+    StreamingDiLoCo,
     register,
 )
 from distoptim.algorithms.rule import Mean, Rule, State
@@ -25,10 +29,13 @@ logging.getLogger("distoptim").addHandler(logging.NullHandler())
 __all__ = [
     "ALGORITHMS",
     "BMUF",
+    "CO2",
     "EASGD",
     "AveragingOptimizer",
     "CoCoDSGD",
     "CommunicationError",
+    "DiLoCo",
+    "EagerDiLoCo",
     "LocalSGD",
     "Mean",
     "OverlapLocalSGD",
@@ -36,6 +43,7 @@ __all__ = [
     "Rule",
     "SlowMo",
     "State",
+    "StreamingDiLoCo",
     "__version__",
     "register",
 ]

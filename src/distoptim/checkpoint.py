@@ -71,9 +71,8 @@ def load(engine: Engine, saved: dict[str, Any]) -> None:
         slot.next_launch = record["next_launch"] if goes_on else saved["step"] + (slot.fragment.offset or engine.tau)
         if goes_on and record["flight"] is not None:
             slot.flight = _load_flight(slot, record["flight"])
-        anchor = engine.rule.fallback(slot.state)
-        if not same_workers and isinstance(slot.state, Anchored) and anchor is not None:
-            slot.fragment.write(anchor)
+        if not same_workers and isinstance(slot.state, Anchored):
+            slot.fragment.write(slot.state.anchor)
     engine.resume_at(saved["step"])
 
 

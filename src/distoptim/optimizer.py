@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +91,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
                 "distoptim version": __version__, "algorithm": type(self).__name__,
                 "inner optimizer": type(self.inner).__name__, "tau": self._tau, "delay": self._delay,
                 "levels": list(self._inner_groups),
-                **dataclasses.asdict(self._rule),  # type: ignore[call-overload]  # rules are dataclasses
+                **self._rule.facts(),
             }, fragments, fragment.names(self.inner.param_groups))
         self._engine = Engine(
             fragments, self._rule, self._communicator, tau=self._tau, delay=self._delay, timeout_s=self._timeout_s,

@@ -51,7 +51,11 @@ def test_every_algorithm_of_the_library_is_timed_at_its_default_delay():
     made = methods(tau=12)
     assert set(ALGORITHMS) < set(made)
     assert {name: made[name].delay for name in ALGORITHMS} == {
-        "local-sgd": 0, "bmuf": 0, "slowmo": 0, "easgd": 12, "cocod-sgd": 12, "overlap-local-sgd": 12}
+        "local-sgd": 0, "bmuf": 0, "slowmo": 0, "easgd": 12, "cocod-sgd": 12, "overlap-local-sgd": 12,
+        "diloco": 0, "streaming-diloco": 0, "eager-diloco": 12, "co2": 12}
+    # The two that are modelled layer by layer stay so.
+    assert made["diloco"].layerwise
+    assert made["streaming-diloco"].layerwise
 
 
 @pytest.mark.parametrize("workers", [2, 5])

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from distoptim.algorithms.bmuf import BMUF
+from distoptim.algorithms.co2 import CO2
 from distoptim.algorithms.cocod_sgd import CoCoDSGD
+from distoptim.algorithms.diloco import DiLoCo
+from distoptim.algorithms.eager_diloco import EagerDiLoCo
 from distoptim.algorithms.easgd import EASGD
 from distoptim.algorithms.local_sgd import LocalSGD
 from distoptim.algorithms.overlap_local_sgd import OverlapLocalSGD
 from distoptim.algorithms.slowmo import SlowMo
+from distoptim.algorithms.streaming_diloco import StreamingDiLoCo
 from distoptim.optimizer import AveragingOptimizer
 
-__all__ = ["ALGORITHMS", "BMUF", "EASGD", "CoCoDSGD", "LocalSGD", "OverlapLocalSGD", "SlowMo", "register"]
+__all__ = ["ALGORITHMS", "BMUF", "CO2", "EASGD", "CoCoDSGD", "DiLoCo", "EagerDiLoCo", "LocalSGD", "OverlapLocalSGD",
+           "SlowMo", "StreamingDiLoCo", "register"]
 
 ALGORITHMS: dict[str, Callable[..., AveragingOptimizer]] = {
     "local-sgd": LocalSGD,
@@ -21,6 +26,10 @@ ALGORITHMS: dict[str, Callable[..., AveragingOptimizer]] = {
     "bmuf": BMUF,
     "slowmo": SlowMo,
     "overlap-local-sgd": OverlapLocalSGD,
+    "diloco": DiLoCo,
+    "streaming-diloco": StreamingDiLoCo,
+    "eager-diloco": EagerDiLoCo,
+    "co2": CO2,
 }
 
 

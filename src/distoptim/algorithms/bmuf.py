@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing_extensions import Unpack
 
 from distoptim import checks
+from distoptim.algorithms.carry import adopting
 from distoptim.algorithms.rules import Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params, workers
@@ -22,18 +23,21 @@ class BMUF(AveragingOptimizer):
         block_momentum: eta, in [0, 1); default 1 - 1/m for m workers, so that a block counts as in one-worker training.
         block_lr: zeta, > 0; default 1.
         nesterov_block: Nesterov block momentum instead of the classic one; default False.
+        delay: local steps from launch to merge, in [0, tau]; default 0. Above 0 only with `carry`.
+        carry: keep the local steps made between launch and merge, x <- z + (x - sent); default False.
         gmf: another name of `block_momentum`, from the original code.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range; a delay without carry, which would throw local steps away.
 
     Source: Chen & Huo, ICASSP 2016, equations 4 to 10.
     """
 
     def __init__(self, params: Params, *, tau: int, block_momentum: float | None = None, block_lr: float = 1.0,
-                 nesterov_block: bool = False, gmf: float | None = None, **options: Unpack[Options]) -> None:
+                 nesterov_block: bool = False, delay: int = 0, carry: bool = False, gmf: float | None = None,
+                 **options: Unpack[Options]) -> None:
         momentum = checks.outer_momentum(block_momentum, gmf, default=1 - 1 / workers(options), name="block_momentum")
         block_lr = checks.number("block_lr", block_lr, 0, checks.LARGEST, open_low=True)
         nesterov = checks.flag("nesterov_block", nesterov_block) and momentum > 0
-        rule = Pull(1.0, block_lr, momentum, nesterov=nesterov, rescale=False)
-        super().__init__(params, rule=rule, tau=tau, delay=0, **options)
+        rule = adopting(Pull(1.0, block_lr, momentum, nesterov=nesterov, rescale=False), delay=delay, carry=carry)
+        super().__init__(params, rule=rule, tau=tau, delay=delay, **options)

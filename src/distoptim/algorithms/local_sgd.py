@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing_extensions import Unpack
 
 from distoptim import checks
+from distoptim.algorithms.carry import adopting
 from distoptim.algorithms.rule import Rule
 from distoptim.algorithms.rules import Average, Pull
 from distoptim.optimizer import AveragingOptimizer
@@ -22,22 +23,24 @@ class LocalSGD(AveragingOptimizer):
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
         tau: local steps in a round, >= 1.
         delay: local steps from launch to merge, in [0, tau]; default 0. tau makes it CoCoD-SGD.
-        outer_momentum: in [0, 1), default 0; above 0 only with delay 0.
+        outer_momentum: in [0, 1), default 0; above 0 with a delay only if `carry`.
+        carry: with outer momentum, keep the local steps made between launch and merge, x <- z + (x - sent); default
+            False. Without outer momentum they are always kept.
         gmf: another name of `outer_momentum`, from the original code.
 
     Raises:
-        ValueError: a value outside its range; outer momentum together with a delay, since adopting a late
+        ValueError: a value outside its range; outer momentum and a delay without carry, since adopting a late
             anchor would throw the steps made meanwhile away.
 
     Source: Stich 2018 (arXiv 1805.09767), algorithm 1; delayed: DaSGD (arXiv 2006.00441).
     """
 
     def __init__(self, params: Params, *, tau: int, delay: int = 0, outer_momentum: float | None = None,
-                 gmf: float | None = None, **options: Unpack[Options]) -> None:
+                 carry: bool = False, gmf: float | None = None, **options: Unpack[Options]) -> None:
         momentum = checks.outer_momentum(outer_momentum, gmf, default=0.0)
         checks.integer("delay", delay, 0)
-        if momentum and delay:
-            raise ValueError(f"outer_momentum={momentum} with delay={delay}: adopting a late anchor throws away the "
-                             "local steps made meanwhile; use delay=0, or OverlapLocalSGD, which pulls instead")
-        rule: Rule = Pull(1.0, 1.0, momentum) if momentum else Average(carry=delay > 0)
+        checks.flag("carry", carry)
+        rule: Rule = Average(carry=delay > 0)
+        if momentum:
+            rule = adopting(Pull(1.0, 1.0, momentum), delay=delay, carry=carry)
         super().__init__(params, rule=rule, tau=tau, delay=delay, **options)

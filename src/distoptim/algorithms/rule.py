@@ -42,6 +42,10 @@ class Rule(ABC):
     Subclasses are frozen dataclasses: their fields are part of what all workers must agree on.
     """
 
+    def facts(self) -> dict[str, object]:
+        """The fields, those that are called as text: functions cannot be sent, nor compared between processes."""
+        return {name: repr(value) if callable(value) else value for name, value in vars(self).items()}
+
     def start(self, fragment: Fragment) -> State:
         """The state before the first step; all workers hold equal parameters then."""
         return State()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from distoptim.algorithms.outer import Outer
 from distoptim.algorithms.rule import Mean, Rule, State
 from distoptim.fragments import Flat, Fragment
 
@@ -104,6 +105,7 @@ class Pull(AnchorRule):
         nesterov: restart from the point where momentum alone would go next.
         rescale: keep the momentum in units of the gradient: where the inner learning rate has changed since
             the last round, v is multiplied by the ratio (as in the code of Overlap-Local-SGD and SlowMo).
+        outer: makes another outer optimizer than this SGD, whose settings then count instead of the four above.
     """
 
     alpha: float
@@ -111,14 +113,17 @@ class Pull(AnchorRule):
     outer_momentum: float
     nesterov: bool = False
     rescale: bool = True
+    outer: Outer | None = None
 
     def start(self, fragment: Fragment) -> Anchored:
         """The start as anchor, momentum 0."""
         state = super().start(fragment)
-        if self.outer_momentum:
+        segments = [torch.nn.Parameter(state.anchor.tensor[s]) for _, s in fragment.segments]
+        if self.outer is not None:
+            state.outer = self.outer(segments)
+        elif self.outer_momentum:
             # maximize and weight_decay=1 make z - mean out of a "gradient" that is the mean itself: the
             # communication buffer serves as .grad, and one fused kernel does the whole step.
-            segments = [torch.nn.Parameter(state.anchor.tensor[s]) for _, s in fragment.segments]
             state.outer = torch.optim.SGD(
                 segments, lr=self.outer_lr, momentum=self.outer_momentum, nesterov=self.nesterov,
                 weight_decay=1.0, maximize=True, fused=fragment.device.type in ("cpu", "cuda"))
@@ -127,22 +132,29 @@ class Pull(AnchorRule):
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """z <- outer step; x <- (1 - alpha) x + alpha z."""
         assert isinstance(state, Anchored)
-        if state.outer is None:
-            state.anchor.tensor.lerp_(mean.flat.tensor[: fragment.numel], self.outer_lr)
-        else:
-            self._outer_step(fragment, state.outer, state.lr, mean)
-            state.lr = list(mean.lr)
+        self.move(fragment, state, mean)
         if self.alpha == 1:
             fragment.write(state.anchor)
         else:
             fragment.pull(state.anchor, self.alpha)
+
+    def move(self, fragment: Fragment, state: Anchored, mean: Mean) -> None:
+        """z <- outer step; overwrites the mean, unless the outer optimizer is SGD."""
+        if state.outer is None:
+            state.anchor.tensor.lerp_(mean.flat.tensor[: fragment.numel], self.outer_lr)
+            return
+        if self.outer is not None:
+            pseudo_gradient = mean.flat.tensor[: fragment.numel]
+            torch.sub(state.anchor.tensor, pseudo_gradient, out=pseudo_gradient)
+        self._outer_step(fragment, state.outer, state.lr, mean)
+        state.lr = list(mean.lr)
 
     def _outer_step(self, fragment: Fragment, outer: torch.optim.Optimizer, lr_before: list[float] | None,
                     mean: Mean) -> None:
         anchors = outer.param_groups[0]["params"]
         for i, (z, (_, part)) in enumerate(zip(anchors, fragment.segments, strict=True)):
             z.grad = mean.flat.tensor[part]
-            if self.rescale and lr_before is not None and lr_before[i] != mean.lr[i]:
+            if self.rescale and self.outer is None and lr_before is not None and lr_before[i] != mean.lr[i]:
                 # Momentum gathered at lr = 0 is none at all; dividing by it would make NaN.
                 ratio = mean.lr[i] / lr_before[i] if lr_before[i] else 0.0
                 outer.state[z]["momentum_buffer"].mul_(ratio)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing_extensions import Unpack
 
 from distoptim import checks
+from distoptim.algorithms.carry import adopting
 from distoptim.algorithms.rules import Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
@@ -20,16 +21,19 @@ class SlowMo(AveragingOptimizer):
         tau: local steps in a round, >= 1.
         slow_momentum: beta, in [0, 1); default 0.7 (the paper uses 0.4 to 0.8).
         slow_lr: > 0; default 1, the paper's choice.
+        delay: local steps from launch to merge, in [0, tau]; default 0. Above 0 only with `carry`.
+        carry: keep the local steps made between launch and merge, x <- z + (x - sent); default False.
         gmf: another name of `slow_momentum`, from the original code.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range; a delay without carry, which would throw local steps away.
 
     Source: Wang, Tantia, Ballas, Rabbat 2019 (arXiv 1910.00643), algorithm 1.
     """
 
     def __init__(self, params: Params, *, tau: int, slow_momentum: float | None = None, slow_lr: float = 1.0,
-                 gmf: float | None = None, **options: Unpack[Options]) -> None:
+                 delay: int = 0, carry: bool = False, gmf: float | None = None, **options: Unpack[Options]) -> None:
         momentum = checks.outer_momentum(slow_momentum, gmf, default=0.7, name="slow_momentum")
         slow_lr = checks.number("slow_lr", slow_lr, 0, checks.LARGEST, open_low=True)
-        super().__init__(params, rule=Pull(1.0, slow_lr, momentum), tau=tau, delay=0, **options)
+        rule = adopting(Pull(1.0, slow_lr, momentum), delay=delay, carry=carry)
+        super().__init__(params, rule=rule, tau=tau, delay=delay, **options)

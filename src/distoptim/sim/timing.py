@@ -61,7 +61,7 @@ def layerwise_methods(*, tau: int = 100, payload_bytes: float = 4.0, fp4_bytes: 
 
 
 def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, Method]:
-    """The methods of `layerwise_methods` and every algorithm of `distoptim.ALGORITHMS` at its default delay.
+    """The methods of `layerwise_methods` and every other algorithm of `distoptim.ALGORITHMS` at its default delay.
 
     Args:
         tau: local steps in a round, >= 1.
@@ -72,7 +72,8 @@ def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, Method]:
     """
     made = layerwise_methods(tau=tau, payload_bytes=payload_bytes)
     for name, algorithm in ALGORITHMS.items():
-        made[name] = Method(name=name, payload_bytes=payload_bytes, tau=tau, delay=_default_delay(algorithm, tau))
+        made.setdefault(name, Method(name=name, payload_bytes=payload_bytes, tau=tau,
+                                     delay=_default_delay(algorithm, tau)))
     return made
 
 
