@@ -33,6 +33,7 @@ class Cluster:
         compute: how long local steps take; None: no time.
         network: what means cost; None: nothing.
         threads: workers computed at the same time; default one per processor core.
+        synchronous: average the gradients before every step, as DDP does.
         scale: a byte of payload counts as so many, to time a large model with a small one.
 
     Raises:
@@ -41,14 +42,14 @@ class Cluster:
 
     def __init__(self, *, workers: int, model: Callable[[], torch.nn.Module], optimizer: Make,
                  compute: Compute | None = None, network: Network | None = None, threads: int | None = None,
-                 scale: float = 1.0) -> None:
+                 synchronous: bool = False, scale: float = 1.0) -> None:
         checks.integer("workers", workers, 1)
         self.fabric = Fabric(workers, network, scale=scale)
         self.models = [model() for _ in range(workers)]
         self.optimizers = [optimizer(m.parameters(), communicator=VirtualCommunicator(self.fabric, rank))
                            for rank, m in enumerate(self.models)]
         self.steps = 0
-        self._compute = compute
+        self._compute, self._synchronous = compute, synchronous
         threads = checks.integer("threads", os.cpu_count() if threads is None else threads, 1)
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -61,9 +62,11 @@ class Cluster:
         ranks = range(len(self.models))
         losses: list[float] = []
         if loss is not None:
-            each: Iterable[float] = (self._pool.map if self._pool else map)(
-                lambda rank: self._local_step(loss, rank), ranks)
-            losses = list(each)
+            run: Callable[..., Iterable[Any]] = self._pool.map if self._pool else map
+            losses = list(run(lambda rank: self._backward(loss, rank), ranks))
+            if self._synchronous:
+                self._average_gradients()
+            list(run(self._local_step, ranks))
         if self._compute is not None:
             for rank in ranks:
                 self.fabric.clocks[rank] += self._compute.seconds(rank, self.steps)
@@ -92,13 +95,21 @@ class Cluster:
         each = [optimizer.stats() for optimizer in self.optimizers]
         return {**{key: sum(s[key] for s in each) / len(each) for key in each[0]}, "seconds": self.seconds()}
 
-    def _local_step(self, loss: Callable[[torch.nn.Module, int], Tensor], rank: int) -> float:
-        optimizer = self.optimizers[rank]
+    def _backward(self, loss: Callable[[torch.nn.Module, int], Tensor], rank: int) -> float:
         value = loss(self.models[rank], rank)
         value.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        optimizer.step()
-        optimizer.zero_grad()
         return value.item()
+
+    def _local_step(self, rank: int) -> None:
+        self.optimizers[rank].step()
+        self.optimizers[rank].zero_grad()
+
+    @torch.no_grad()
+    def _average_gradients(self) -> None:
+        for params in zip(*(m.parameters() for m in self.models), strict=True):
+            gradients = [p.grad for p in params if p.grad is not None]
+            if gradients:
+                torch._foreach_copy_(gradients, [torch.stack(gradients).mean(0)] * len(gradients))
 
     def _average(self) -> None:
         engines = [optimizer._engine for optimizer in self.optimizers]

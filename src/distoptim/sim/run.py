@@ -24,8 +24,8 @@ Observer = Callable[[records.Line], None]
 class VirtualRun:
     """One run in one process.
 
-    Synchronous SGD ("ddp") runs as Local SGD with tau = 1, which equals it to the last rounding: parameters are
-    equal after every step, and momentum is linear in the gradients. It does not overlap with the backward pass.
+    "ddp" averages the gradients before every step, and runs as Local SGD with tau = 1 on the clock: its messages are
+    as large, and parameters that are equal stay so. It does not overlap with the backward pass.
 
     Args:
         config: the run; its emulated link is not used.
@@ -48,6 +48,7 @@ class VirtualRun:
             return models.build(config.model, loaded.train_images.shape[1:], loaded.classes).to(device)
 
         self.cluster = Cluster(workers=config.workers, model=model, optimizer=self._optimizer, threads=threads,
+                               synchronous=config.algorithm == optimizers.SYNCHRONOUS,
                                compute=machines.compute(seed=config.seed), network=machines.network())
         self.steps_per_epoch = max(1, len(labels) // (config.workers * config.batch_size))
         self.steps = config.steps or config.epochs * self.steps_per_epoch

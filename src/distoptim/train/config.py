@@ -21,15 +21,19 @@ class RunConfig:
     """One training run.
 
     Args:
-        algorithm: a name of `distoptim.ALGORITHMS`, or "ddp": DistributedDataParallel with SGD.
+        algorithm: a name of `distoptim.ALGORITHMS`, or "ddp": DistributedDataParallel.
         tau: local steps in a round, >= 1; "ddp" has no rounds.
         options: of the algorithm, by keyword, where its defaults are not wanted.
-        lr, momentum, nesterov, weight_decay: of the (inner) SGD.
+        optimizer: the (inner) one, "sgd" or "adamw".
+        lr, weight_decay: of it.
+        momentum, nesterov: of SGD.
+        clip_norm: largest norm of a worker's gradient, > 0; None does not clip.
         batch_size: samples per worker and step, >= 1.
         epochs: passes over the training set, >= 1.
         steps: local steps of each worker, >= 1; overrides `epochs`.
         seed: of the initial model, the partition and the batches, >= 0.
-        data, data_dir, partition, model: names in `train.data` and `train.models`, and the folder of IDX files.
+        data, data_dir, partition, model: names in `train.data` and `train.models`, and the folder of IDX files;
+            with a model of text, `data` is a file or folder of it.
         workers: how many, >= 1.
         latency_ms: of one message over the emulated link, >= 0; None leaves the network as it is.
         bandwidth_gbit_s: of the emulated link, > 0; None means that only latency counts.
@@ -45,10 +49,12 @@ class RunConfig:
     algorithm: str = "overlap-local-sgd"
     tau: int = 4
     options: Mapping[str, int | float | bool] = field(default_factory=dict)
+    optimizer: str = "sgd"
     lr: float = 0.05
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 1e-4
+    clip_norm: float | None = None
     batch_size: int = 32
     epochs: int = 20
     steps: int | None = None
@@ -74,15 +80,29 @@ class RunConfig:
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), low)
         checks.integer("seed", self.seed, 0, 2**31 - 1)
-        for name, table in (("data", data.DATASETS), ("partition", data.PARTITIONS), ("model", models.MODELS),
-                            ("dtype", DTYPES)):
+        for name, table in (("partition", data.PARTITIONS), ("model", models.MODELS),
+                            ("dtype", DTYPES), ("optimizer", optimizers.INNER)):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(table)}")
+        self._check_data()
+        if self.clip_norm is not None:
+            checks.number("clip_norm", self.clip_norm, 0, math.inf, open_low=True, open_high=True)
         if self.latency_ms is not None:
             checks.number("latency_ms", self.latency_ms, 0, math.inf, open_high=True)
         if self.bandwidth_gbit_s is not None:
             checks.number("bandwidth_gbit_s", self.bandwidth_gbit_s, 0, math.inf, open_low=True, open_high=True)
         optimizers.build(self, [torch.nn.Parameter(torch.zeros(1))], communicator=_Rehearsal(self.workers))
+
+    def _check_data(self) -> None:
+        """Text and models of text belong together."""
+        if self.model not in models.TEXT_MODELS:
+            if self.data not in data.DATASETS:
+                raise ValueError(f"data={self.data!r}: allowed is one of {', '.join(data.DATASETS)}; text goes with "
+                                 f"model={' or '.join(models.TEXT_MODELS)}, not {self.model!r}")
+        elif self.data in data.DATASETS:
+            raise ValueError(f"data={self.data!r} with model={self.model!r}: allowed is a file or folder of text")
+        elif self.partition != "iid":
+            raise ValueError(f"partition={self.partition!r}: text has no classes, allowed is iid")
 
     @property
     def link(self) -> Link | None:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distoptim.train import idx
+from distoptim.train import gpt, idx, text
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images [n, 1, height, width] as float32 with mean 0 and variance 1 over the training set, labels [n] as int64."""
+    """Images [n, 1, height, width] as float32 with mean 0 and variance 1 over the training set, labels [n] as int64.
+
+    Of text, windows of bytes and the byte after each: both [n, window] as int64.
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -28,15 +31,13 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     """A data set of `DATASETS`.
 
     Args:
-        name: its name.
+        name: its name, or a file or folder of text.
         data_dir: folder of its files, for those that have files.
 
     Raises:
         ValueError: there is no such data set, or a file of it is missing or damaged.
     """
-    if name not in DATASETS:
-        raise ValueError(f"data={name!r}: allowed is one of {', '.join(DATASETS)}")
-    return DATASETS[name](data_dir)
+    return DATASETS[name](data_dir) if name in DATASETS else _text(name)
 
 
 def _digits(data_dir: Path | None) -> Dataset:
@@ -67,6 +68,12 @@ def _synthetic(data_dir: Path | None) -> Dataset:
     labels = torch.arange(2500) % 10
     images = patterns[labels] + torch.randn(2500, 1, 8, 8, generator=g)
     return _standardised(images[:2000], labels[:2000], images[2000:], labels[2000:])
+
+
+def _text(path: str) -> Dataset:
+    if not Path(path).exists():
+        raise ValueError(f"data={path!r}: allowed is one of {', '.join(DATASETS)}, or a file or folder of text")
+    return Dataset(*text.load(Path(path)), classes=gpt.BYTES)
 
 
 def _standardised(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Dataset:

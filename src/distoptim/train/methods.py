@@ -150,7 +150,7 @@ def build(model: nn.Module, config: RunConfig) -> Method:
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 512) -> dict[str, float]:
-    """Mean loss and accuracy (in [0, 1]) of `model` in evaluation mode; its mode is put back."""
+    """Mean loss (nats) and accuracy (in [0, 1]) per label of `model` in evaluation mode; its mode is put back."""
     was_training = model.training
     model.eval()
     loss, right = 0.0, 0
@@ -160,7 +160,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
             loss += float(nn.functional.cross_entropy(out, y, reduction="sum"))
             right += int((out.argmax(1) == y).sum())
     model.train(was_training)
-    return {"test_loss": loss / len(labels), "test_accuracy": right / len(labels)}
+    return {"test_loss": loss / labels.numel(), "test_accuracy": right / labels.numel()}
 
 
 def batch_loss(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Any:

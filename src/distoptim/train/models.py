@@ -1,4 +1,4 @@
-"""Small models for images of one channel."""
+"""Small models for images of one channel, and for text."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 from torch import Size, nn
 
+from distoptim.train import gpt
+
 
 def build(name: str, image: Size, classes: int) -> nn.Module:
     """A model of `MODELS`, initialised from torch's global generator.
 
     Args:
         name: its name.
-        image: channels, height, width.
+        image: channels, height, width; of text the length of a window.
         classes: how many outputs.
 
     Raises:
@@ -42,4 +44,5 @@ def _mlp(image: Size, classes: int, width: int = 64) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(inplace=True), nn.Linear(width, classes))
 
 
-MODELS: dict[str, Callable[[Size, int], nn.Module]] = {"cnn": _cnn, "mlp": _mlp}
+TEXT_MODELS: dict[str, Callable[[Size, int], nn.Module]] = {"gpt": gpt.build, "gpt-small": gpt.build_small}
+MODELS: dict[str, Callable[[Size, int], nn.Module]] = {**TEXT_MODELS, "cnn": _cnn, "mlp": _mlp}

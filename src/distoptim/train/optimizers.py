@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm import Communicator
-from distoptim.optimizer import AveragingOptimizer
+from distoptim.options import inner_optimizer
 
 if TYPE_CHECKING:
     from distoptim.train.config import RunConfig
 
 SYNCHRONOUS = "ddp"
+INNER = ("sgd", "adamw")
 
 
 def names() -> list[str]:
@@ -36,7 +37,7 @@ def own_options(algorithm: str) -> dict[str, type]:
 
 
 def build(config: RunConfig, params: Iterable[Tensor], *,
-          communicator: Communicator | None = None) -> AveragingOptimizer | torch.optim.SGD:
+          communicator: Communicator | None = None) -> torch.optim.Optimizer:
     """The optimizer that `config` describes.
 
     Args:
@@ -54,9 +55,22 @@ def build(config: RunConfig, params: Iterable[Tensor], *,
         if name not in allowed:
             takes = f"its options are {', '.join(allowed)}" if allowed else "it has none of its own"
             raise ValueError(f"{config.algorithm} takes no {name}; {takes}")
-    sgd: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov,
-                           "weight_decay": config.weight_decay}
+    inner = _inner(config, list(params))
     if config.algorithm == SYNCHRONOUS:
-        return torch.optim.SGD(params, **sgd)
-    return ALGORITHMS[config.algorithm](params, tau=config.tau, communicator=communicator,
-                                        timeout_s=config.timeout_s, **sgd, **config.options)
+        return inner
+    return ALGORITHMS[config.algorithm](inner, tau=config.tau, communicator=communicator, timeout_s=config.timeout_s,
+                                        **config.options)
+
+
+def _inner(config: RunConfig, params: list[Tensor]) -> torch.optim.Optimizer:
+    """What every worker steps with; its gradient is clipped, if so, just before the step."""
+    inner = inner_optimizer(params, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+                            weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        inner = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+    if (norm := config.clip_norm) is not None:
+        def clip(*_: object) -> None:
+            torch.nn.utils.clip_grad_norm_(params, norm)
+
+        inner.register_step_pre_hook(clip)
+    return inner

@@ -1,0 +1,90 @@
+"""A small GPT over bytes: pre-norm blocks of causal attention and a perceptron, tied embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+BYTES = 256
+
+
+class GPT(nn.Module):
+    """Tokens [batch, positions] -> scores of the next token [batch, classes, positions], as `cross_entropy` takes them.
+
+    Args:
+        context: most positions it can see.
+        classes: different tokens.
+        layers, width, heads: its size; the default has 0.84 million parameters.
+    """
+
+    def __init__(self, context: int, classes: int = BYTES, *, layers: int = 4, width: int = 128,
+                 heads: int = 4) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(classes, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                # GPT-2: the branches that add to the residual stream begin small, so that depth does not widen it.
+                nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if name.endswith("out.weight") else 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The score of every token at every next position."""
+        x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
+        scores = functional.linear(self.norm(self.blocks(x)), self.tokens.weight)
+        return scores.transpose(1, 2)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then the same with a perceptron of one hidden layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention, self.perceptron = Attention(width, heads), Perceptron(width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the same shape as x."""
+        x = x + self.attention(self.norms[0](x))
+        y: Tensor = x + self.perceptron(self.norms[1](x))
+        return y
+
+
+class Attention(nn.Module):
+    """Every position attends to itself and those before it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the same shape as x."""
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return y
+
+
+class Perceptron(nn.Module):
+    """Four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the same shape as x."""
+        y: Tensor = self.out(functional.gelu(self.hidden(x)))
+        return y
+
+
+def build(window: torch.Size, classes: int) -> nn.Module:
+    """4 layers of width 128; 0.84 million parameters with windows of 128 bytes."""
+    return GPT(window[0], classes)
+
+
+def build_small(window: torch.Size, classes: int) -> nn.Module:
+    """2 layers of width 64; 0.12 million parameters with windows of 128 bytes."""
+    return GPT(window[0], classes, layers=2, width=64)
