@@ -31,6 +31,7 @@ COMMON = {
     "lr": UNIT, "momentum": UNIT, "dampening": UNIT, "weight_decay": UNIT, "nesterov": st.one_of(st.booleans(), ODD),
     "size": st.one_of(st.none(), st.just(1), ODD), "group": st.none(),
     "communicator": st.one_of(st.just(SingleWorker()), ODD), "fragments": TAU, "timeout_s": UNIT,
+    "pattern": st.one_of(st.sampled_from(["sequential", "strided"]), ODD),
     "average_in_step": st.one_of(st.booleans(), ODD), "reset_inner": st.one_of(st.booleans(), ODD), "gmf": UNIT}
 OWN = {
     "local-sgd": {"delay": TAU, "outer_momentum": UNIT, "carry": FLAG},
@@ -147,6 +148,27 @@ def test_fragments_that_do_not_cut_the_parameters(parts):
     a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     with pytest.raises(ValueError, match="fragments"):
         alone(LocalSGD, [a, b], tau=4, fragments=parts(a, b))
+
+
+def test_fragments_as_modules():
+    model = torch.nn.Sequential(*(torch.nn.Linear(1, k) for k in (1, 2, 3)))
+    optimizer = alone(StreamingDiLoCo, model.parameters(), tau=4, fragments=[model[0::2], model[1]])
+    assert [slot.fragment.numel for slot in optimizer._engine.slots] == [2 + 6, 4]
+
+
+@pytest.mark.parametrize(("pattern", "sizes"), [("sequential", [1 + 2 + 3, 4 + 5]), ("strided", [1 + 3 + 5, 2 + 4])])
+def test_fragments_by_pattern(pattern, sizes):
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 2, 3, 4, 5)]
+    optimizer = alone(LocalSGD, params, tau=4, fragments=2, pattern=pattern)
+    assert [slot.fragment.numel for slot in optimizer._engine.slots] == sizes
+
+
+def test_patterns_that_do_not_exist_or_do_not_fit():
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    with pytest.raises(ValueError, match="pattern='random': allowed is 'sequential' or 'strided'"):
+        alone(LocalSGD, params, tau=4, fragments=2, pattern="random")
+    with pytest.raises(ValueError, match="pattern='strided' is for a number of fragments"):
+        alone(LocalSGD, params, tau=4, fragments=[[p] for p in params], pattern="strided")
 
 
 def test_fragments_by_hand():

@@ -11,6 +11,8 @@ from torch import Tensor
 from distoptim.comm import islands
 
 Partition = Sequence[Sequence[int]]
+Fragments = int | Sequence[Sequence[Tensor] | torch.nn.Module]
+SEQUENTIAL, STRIDED = "sequential", "strided"
 
 _WORK_DTYPE = {
     torch.float16: torch.float32,
@@ -173,23 +175,37 @@ def names(param_groups: Sequence[dict[str, object]]) -> list[str]:
     return list(out.values())
 
 
-def partition(fragments: int | Sequence[Sequence[Tensor]], params: Sequence[Tensor], tau: int) -> list[list[int]]:
-    """Which parameters, by index, each fragment holds; an integer cuts the list into runs of equal size.
+def partition(fragments: Fragments, params: Sequence[Tensor], tau: int, pattern: str = SEQUENTIAL) -> list[list[int]]:
+    """Which parameters, by index, each fragment holds.
+
+    Args:
+        fragments: how many, or the parts themselves: modules or lists of parameters.
+        params: all trainable ones.
+        tau: local steps in a round.
+        pattern: of a number: "sequential" cuts the list into runs of near equal size, "strided" deals it out one by
+            one, parameter i to fragment i mod n.
 
     Raises:
         ValueError: more fragments than local steps in a round (two would share a step) or than
-            parameters, or lists that do not hold every trainable parameter exactly once.
+            parameters, or parts that do not hold every trainable parameter exactly once.
     """
+    if pattern not in (SEQUENTIAL, STRIDED):
+        raise ValueError(f"pattern={pattern!r}: allowed is {SEQUENTIAL!r} or {STRIDED!r}")
     if isinstance(fragments, int):
         if isinstance(fragments, bool) or not 1 <= fragments <= min(tau, len(params)):
             raise ValueError(f"fragments={fragments!r}: allowed is an integer from 1 to "
                              f"min(tau={tau}, {len(params)} parameters)")
+        if pattern == STRIDED:
+            return [list(range(k, len(params), fragments)) for k in range(fragments)]
         return list(_runs([p.numel() for p in params], fragments))
+    if pattern != SEQUENTIAL:
+        raise ValueError(f"pattern={pattern!r} is for a number of fragments; these are given one by one")
     index = {id(p): i for i, p in enumerate(params)}
     try:
-        parts = [[index[id(p)] for p in part if p.requires_grad] for part in fragments]
+        members = [list(part.parameters() if isinstance(part, torch.nn.Module) else part) for part in fragments]
+        parts = [[index[id(p)] for p in part if p.requires_grad] for part in members]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError("fragments: each must be a list of parameters of this optimizer") from error
+        raise ValueError("fragments: each must be a module or a list of parameters of this optimizer") from error
     if sorted(i for part in parts for i in part) != list(range(len(params))) or not all(parts):
         raise ValueError("fragments: together they must hold every trainable parameter exactly once, none empty")
     if len(parts) > tau:

@@ -44,7 +44,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
             periods divide each other and tau. One more copy of the model each.
         communicator: moves the bytes instead of torch.distributed (simulation, tests).
         fragments: in how many messages, evenly spread over the round, the parameters are averaged (1 to tau);
-            or lists of parameters, one per message. Must be equal on all workers.
+            or modules or lists of parameters, one per message. Must be equal on all workers.
+        pattern: of n fragments: "sequential", runs of near equal size; "strided", parameter i in fragment i mod n.
         timeout_s: bound of every wait, in [0.001, 1e9] seconds; torch's own default of 30 minutes.
         average_in_step: let `step()` do what `average()` does, for frameworks that own the loop.
         reset_inner: forget the inner optimizer's state (momentum) at every merge instead of keeping it.
@@ -58,8 +59,9 @@ class AveragingOptimizer(torch.optim.Optimizer):
                  momentum: float | None = None, dampening: float | None = None, weight_decay: float | None = None,
                  nesterov: bool | None = None, size: int | None = None, group: dist.ProcessGroup | None = None,
                  device_mesh: DeviceMesh | None = None, levels: Mapping[int, dist.ProcessGroup] | None = None,
-                 communicator: Communicator | None = None, fragments: int | Sequence[Sequence[Tensor]] = 1,
-                 timeout_s: float = 1800.0, average_in_step: bool = False, reset_inner: bool = False) -> None:
+                 communicator: Communicator | None = None, fragments: fragment.Fragments = 1,
+                 pattern: str = fragment.SEQUENTIAL, timeout_s: float = 1800.0, average_in_step: bool = False,
+                 reset_inner: bool = False) -> None:
         checks.integer("tau", tau, 1)
         checks.integer("delay", delay, 0, tau)
         checks.number("timeout_s", timeout_s, 1e-3, 1e9)
@@ -70,7 +72,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         self.inner = inner_optimizer(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
                                      nesterov=nesterov)
         members, _ = fragment.trainable(self.inner.param_groups)
-        parts = fragment.partition(fragments, members, tau)
+        parts = fragment.partition(fragments, members, tau, pattern)
         check_size(size, workers({"group": group, "device_mesh": device_mesh, "communicator": communicator}))
         group = averaging_group(group, device_mesh, communicator)
         if communicator is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from distoptim import checks
 from distoptim.comm import Communicator, world_size
 from distoptim.comm.islands import averaging_group
+from distoptim.fragments import Fragments
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | torch.optim.Optimizer
 
@@ -31,7 +32,8 @@ class Options(TypedDict, total=False):
     device_mesh: DeviceMesh | None
     levels: Mapping[int, dist.ProcessGroup] | None
     communicator: Communicator | None
-    fragments: int | Sequence[Sequence[Tensor]]
+    fragments: Fragments
+    pattern: str
     timeout_s: float
     average_in_step: bool
     reset_inner: bool

@@ -58,8 +58,8 @@ class CO2(AveragingOptimizer):
 
     m <- clip(outer_momentum m + (z - mean)/gap, -clip, clip); z <- z - outer_lr m; x <- z, after x was sent.
     gap = 1 + |last move of z| / |farthest move of z so far|, in [1, 2]: what is stale because z has moved on counts
-    less. (The penalty's norm follows Gap-Aware, arXiv 1909.10802, over moves of z, which all workers share bit for
-    bit; the authors' code has a constant instead, and drops the result of its clip.)
+    less. The gap's scale is ours, after Gap-Aware (arXiv 1909.10802), and of moves of z alone, so that all workers have
+    it bit-equal; it need not be the paper's. The authors' code has a constant, and drops the result of its clip.
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
@@ -73,7 +73,7 @@ class CO2(AveragingOptimizer):
     Raises:
         ValueError: a value outside its range.
 
-    Source: Sun et al. 2024 (arXiv 2401.16265), algorithm 1.
+    Source: Sun et al. 2024 (arXiv 2401.16265), but for the scale of the gap.
     """
 
     def __init__(self, params: Params, *, tau: int, outer_lr: float = 1.0, outer_momentum: float | None = None,

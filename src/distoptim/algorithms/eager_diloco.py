@@ -33,7 +33,7 @@ class EagerDiLoCo(AveragingOptimizer):
     Raises:
         ValueError: a value outside its range.
 
-    Source: Kale, Douillard, Donchev 2025 (arXiv 2502.12996), algorithm 2.
+    Source: Kale, Douillard, Donchev 2025 (arXiv 2502.12996).
     """
 
     def __init__(self, params: Params, *, tau: int, outer_lr: float | None = None, outer_momentum: float | None = None,

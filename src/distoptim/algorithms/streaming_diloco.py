@@ -35,7 +35,7 @@ class StreamingDiLoCo(AveragingOptimizer):
     Raises:
         ValueError: a value outside its range; local_weight 0 with a delay, which throws local steps away.
 
-    Source: Douillard et al. 2025 (arXiv 2501.18512), algorithm 2; fragments: `fragments` and `pattern`.
+    Source: Douillard et al. 2025 (arXiv 2501.18512). The fragments: `fragments` and `pattern`.
     """
 
     def __init__(self, params: Params, *, tau: int, outer: Factory | None = None, outer_lr: float | None = None,
