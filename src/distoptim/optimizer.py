@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distoptim import checkpoint, checks, evaluation, handshake
-from distoptim import fragments as fragment
 from distoptim.algorithms.rule import Rule
 from distoptim.comm import Communicator, connect
 from distoptim.comm.islands import Island, averaging_group
 from distoptim.engine import Engine
+from distoptim.fragments import Fragments, build, names, partition, trainable
 from distoptim.levels import Levels, connect_levels
 from distoptim.options import Params, check_size, inner_optimizer, workers
 from distoptim.version import __version__
@@ -59,9 +59,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
                  momentum: float | None = None, dampening: float | None = None, weight_decay: float | None = None,
                  nesterov: bool | None = None, size: int | None = None, group: dist.ProcessGroup | None = None,
                  device_mesh: DeviceMesh | None = None, levels: Mapping[int, dist.ProcessGroup] | None = None,
-                 communicator: Communicator | None = None, fragments: fragment.Fragments = 1,
-                 pattern: str = fragment.SEQUENTIAL, timeout_s: float = 1800.0, average_in_step: bool = False,
-                 reset_inner: bool = False) -> None:
+                 communicator: Communicator | None = None, fragments: Fragments = 1, pattern: str = "sequential",
+                 timeout_s: float = 1800.0, average_in_step: bool = False, reset_inner: bool = False) -> None:
         checks.integer("tau", tau, 1)
         checks.integer("delay", delay, 0, tau)
         checks.number("timeout_s", timeout_s, 1e-3, 1e9)
@@ -71,8 +70,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
             raise ValueError("an averaging optimizer cannot be the inner optimizer of another")
         self.inner = inner_optimizer(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
                                      nesterov=nesterov)
-        members, _ = fragment.trainable(self.inner.param_groups)
-        parts = fragment.partition(fragments, members, tau, pattern)
+        members, _ = trainable(self.inner.param_groups)
+        parts = partition(fragments, members, tau, pattern)
         check_size(size, workers({"group": group, "device_mesh": device_mesh, "communicator": communicator}))
         group = averaging_group(group, device_mesh, communicator)
         if communicator is None:
@@ -86,15 +85,15 @@ class AveragingOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _build_engine(self, *, introduce: bool) -> None:
-        params, groups = fragment.trainable(self.inner.param_groups)
-        fragments = fragment.build(params, groups, self._parts, self._tau)
+        params, groups = trainable(self.inner.param_groups)
+        fragments = build(params, groups, self._parts, self._tau)
         if introduce:
             handshake.introduce(self._communicator, {
                 "distoptim version": __version__, "algorithm": type(self).__name__,
                 "inner optimizer": type(self.inner).__name__, "tau": self._tau, "delay": self._delay,
                 "levels": list(self._inner_groups),
                 **self._rule.facts(),
-            }, fragments, fragment.names(self.inner.param_groups))
+            }, fragments, names(self.inner.param_groups))
         self._engine = Engine(
             fragments, self._rule, self._communicator, tau=self._tau, delay=self._delay, timeout_s=self._timeout_s,
             inner_lr=self._lr, forget=self._forget, reset_inner=self._reset_inner)
