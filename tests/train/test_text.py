@@ -77,6 +77,11 @@ def test_bad_combinations_are_refused(folder, changes, message):
         config_of(folder, **changes)
 
 
+def test_fragments_can_be_asked_for(folder):
+    made = VirtualRun(config_of(folder, algorithm="streaming-diloco", options={"fragments": 2}), Machines(), threads=1)
+    assert len(made.cluster.optimizers[0]._engine.slots) == 2
+
+
 @pytest.mark.parametrize(("name", "layers", "width"), [("gpt", 4, 128), ("gpt-small", 2, 64)])
 def test_the_number_of_parameters(name, layers, width):
     count = sum(p.numel() for p in models.build(name, WINDOW, 256).parameters())

@@ -91,7 +91,9 @@ class RunConfig:
             checks.number("latency_ms", self.latency_ms, 0, math.inf, open_high=True)
         if self.bandwidth_gbit_s is not None:
             checks.number("bandwidth_gbit_s", self.bandwidth_gbit_s, 0, math.inf, open_low=True, open_high=True)
-        optimizers.build(self, [torch.nn.Parameter(torch.zeros(1))], communicator=_Rehearsal(self.workers))
+        # As many as there can be fragments.
+        params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(min(self.tau, 1000))]
+        optimizers.build(self, params, communicator=_Rehearsal(self.workers))
 
     def _check_data(self) -> None:
         """Text and models of text belong together."""
