@@ -30,7 +30,8 @@ def save(engine: Engine) -> dict[str, Any]:
         "step": engine.step,
         "fragments": [
             {"signature": slot.fragment.signature(), "next_launch": slot.next_launch, "launched": slot.launched,
-             "state": rule.save(slot.state), "flight": _save_flight(slot)} for slot in engine.slots],
+             "state": rule.save(slot.state), "flight": _save_flight(slot),
+             "coder": None if slot.coder is None else slot.coder.save()} for slot in engine.slots],
     }
 
 
@@ -49,6 +50,8 @@ def check(engine: Engine, saved: dict[str, Any]) -> None:
     theirs = {"rule": saved["rule"],
               "fragments": [f["signature"] for f in saved["fragments"]],
               "state": [rule.layout(f["state"]) for f in saved["fragments"]]}
+    mine["codec"] = [_coding(None if slot.coder is None else slot.coder.save()) for slot in engine.slots]
+    theirs["codec"] = [_coding(f.get("coder")) for f in saved["fragments"]]
     for key, value in mine.items():
         if theirs[key] != value:
             raise ValueError(f"checkpoint has {key} {theirs[key]}, this optimizer {value}")
@@ -66,6 +69,8 @@ def load(engine: Engine, saved: dict[str, Any]) -> None:
     goes_on = same_workers and (saved["tau"], saved["delay"]) == (engine.tau, engine.delay)
     for slot, record in zip(engine.slots, saved["fragments"], strict=True):
         rule.load(slot.state, record["state"])
+        if slot.coder is not None:
+            slot.coder.load(record["coder"], same_workers=same_workers)
         slot.flight = None
         slot.launched = record["launched"] if goes_on else saved["step"]
         slot.next_launch = record["next_launch"] if goes_on else saved["step"] + (slot.fragment.offset or engine.tau)
@@ -74,6 +79,13 @@ def load(engine: Engine, saved: dict[str, Any]) -> None:
         if not same_workers and isinstance(slot.state, Anchored):
             slot.fragment.write(slot.state.anchor)
     engine.resume_at(saved["step"])
+
+
+def _coding(saved: dict[str, Any] | None) -> str:
+    """What a saved coder needs of another."""
+    if saved is None:
+        return "none"
+    return "with a residual" if saved["residual"] is not None else "without a residual"
 
 
 def _save_flight(slot: Slot) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from distoptim.algorithms.rule import Mean, Rule
+from distoptim.coder import Coder
+from distoptim.comm.codec import Coding
 from distoptim.comm.communicator import CommunicationError, Communicator, Handle
 from distoptim.fragments import Flat, Fragment
 from distoptim.slot import Flight, QuarantineWarning, Slot, weigh
@@ -38,11 +40,13 @@ class Engine:
         inner_lr: param group -> its learning rate now.
         forget: clears the inner optimizer's state of the given parameters.
         reset_inner: forget at every merge too.
+        codec: in which payloads travel; None: as they are.
     """
 
     def __init__(self, fragments: Sequence[Fragment], rule: Rule, communicator: Communicator, *, tau: int,
                  delay: int, timeout_s: float, inner_lr: Callable[[int], float],
-                 forget: Callable[[Sequence[Tensor]], None], reset_inner: bool = False) -> None:
+                 forget: Callable[[Sequence[Tensor]], None], reset_inner: bool = False,
+                 codec: Coding | None = None) -> None:
         self.rule, self.communicator = rule, communicator
         self.tau, self.delay, self.timeout_s = tau, delay, timeout_s
         self.step = 0
@@ -50,6 +54,9 @@ class Engine:
         self.failure: CommunicationError | None = None
         self._inner_lr, self._forget, self._reset_inner = inner_lr, forget, reset_inner
         self.slots = [Slot(i, f, rule.start(f), f.flat(extra=1), f.offset or tau) for i, f in enumerate(fragments)]
+        if codec is not None:
+            for slot in self.slots:
+                slot.coder = Coder(codec, communicator, slot.fragment, extra=1, shared=slot.shared)
         if delay == tau:
             for slot in self.slots:
                 finite = self._pack(slot)
@@ -156,7 +163,7 @@ class Engine:
             finite = self._pack(slot)
             handle = self._start(slot.buffer.tensor, slot)
         self.counters.overhead_s += time.perf_counter() - start
-        self.counters.bytes += slot.buffer.nbytes
+        self.counters.bytes += slot.nbytes
         self._take_off(slot, handle, finite, launched=self.step)
 
     def _take_off(self, slot: Slot, handle: Handle, finite: Tensor, *, launched: int) -> None:
@@ -195,6 +202,8 @@ class Engine:
 
     def _start(self, buffer: Tensor, slot: Slot | None = None) -> Handle:
         try:
+            if slot is not None and slot.coder is not None:
+                return slot.coder.launch(buffer)
             return self.communicator.launch_mean(buffer)
         except RuntimeError as error:
             self._fail(slot, 0.0, error)
@@ -218,6 +227,8 @@ class Engine:
             workers = self._normalise(buffer, flight.handle, slot)
             if slot.fragment.device.type != "cpu" and not flight.finite:
                 self._heal(slot)
+            if slot.coder is not None:
+                slot.coder.merging(buffer)
             self.rule.merge(slot.fragment, slot.state, Mean(slot.buffer, workers, flight.lr))
             if self._reset_inner:
                 self._forget(slot.fragment.params)

@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from distoptim import checkpoint, checks, evaluation, handshake
 from distoptim.algorithms.rule import Rule
 from distoptim.comm import Communicator, connect
+from distoptim.comm.codec import Coding
+from distoptim.comm.codec import find as find_codec
 from distoptim.comm.islands import Island, averaging_group
 from distoptim.engine import Engine
 from distoptim.fragments import Fragments, build, names, partition, trainable
@@ -49,6 +51,9 @@ class AveragingOptimizer(torch.optim.Optimizer):
         timeout_s: bound of every wait, in [0.001, 1e9] seconds; torch's own default of 30 minutes.
         average_in_step: let `step()` do what `average()` does, for frameworks that own the loop.
         reset_inner: forget the inner optimizer's state (momentum) at every merge instead of keeping it.
+        codec: in which the difference to what all workers share travels: "bf16", "int8", "e3m0" or "2bit", with "+ef"
+            behind it for error feedback, or an object; default None, float32. Float32 means on the CPU only.
+            `averaged()` and levels send float32 always.
 
     Raises:
         ValueError: a value outside its range, or workers that disagree.
@@ -60,7 +65,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
                  nesterov: bool | None = None, size: int | None = None, group: dist.ProcessGroup | None = None,
                  device_mesh: DeviceMesh | None = None, levels: Mapping[int, dist.ProcessGroup] | None = None,
                  communicator: Communicator | None = None, fragments: Fragments = 1, pattern: str = "sequential",
-                 timeout_s: float = 1800.0, average_in_step: bool = False, reset_inner: bool = False) -> None:
+                 timeout_s: float = 1800.0, average_in_step: bool = False, reset_inner: bool = False,
+                 codec: Coding | str | None = None) -> None:
         checks.integer("tau", tau, 1)
         checks.integer("delay", delay, 0, tau)
         checks.number("timeout_s", timeout_s, 1e-3, 1e9)
@@ -77,6 +83,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         if communicator is None:
             Island(members).check(group)
         self._rule, self._tau, self._delay, self._parts = rule, tau, delay, parts
+        self._codec = find_codec(codec)
         self._timeout_s, self._average_in_step, self._reset_inner = timeout_s, average_in_step, reset_inner
         self._communicator = connect(group, timeout_s) if communicator is None else communicator
         self._inner_groups = connect_levels(levels, Island(members), self._communicator, tau=tau, timeout_s=timeout_s)
@@ -91,12 +98,12 @@ class AveragingOptimizer(torch.optim.Optimizer):
             handshake.introduce(self._communicator, {
                 "distoptim version": __version__, "algorithm": type(self).__name__,
                 "inner optimizer": type(self.inner).__name__, "tau": self._tau, "delay": self._delay,
-                "levels": list(self._inner_groups),
+                "levels": list(self._inner_groups), "codec": repr(self._codec),
                 **self._rule.facts(),
             }, fragments, names(self.inner.param_groups))
         self._engine = Engine(
             fragments, self._rule, self._communicator, tau=self._tau, delay=self._delay, timeout_s=self._timeout_s,
-            inner_lr=self._lr, forget=self._forget, reset_inner=self._reset_inner)
+            inner_lr=self._lr, forget=self._forget, reset_inner=self._reset_inner, codec=self._codec)
         self._levels = Levels(self._engine, self._inner_groups, self._forget)
 
     def _face(self) -> None:
@@ -155,7 +162,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         Returns: `steps` and `syncs` (local steps, merged fragments); `exposed_s` (seconds the computation waited
         for communication), `hidden_s` (seconds of communication beside it), `overhead_s` (forming payloads and
         merging), `computation_s` (time between the first and the last `average()` less the exposed part),
-        `exposed_share` (exposed / computation), `bytes` (of the payloads), `staleness` (mean local steps from
+        `exposed_share` (exposed / computation), `bytes` (of the payloads, as coded), `staleness` (mean local steps from
         launch to merge), `quarantined` (payloads of this worker that were not finite).
         """
         return self._engine.counters.report(self._engine.step)
@@ -230,7 +237,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the inner optimizer, the configuration and the rounds."""
         keep = ("inner", "_rule", "_tau", "_delay", "_parts", "_timeout_s", "_average_in_step", "_reset_inner",
-                "_communicator", "_inner_groups")
+                "_codec", "_communicator", "_inner_groups")
         return {**{name: self.__dict__[name] for name in keep}, "saved": checkpoint.save(self._engine)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from distoptim import checks
 from distoptim.comm import Communicator, world_size
+from distoptim.comm.codec import Coding
 from distoptim.comm.islands import averaging_group
 from distoptim.fragments import Fragments
 
@@ -37,6 +38,7 @@ class Options(TypedDict, total=False):
     timeout_s: float
     average_in_step: bool
     reset_inner: bool
+    codec: Coding | str | None
 
 
 def workers(options: Options | dict[str, Any]) -> int:

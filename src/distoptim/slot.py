@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distoptim.algorithms.rule import State
+from distoptim.coder import Coder
 from distoptim.comm.communicator import Handle
 from distoptim.fragments import Flat, Fragment
 
@@ -49,6 +50,18 @@ class Slot:
     next_launch: int
     launched: int = 0
     flight: Flight | None = None
+    coder: Coder | None = None
+
+    @property
+    def shared(self) -> Tensor | None:
+        """The anchor, which all workers share, if there is one."""
+        anchor = getattr(self.state, "anchor", None)
+        return anchor.tensor if isinstance(anchor, Flat) else None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of a message: of the code if there is one, else of the buffer."""
+        return self.buffer.nbytes if self.coder is None else self.coder.nbytes
 
 
 def weigh(buffer: Tensor, fragment: Fragment) -> Tensor:

@@ -85,6 +85,14 @@ class Communicator(Protocol):
         """Finish or abandon what is in flight and leave the groups. Twice is fine."""
 
 
+@runtime_checkable
+class Gathering(Communicator, Protocol):
+    """A communicator by which codes travel."""
+
+    def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
+        """Start filling all_[rank] with every worker's `own`; nobody may touch either meanwhile."""
+
+
 class SingleWorker:
     """The communicator of one worker: the mean is its own value."""
 
@@ -98,6 +106,11 @@ class SingleWorker:
     def launch_mean(self, buffer: Tensor) -> Handle:
         """The mean of one is there at once."""
         return Handle(buffer)
+
+    def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
+        """The own code."""
+        all_[0].copy_(own)
+        return Handle(all_)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Nothing to receive."""

@@ -56,7 +56,7 @@ class Link:
 def emulate(*, latency_s: float, bandwidth_gbit_s: float) -> str:
     """Set up the backend "emulated" and return its name, to be passed to `init_process_group`.
 
-    All-reduce and broadcast take the time of `Link`, from the arrival of the last worker on, one after the
+    All-reduce, all-gather and broadcast take the time of `Link`, from the arrival of the last worker on, one after the
     other per worker as on one cable, and without using the processor meanwhile; results appear when that time
     is over. Other collectives run at gloo's own speed. DDP, comm hooks and new groups work on top. A second
     call changes the link of a running job. Workers must be on one machine, since they compare clocks.
@@ -111,7 +111,6 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
         """The name under which torch.distributed knows it."""
         return BACKEND
 
-    allgather = _by_gloo("allgather")
     allreduce_coalesced = _by_gloo("allreduce_coalesced")
     alltoall_base = _by_gloo("alltoall_base")
     barrier = _by_gloo("barrier")
@@ -123,6 +122,11 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
         """All-reduce in place, in the time of the link."""
         opts = opts or _c10d.AllreduceOptions()
         return self._send(tensors, lambda t: self._timed.allreduce(t, opts), _link.all_reduce_s)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        """All-gather in the time of the link: everybody's bytes go round the ring."""
+        return self._send(outputs[0], lambda t: self._timed.allgather([t], inputs),
+                          lambda nbytes, workers: _link.broadcast_s(nbytes / workers, workers))
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         """Broadcast in place, in the time of the link."""

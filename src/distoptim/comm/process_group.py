@@ -107,6 +107,13 @@ class ProcessGroupCommunicator:
             self._staging = Staging(lambda host: self._all_reduce(host, WorkHandle))
         return self._staging.launch(buffer)
 
+    def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
+        """Start the all-gather of `own` into the rows of `all_`; host memory only."""
+        group, _ = self._connect()
+        work = dist.all_gather(list(all_), own, group=group, async_op=True)
+        assert work is not None
+        return WorkHandle(work, all_)
+
     def broadcast(self, buffer: Tensor) -> None:
         """Replace `buffer` by that of the group's rank 0."""
         group, _ = self._connect()

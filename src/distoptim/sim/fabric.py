@@ -16,6 +16,7 @@ class Collective:
     """One mean: who has arrived with what, and when it ends (None before the last has arrived)."""
 
     buffers: list[Tensor] = field(default_factory=list)
+    codes: dict[int, Tensor] = field(default_factory=dict)
     arrived_at: float = 0.0
     ends_at: float | None = None
 
@@ -42,8 +43,8 @@ class Fabric:
         self._launched = [0] * workers
         self._broadcasts: list[Tensor] = []
 
-    def arrive(self, rank: int, buffer: Tensor) -> VirtualHandle:
-        """Worker `rank` joins its next collective."""
+    def arrive(self, rank: int, buffer: Tensor, code: Tensor | None = None) -> VirtualHandle:
+        """Worker `rank` joins its next collective: a mean, or with a code the gathering of all into `buffer`."""
         index = self._launched[rank]
         self._launched[rank] += 1
         if index == len(self._collectives):
@@ -51,6 +52,8 @@ class Fabric:
         collective = self._collectives[index]
         assert collective is not None
         collective.buffers.append(buffer)
+        if code is not None:
+            collective.codes[rank] = code
         collective.arrived_at = max(collective.arrived_at, self.clocks[rank])
         if len(collective.buffers) == self.workers:
             self._complete(collective)
@@ -65,15 +68,21 @@ class Fabric:
 
     def _complete(self, collective: Collective) -> None:
         buffers = collective.buffers
-        total = buffers[0].clone()
-        for buffer in buffers[1:]:
-            total.add_(buffer)
-        total.div_(self.workers)
+        if collective.codes:
+            total = torch.stack([code for _, code in sorted(collective.codes.items())])
+        else:
+            total = buffers[0].clone()
+            for buffer in buffers[1:]:
+                total.add_(buffer)
+            total.div_(self.workers)
         torch._foreach_copy_(buffers, [total] * self.workers)
         nbytes = total.numel() * total.element_size() * self._scale
+        if collective.codes:
+            # On a ring an all-gather of n codes sends the bytes of an all-reduce of half of them together.
+            nbytes /= 2
         cost = self._network.all_reduce_s(nbytes, self.workers) if self._network is not None else 0.0
         self._free_at = collective.ends_at = max(collective.arrived_at, self._free_at) + cost
-        collective.buffers = []
+        collective.buffers, collective.codes = [], {}
 
 
 class VirtualHandle(Handle):
@@ -109,6 +118,10 @@ class VirtualCommunicator:
     def launch_mean(self, buffer: Tensor) -> Handle:
         """Join the next collective."""
         return self._fabric.arrive(self.rank, buffer)
+
+    def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
+        """Join the next collective with a code."""
+        return self._fabric.arrive(self.rank, all_, own)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Take what worker 0 left."""
