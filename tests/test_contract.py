@@ -122,7 +122,7 @@ def test_counters_are_exact(make):
         workers.step(toy.gradient)
         launches = merges = nbytes = 0
         for slot in engine.slots:
-            first = slot.fragment.offset or toy.TAU
+            first = slot.fragment.offset_at(toy.TAU) or toy.TAU
             launched = list(range(first, step + 1, toy.TAU))
             launches += len(launched)
             nbytes += len(launched) * (slot.fragment.numel + 1) * 8

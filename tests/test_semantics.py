@@ -494,7 +494,7 @@ def test_resume_at_another_tau(name, fragments, tau):
     assert all(torch.equal(a, b) for a, b in zip(params, old_params, strict=True))
     for mine, theirs in zip(new._engine.slots, old._engine.slots, strict=True):
         assert mine.flight is None
-        assert mine.next_launch == TAU + 1 + (mine.fragment.offset or tau)
+        assert mine.next_launch == TAU + 1 + (mine.fragment.offset_at(tau) or tau)
         if hasattr(mine.state, "anchor"):
             assert torch.equal(mine.state.anchor.tensor, theirs.state.anchor.tensor)
     train(new, params, 2 * tau)

@@ -26,12 +26,14 @@ def save(engine: Engine) -> dict[str, Any]:
         "rule": type(engine.rule).__name__,
         "tau": engine.tau,
         "delay": engine.delay,
+        "pace": engine.pace.save(),
         "workers": engine.communicator.size,
         "step": engine.step,
         "fragments": [
             {"signature": slot.fragment.signature(), "next_launch": slot.next_launch, "launched": slot.launched,
-             "state": rule.save(slot.state), "flight": _save_flight(slot),
-             "coder": None if slot.coder is None else slot.coder.save()} for slot in engine.slots],
+             "samples": slot.samples, "seconds": slot.seconds, "state": rule.save(slot.state),
+             "flight": _save_flight(slot), "coder": None if slot.coder is None else slot.coder.save()}
+            for slot in engine.slots],
     }
 
 
@@ -61,21 +63,26 @@ def check(engine: Engine, saved: dict[str, Any]) -> None:
 def load(engine: Engine, saved: dict[str, Any]) -> None:
     """Put a state that fits (see `check`) into an engine.
 
-    With tau, delay and number of workers unchanged the run goes on as if it had never stopped. Otherwise what
+    With period, delay and number of workers unchanged the run goes on as if it had never stopped. Otherwise what
     was in flight is dropped and a new round begins; at another number of workers every worker starts from the
     anchor, where there is one.
     """
     same_workers = saved["workers"] == engine.communicator.size
-    goes_on = same_workers and (saved["tau"], saved["delay"]) == (engine.tau, engine.delay)
+    goes_on = same_workers and engine.pace.load(saved["pace"])
+    engine.resume_at(saved["step"])
+    goes_on = goes_on and (saved["tau"], saved["delay"]) == (engine.tau, engine.delay)
     for slot, record in zip(engine.slots, saved["fragments"], strict=True):
         rule.load(slot.state, record["state"])
         if slot.coder is not None:
             slot.coder.load(record["coder"], same_workers=same_workers)
         slot.flight = None
         slot.launched = record["launched"] if goes_on else saved["step"]
-        slot.next_launch = record["next_launch"] if goes_on else saved["step"] + (slot.fragment.offset or engine.tau)
-        if goes_on and record["flight"] is not None:
-            slot.flight = _load_flight(slot, record["flight"])
+        slot.samples, slot.seconds = record["samples"], record["seconds"]
+        engine.place(slot)
+        if goes_on:
+            slot.next_launch = record["next_launch"]
+            if record["flight"] is not None:
+                slot.flight = _load_flight(slot, record["flight"])
         if not same_workers and isinstance(slot.state, Anchored):
             slot.fragment.write(slot.state.anchor)
     engine.resume_at(saved["step"])

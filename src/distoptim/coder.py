@@ -117,6 +117,11 @@ class CodedHandle(Handle):
         super().__init__(buffer, now=gathered.launched_at)
         self._coder, self._gathered, self._decoded = coder, gathered, False
 
+    @property
+    def seconds(self) -> float:
+        """Of the gathering."""
+        return self._gathered.seconds
+
     def poll(self) -> None:
         """Note the end."""
         self._gathered.poll()

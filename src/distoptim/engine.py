@@ -6,24 +6,28 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from distoptim import packing
 from distoptim.algorithms.rule import Mean, Rule
+from distoptim.algorithms.rules import Adopt
 from distoptim.coder import Coder
+from distoptim.collectives import Collectives
 from distoptim.comm.codec import Coding
-from distoptim.comm.communicator import CommunicationError, Communicator, Handle
-from distoptim.fragments import Flat, Fragment
-from distoptim.slot import Flight, QuarantineWarning, Slot, weigh
+from distoptim.comm.communicator import Communicator, Handle
+from distoptim.fragments import Fragment
+from distoptim.pace import Pace
+from distoptim.period import Tau
+from distoptim.slot import Flight, QuarantineWarning, Slot
 from distoptim.stats import Counters
 
 logger = logging.getLogger("distoptim")
 
 
-class Engine:
+class Engine(Collectives):
     """Keeps the rounds of all fragments.
 
     A fragment is launched at local steps offset, offset + tau, ... (tau, 2 tau, ... for offset 0) and merged
@@ -34,7 +38,7 @@ class Engine:
         fragments: in the order in which all ranks launch them.
         rule: what is sent and how it is merged.
         communicator: moves the bytes.
-        tau: local steps in a round, >= 1.
+        tau: local steps in a round, >= 1, or what chooses them.
         delay: local steps from launch to merge, in [0, tau].
         timeout_s: bound of every wait, in seconds.
         inner_lr: param group -> its learning rate now.
@@ -43,25 +47,57 @@ class Engine:
         codec: in which payloads travel; None: as they are.
     """
 
-    def __init__(self, fragments: Sequence[Fragment], rule: Rule, communicator: Communicator, *, tau: int,
-                 delay: int, timeout_s: float, inner_lr: Callable[[int], float],
+    def __init__(self, fragments: Sequence[Fragment], rule: Rule, communicator: Communicator, *, tau: Tau,
+                 delay: Tau, timeout_s: float, inner_lr: Callable[[int], float],
                  forget: Callable[[Sequence[Tensor]], None], reset_inner: bool = False,
                  codec: Coding | None = None) -> None:
-        self.rule, self.communicator = rule, communicator
-        self.tau, self.delay, self.timeout_s = tau, delay, timeout_s
+        super().__init__(communicator, timeout_s)
+        self.rule, self.pace = rule, Pace(tau, delay)
         self.step = 0
         self.counters = Counters()
-        self.failure: CommunicationError | None = None
         self._inner_lr, self._forget, self._reset_inner = inner_lr, forget, reset_inner
-        self.slots = [Slot(i, f, rule.start(f), f.flat(extra=1), f.offset or tau) for i, f in enumerate(fragments)]
-        if codec is not None:
+        self.ended = False
+        self.slots = [
+            Slot(i, f, rule.start(f), f.flat(extra=1 + extra), 0, extra=extra) for i, f in enumerate(fragments)
+            for extra in [0 if i else len(self.pace.period.measures)]]
+        self._codec = codec
+        self._code()
+        self._begin()
+
+    @property
+    def tau(self) -> int:
+        """Local steps in the present round."""
+        return self.pace.tau
+
+    @property
+    def delay(self) -> int:
+        """Local steps from launch to merge at present."""
+        return self.pace.delay
+
+    @property
+    def _active(self) -> Rule:
+        return Adopt() if self.pace.synchronous else self.rule
+
+    def _code(self) -> None:
+        """Make the coders; in the synchronous phase what all workers share is the last mean, not the anchor."""
+        if self._codec is not None:
             for slot in self.slots:
-                slot.coder = Coder(codec, communicator, slot.fragment, extra=1, shared=slot.shared)
-        if delay == tau:
-            for slot in self.slots:
-                finite = self._pack(slot)
-                self._take_off(slot, Handle(slot.buffer.tensor), finite, launched=slot.next_launch - tau)
+                slot.coder = Coder(self._codec, self.communicator, slot.fragment, extra=1 + slot.extra,
+                                   shared=None if self.pace.synchronous else slot.shared)
+
+    def _begin(self) -> None:
+        """Begin the algorithm's first round, from parameters that all workers share."""
+        for slot in self.slots:
+            self.place(slot)
+            if self.delay == self.tau:
+                launched = slot.next_launch - self.tau
+                finite = self._pack(slot, start=True)
+                self._take_off(slot, Handle(slot.buffer.tensor), finite, launched=launched)
         self._plan()
+
+    def place(self, slot: Slot) -> None:
+        """Begin a slot's rounds anew at this step."""
+        slot.next_launch = self.step + (slot.fragment.offset_at(self.tau) or self.tau)
 
     def tick(self) -> None:
         """One local step is done: merge and launch what is due."""
@@ -83,7 +119,15 @@ class Engine:
 
     @torch.no_grad()
     def launch_due(self) -> None:
-        """Launch the fragments whose round ends at this step."""
+        """Launch the fragments whose round ends at this step; the first one may change the length of the rounds."""
+        first = self.slots[0]
+        if first.next_launch <= self.step and self.pace.change(self.step):
+            # Nothing may be in flight when rounds begin anew.
+            for slot in list(self._flying):
+                self._finish(slot)
+            for slot in self.slots:
+                if slot.fragment.offset_at(self.tau):
+                    self.place(slot)
         for slot in self.slots:
             if slot.next_launch <= self.step:
                 self._launch(slot)
@@ -98,6 +142,8 @@ class Engine:
             if slot.flight is not None and slot.flight.due <= self.step:
                 self._finish(slot)
         self._plan()
+        if self.pace.synchronous and self.slots[0].launched == self.step >= self.pace.period.start:
+            self._end_synchronous_phase()
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -112,50 +158,44 @@ class Engine:
             if slot.launched < self.step:
                 self._launch(slot)
                 self._finish(slot)
-            slot.next_launch = self.step + (slot.fragment.offset or self.tau)
+            self.place(slot)
         self._plan()
 
     @torch.no_grad()
-    def mean_of(self, fragment: Fragment) -> Flat:
-        """The workers' mean of a fragment's values now, in a new buffer; blocking and collective."""
-        self._check()
-        flat = fragment.flat(extra=1)
-        fragment.read(flat)
-        weigh(flat.tensor, fragment)
-        handle = self._start(flat.tensor)
-        self._wait(handle)
-        self._normalise(flat.tensor, handle)
-        return flat
-
-    def close(self) -> None:
-        """Wait for what is in flight, then leave the communicator; what comes after fails."""
-        self.settle()
-        self.communicator.close()
-        self.failure = self.failure or CommunicationError("the optimizer has been closed")
-
-    def settle(self) -> None:
-        """Wait for what is in flight without merging it. A failure is kept for the next step, not raised."""
+    def end(self, weight: float) -> None:
+        """Drop what is in flight of workers that have all run out of data; x <- weighted mean, and begin anew."""
         for slot in list(self._flying):
-            if slot.flight is not None:
-                try:
-                    self._wait(slot.flight.handle, slot)
-                except CommunicationError:
-                    logger.warning("a mean in flight is lost: %s", self.failure)
-                    return
+            self._finish(slot)
+        for slot in self.slots:
+            mean = self.mean_of(slot.fragment, weight, may_be_empty=True)
+            if mean.tensor[-1]:
+                slot.fragment.write(mean)
+            slot.launched, slot.samples = self.step, self.pace.samples or 0.0
+            self.place(slot)
+        self.ended, self.pace.left_at = False, None
+        self._plan()
 
     def resume_at(self, step: int) -> None:
         """Go on from a local step with what the slots hold."""
         self.step = step
+        synchronous = step < self.pace.period.start
+        if synchronous != self.pace.synchronous:
+            self.pace.synchronous = synchronous
+            self._code()
         self._plan()
+
+    def _end_synchronous_phase(self) -> None:
+        self.pace.synchronous = False
+        logger.info("local step %d: tau 1 -> %d: the synchronous phase is over", self.step, self.tau)
+        for slot in self.slots:
+            slot.state = self.rule.start(slot.fragment)
+        self._code()
+        self._begin()
 
     def _plan(self) -> None:
         self._flying = sorted((s for s in self.slots if s.flight is not None), key=lambda s: s.launched)
         self._flights = [slot.flight for slot in self._flying if slot.flight is not None]
         self._next_event = min([slot.next_launch for slot in self.slots] + [flight.due for flight in self._flights])
-
-    def _check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
 
     def _launch(self, slot: Slot) -> None:
         start = time.perf_counter()
@@ -171,49 +211,27 @@ class Engine:
         slot.flight = Flight(handle, finite, launched + self.delay, lr)
         slot.launched = launched
 
-    def _pack(self, slot: Slot) -> Tensor:
-        """Form the payload and its weight: 1, or 0 (and the payload with it) where it is not finite."""
-        fragment, buffer = slot.fragment, slot.buffer
-        self.rule.payload(fragment, slot.state, buffer)
-        if fragment.device.type != "cpu":
-            # The flag follows the payload through the stream; reading it here would stop host and device.
-            finite = weigh(buffer.tensor, fragment).to("cpu", non_blocking=True)
-            self.rule.launched(fragment, slot.state, buffer)
-            return finite
-        finite = weigh(buffer.tensor, fragment)
-        if not finite:
-            self._heal(slot)
-            self.rule.payload(fragment, slot.state, buffer)
-        self.rule.launched(fragment, slot.state, buffer)
-        if not finite:
-            buffer.tensor.zero_()
-        return finite
+    def _pack(self, slot: Slot, *, start: bool = False) -> Tensor:
+        pace = self.pace
+        weight = 1.0 if start else pace.weight(step=self.step, since=max(0, slot.launched), samples=slot.samples)
+        extra: list[Tensor | float] = []
+        if slot.extra and not start:
+            extra = pace.measure(step=self.step, lr=self._inner_lr(0),
+                                 computed_s=self.communicator.now() - self.counters.collect(),
+                                 communication_s=sum(s.seconds for s in self.slots))
+        slot.samples = pace.samples or 0.0
+        return packing.pack(self._active, slot, weight, extra, self._heal)
 
     def _heal(self, slot: Slot) -> None:
         """Send a worker whose parameters are not finite back to a value that is, without its inner state."""
         self.counters.quarantined += 1
         warnings.warn(
-            f"rank {self.communicator.rank}: parameters of {_name(slot)} are not finite at local step "
+            f"rank {self.communicator.rank}: parameters of {packing.name_of(slot)} are not finite at local step "
             f"{self.step}: left out of this mean and replaced", QuarantineWarning, stacklevel=2)
-        fallback = self.rule.fallback(slot.state)
+        fallback = self._active.fallback(slot.state)
         if fallback is not None:
             slot.fragment.write(fallback)
         self._forget(slot.fragment.params)
-
-    def _start(self, buffer: Tensor, slot: Slot | None = None) -> Handle:
-        try:
-            if slot is not None and slot.coder is not None:
-                return slot.coder.launch(buffer)
-            return self.communicator.launch_mean(buffer)
-        except RuntimeError as error:
-            self._fail(slot, 0.0, error)
-
-    def _wait(self, handle: Handle, slot: Slot | None = None) -> None:
-        try:
-            with record_function("distoptim::wait"):
-                handle.wait(self.timeout_s)
-        except RuntimeError as error:
-            self._fail(slot, self.communicator.now() - handle.launched_at, error)
 
     def _finish(self, slot: Slot) -> None:
         flight = slot.flight
@@ -221,41 +239,23 @@ class Engine:
         self._wait(flight.handle, slot)
         slot.flight = None
         self.counters.waited(flight.handle)
+        slot.seconds = flight.handle.seconds
         start = time.perf_counter()
         with record_function("distoptim::merge"):
             buffer = slot.buffer.tensor
-            workers = self._normalise(buffer, flight.handle, slot)
+            weight = packing.normalise(buffer, flight.handle, packing.name_of(slot), self.pace.left_at is not None)
+            if weight == 0:
+                self.ended = True
+                return
+            if slot.extra:
+                self.pace.told([flight.handle.tail(i - 1 - slot.extra) / weight for i in range(slot.extra)])
             if slot.fragment.device.type != "cpu" and not flight.finite:
                 self._heal(slot)
             if slot.coder is not None:
                 slot.coder.merging(buffer)
-            self.rule.merge(slot.fragment, slot.state, Mean(slot.buffer, workers, flight.lr))
-            if self._reset_inner:
+            # Weights by samples are no numbers of workers.
+            workers = min(weight, 1.0) * self.communicator.size
+            self._active.merge(slot.fragment, slot.state, Mean(slot.buffer, workers, flight.lr))
+            if self._reset_inner and not self.pace.synchronous:
                 self._forget(slot.fragment.params)
         self.counters.merged(self.step - slot.launched, time.perf_counter() - start)
-
-    def _normalise(self, buffer: Tensor, handle: Handle, slot: Slot | None = None) -> float:
-        """Mean of weighted payloads -> weighted mean; returns the sum of the weights."""
-        weight = handle.tail()
-        if weight == 0:
-            raise FloatingPointError(f"{_name(slot)}: no worker has finite values at local step {self.step}; "
-                                     "the anchor is as it was")
-        if weight != 1:
-            buffer.div_(weight)
-        return weight * self.communicator.size
-
-    def _fail(self, slot: Slot | None, seconds: float, error: Exception) -> NoReturn:
-        """Give up communication for good, keeping parameters and state; peers see our groups close."""
-        self.failure = CommunicationError(
-            f"rank {self.communicator.rank}: mean of {_name(slot)} failed {seconds:.1f} s after its launch "
-            f"(timeout {self.timeout_s:g} s): {error}. Parameters and anchor are valid: save them, and restart "
-            "with the workers that are left")
-        for other in self.slots:
-            other.flight = None
-        self._plan()
-        self.communicator.close()
-        raise self.failure from error
-
-
-def _name(slot: Slot | None) -> str:
-    return "all parameters" if slot is None else f"fragment {slot.index}"

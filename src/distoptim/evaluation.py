@@ -17,7 +17,7 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
     buffers = [b for b in (module.buffers() if module is not None else ()) if b.is_floating_point()]
     fragments = [slot.fragment for slot in engine.slots]
     if buffers:
-        fragments += build(buffers, [0] * len(buffers), [range(len(buffers))], 1)
+        fragments += build(buffers, [0] * len(buffers), [range(len(buffers))])
     means = [engine.mean_of(f) for f in fragments]
     with torch.no_grad():
         local = [[x.clone() for x in f.local()] for f in fragments]

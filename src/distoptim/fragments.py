@@ -48,12 +48,12 @@ class Fragment:
     Args:
         params: the parameters, in the order of the optimizer's param groups.
         groups: for each parameter, the index of its param group (ascending).
-        offset: local steps by which this fragment's rounds are shifted, in [0, tau).
+        part: which part of how many it is of; part k of n starts floor(k tau / n) local steps late.
     """
 
-    def __init__(self, params: Sequence[Tensor], *, groups: Sequence[int], offset: int = 0) -> None:
+    def __init__(self, params: Sequence[Tensor], *, groups: Sequence[int], part: tuple[int, int] = (0, 1)) -> None:
         self.params = list(params)
-        self.offset = offset
+        self.part = part
         self.device = self.params[0].device
         self.dtype = _WORK_DTYPE[self.params[0].dtype]
         self.island = islands.Island(self.params)
@@ -67,6 +67,10 @@ class Fragment:
         """The parameters as real tensors; views, made anew at each call since `.data` may be rebound."""
         shards = [islands.local(p) for p in self.params]
         return [torch.view_as_real(x) if x.is_complex() else x for x in shards]
+
+    def offset_at(self, tau: int) -> int:
+        """Local steps by which its rounds are shifted, in [0, tau)."""
+        return self.part[0] * tau // self.part[1]
 
     def flat(self, *, extra: int = 0) -> Flat:
         """Allocate a zeroed flat buffer, with `extra` elements behind the parameters'."""
@@ -225,8 +229,8 @@ def _runs(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
         start = stop
 
 
-def build(params: Sequence[Tensor], groups: Sequence[int], parts: Partition, tau: int) -> list[Fragment]:
-    """One fragment per part, device and working dtype; part k of n starts floor(k tau / n) steps late."""
+def build(params: Sequence[Tensor], groups: Sequence[int], parts: Partition) -> list[Fragment]:
+    """One fragment per part, device and working dtype."""
     out = []
     for k, part in enumerate(parts):
         by_kind: dict[tuple[str, torch.dtype], list[int]] = {}
@@ -234,5 +238,5 @@ def build(params: Sequence[Tensor], groups: Sequence[int], parts: Partition, tau
             by_kind.setdefault((str(params[i].device), _WORK_DTYPE[params[i].dtype]), []).append(i)
         for members in by_kind.values():
             out.append(Fragment([params[i] for i in members], groups=[groups[i] for i in members],
-                                offset=k * tau // len(parts)))
+                                part=(k, len(parts))))
     return out

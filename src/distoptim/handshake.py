@@ -32,7 +32,7 @@ def introduce(communicator: Communicator, facts: Facts, fragments: Sequence[Frag
     """
     params = [p for f in fragments for p in f.params]
     own = {"number of fragments": len(fragments), "names of parameters": names, "shards": describe(params),
-           **{f"fragment {i}": f"offset {f.offset}: {f.signature()}" for i, f in enumerate(fragments)}}
+           **{f"fragment {i}": f"part {f.part}: {f.signature()}" for i, f in enumerate(fragments)}}
     # One message, compared only when everybody has them all: who finds a difference leaves nobody waiting.
     messages = cast("list[tuple[list[Facts], Facts]]", communicator.exchange((Island(params).exchange(facts), own)))
     try:

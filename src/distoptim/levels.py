@@ -12,6 +12,7 @@ from distoptim.algorithms.rules import Average
 from distoptim.comm import Communicator, ProcessGroupCommunicator, SingleWorker, connect, world_size
 from distoptim.comm.islands import Island
 from distoptim.engine import Engine
+from distoptim.period import Tau
 
 
 class Levels:
@@ -69,7 +70,7 @@ class Levels:
             engine.close()
 
 
-def connect_levels(levels: Mapping[int, dist.ProcessGroup] | None, island: Island, workers: Communicator, *, tau: int,
+def connect_levels(levels: Mapping[int, dist.ProcessGroup] | None, island: Island, workers: Communicator, *, tau: Tau,
                    timeout_s: float) -> dict[int, Communicator]:
     """The communicators of the levels by period, shortest first.
 
@@ -81,6 +82,8 @@ def connect_levels(levels: Mapping[int, dist.ProcessGroup] | None, island: Islan
         return {}
     if not isinstance(levels, Mapping):
         raise ValueError(f"levels={levels!r}: allowed is a mapping of periods to process groups")
+    if not isinstance(tau, int):
+        raise ValueError(f"levels= beside tau={tau!r}: periods of levels must divide tau; allowed is an integer")
     if not isinstance(workers, ProcessGroupCommunicator):
         raise ValueError(f"levels= beside {workers!r}: groups need workers in a process group to be part of")
     out: dict[int, Communicator] = {}

@@ -18,13 +18,17 @@ from distoptim.comm.codec import Coding
 from distoptim.comm.codec import find as find_codec
 from distoptim.comm.islands import Island, averaging_group
 from distoptim.engine import Engine
+from distoptim.face import Face
 from distoptim.fragments import Fragments, build, names, partition, trainable
+from distoptim.join import join
 from distoptim.levels import Levels, connect_levels
 from distoptim.options import Params, check_size, inner_optimizer, workers
+from distoptim.pace import Pace
+from distoptim.period import Tau
 from distoptim.version import __version__
 
 
-class AveragingOptimizer(torch.optim.Optimizer):
+class AveragingOptimizer(Face):
     """Base of all algorithms: a local (inner) optimizer on each worker, whose parameters are averaged every tau steps.
 
     `step()` is a local step of the inner optimizer; `average()` after it counts the step, merges a mean that is
@@ -35,7 +39,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
         params: parameters or param groups, for which a torch.optim.SGD is built; or any torch optimizer, which is
             then the inner one. Its list of parameters is fixed from here on; frozen ones are left out.
         rule: what is sent and how the mean meets the parameters.
-        tau: local steps in a round, >= 1. More hides and saves more communication, and lets workers drift further.
+        tau: local steps in a round, >= 1; or an object that chooses them (`Schedule`, `PostLocal`, `HideCommunication`,
+            `AdaComm`). More hides and saves more communication, and lets workers drift further.
         delay: local steps between launch and merge, in [0, tau]. 0 waits; tau hides a whole round.
         lr, momentum, dampening, weight_decay, nesterov: of the torch.optim.SGD, with its defaults.
         size: number of workers, checked if given (the original code's argument).
@@ -60,15 +65,14 @@ class AveragingOptimizer(torch.optim.Optimizer):
         CommunicationError: from `average()`: a worker is gone or a collective timed out.
     """
 
-    def __init__(self, params: Params, *, rule: Rule, tau: int, delay: int, lr: float | Tensor | None = None,
+    def __init__(self, params: Params, *, rule: Rule, tau: Tau, delay: Tau, lr: float | Tensor | None = None,
                  momentum: float | None = None, dampening: float | None = None, weight_decay: float | None = None,
                  nesterov: bool | None = None, size: int | None = None, group: dist.ProcessGroup | None = None,
                  device_mesh: DeviceMesh | None = None, levels: Mapping[int, dist.ProcessGroup] | None = None,
                  communicator: Communicator | None = None, fragments: Fragments = 1, pattern: str = "sequential",
                  timeout_s: float = 1800.0, average_in_step: bool = False, reset_inner: bool = False,
                  codec: Coding | str | None = None) -> None:
-        checks.integer("tau", tau, 1)
-        checks.integer("delay", delay, 0, tau)
+        pace = Pace(tau, delay)
         checks.number("timeout_s", timeout_s, 1e-3, 1e9)
         checks.flag("average_in_step", average_in_step)
         checks.flag("reset_inner", reset_inner)
@@ -77,7 +81,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         self.inner = inner_optimizer(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
                                      nesterov=nesterov)
         members, _ = trainable(self.inner.param_groups)
-        parts = partition(fragments, members, tau, pattern)
+        parts = partition(fragments, members, pace.period.smallest, pattern)
         check_size(size, workers({"group": group, "device_mesh": device_mesh, "communicator": communicator}))
         group = averaging_group(group, device_mesh, communicator)
         if communicator is None:
@@ -93,7 +97,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _build_engine(self, *, introduce: bool) -> None:
         params, groups = trainable(self.inner.param_groups)
-        fragments = build(params, groups, self._parts, self._tau)
+        fragments = build(params, groups, self._parts)
         if introduce:
             handshake.introduce(self._communicator, {
                 "distoptim version": __version__, "algorithm": type(self).__name__,
@@ -105,10 +109,6 @@ class AveragingOptimizer(torch.optim.Optimizer):
             fragments, self._rule, self._communicator, tau=self._tau, delay=self._delay, timeout_s=self._timeout_s,
             inner_lr=self._lr, forget=self._forget, reset_inner=self._reset_inner, codec=self._codec)
         self._levels = Levels(self._engine, self._inner_groups, self._forget)
-
-    def _face(self) -> None:
-        """Give torch's base class its hooks; groups and state stay the inner optimizer's."""
-        super().__init__([{"params": []}], self.inner.defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One local step of the inner optimizer; returns the closure's loss, if there is one."""
@@ -124,8 +124,13 @@ class AveragingOptimizer(torch.optim.Optimizer):
             self._levels.tick()
         return loss
 
-    def average(self) -> None:
+    def average(self, *, loss: Tensor | float | None = None, samples: float | None = None) -> None:
         """Count a local step; merge and launch what is due. The one extra line of a training loop.
+
+        Args:
+            loss: of this step, for a period that follows it (`AdaComm`); read at the launch, not here.
+            samples: this step's, >= 0; a worker's payload then weighs as many as it had since the last launch. All
+                workers say it, at every step, or none. By default all weigh the same.
 
         Raises:
             CommunicationError: a collective failed or timed out; parameters and anchor are valid and can be saved.
@@ -134,11 +139,22 @@ class AveragingOptimizer(torch.optim.Optimizer):
         """
         if self._average_in_step:
             raise RuntimeError("average_in_step=True: step() averages already")
+        if loss is not None or samples is not None:
+            self._engine.pace.report(loss, samples)
         self._levels.tick()
 
     def flush(self) -> None:
         """Merge what is in flight and average the steps since the last launch, blocking; a new round begins."""
         self._levels.flush()
+
+    def join(self) -> contextlib.AbstractContextManager[None]:
+        """A `with` block around the loop of workers that may have different numbers of local steps.
+
+        Who leaves the block goes on taking part in the others' means, with weight 0, until all have left; then all hold
+        the workers' mean, weighted by the samples (else local steps) they had in the block. Leaving it by an
+        exception communicates nothing.
+        """
+        return join(self._engine, self._levels.tick)
 
     @contextlib.contextmanager
     def averaged(self, module: torch.nn.Module | None = None) -> Iterator[None]:
@@ -159,13 +175,13 @@ class AveragingOptimizer(torch.optim.Optimizer):
     def stats(self) -> dict[str, float]:
         """What this worker measured so far; costs nothing but reading.
 
-        Returns: `steps` and `syncs` (local steps, merged fragments); `exposed_s` (seconds the computation waited
-        for communication), `hidden_s` (seconds of communication beside it), `overhead_s` (forming payloads and
+        Returns: `steps`, `tau` (the present one), `syncs` (merged fragments); `exposed_s` (seconds the computation
+        waited for communication), `hidden_s` (seconds of communication beside it), `overhead_s` (forming payloads and
         merging), `computation_s` (time between the first and the last `average()` less the exposed part),
         `exposed_share` (exposed / computation), `bytes` (of the payloads, as coded), `staleness` (mean local steps from
         launch to merge), `quarantined` (payloads of this worker that were not finite).
         """
-        return self._engine.counters.report(self._engine.step)
+        return self._engine.counters.report(self._engine.step, self._engine.tau)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict with one key more: "distoptim", all of this worker's rounds.
@@ -194,45 +210,9 @@ class AveragingOptimizer(torch.optim.Optimizer):
         else:
             self._build_engine(introduce=False)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the anchors were cut at construction.
-
-        Raises:
-            ValueError: always, once the optimizer is made.
-        """
-        params = param_group["params"]
-        if not isinstance(params, list) or params:
-            raise ValueError("the parameters of a distoptim optimizer are fixed at construction; make a new one")
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients."""
-        self.inner.zero_grad(set_to_none)
-
     def close(self) -> None:
         """Finish or abandon what is in flight and leave the communication groups; twice is fine."""
         self._levels.close()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's own, so that schedulers work in any order."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: object) -> None:
-        """Torch's constructor sets them; they stay the inner optimizer's."""
-
-    @property
-    def state(self) -> Any:
-        """The inner optimizer's own."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, value: object) -> None:
-        """Torch's constructor sets it; it stays the inner optimizer's."""
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the inner optimizer, the configuration and the rounds."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from distoptim.algorithms.rule import State
@@ -39,8 +37,8 @@ class Flight:
 class Slot:
     """A fragment, its algorithm's state, its communication buffer, the steps of its launches and its flight.
 
-    The buffer has one element more than the fragment: the worker's weight, so that
-    mean = sum of weighted payloads / sum of weights.
+    The buffer has one element more than the fragment, the worker's weight, so that mean = sum of weighted payloads /
+    sum of weights; before it, in the first slot, what the worker has measured for the period.
     """
 
     index: int
@@ -48,7 +46,10 @@ class Slot:
     state: State
     buffer: Flat
     next_launch: int
+    extra: int = 0
     launched: int = 0
+    seconds: float = 0.0
+    samples: float = 0.0
     flight: Flight | None = None
     coder: Coder | None = None
 
@@ -62,21 +63,3 @@ class Slot:
     def nbytes(self) -> int:
         """Size of a message: of the code if there is one, else of the buffer."""
         return self.buffer.nbytes if self.coder is None else self.coder.nbytes
-
-
-def weigh(buffer: Tensor, fragment: Fragment) -> Tensor:
-    """Set the last element to 1 if all are finite, else everything to 0; return which. A sum that overflows is not.
-
-    All ranks of an island decide alike: a worker of which one shard were missing would be torn apart.
-    """
-    buffer[-1] = 0
-    total = buffer.sum()
-    if buffer.device.type == "cpu":
-        finite = fragment.island.everywhere(torch.tensor(math.isfinite(total)))
-        if not finite:
-            buffer.zero_()
-    else:
-        finite = fragment.island.everywhere(torch.isfinite(total))
-        buffer.copy_(torch.where(finite, buffer, 0.0))
-    buffer[-1] = finite
-    return finite

@@ -39,8 +39,8 @@ class Counters:
         self.staleness += staleness
         self.overhead_s += seconds
 
-    def collect(self) -> None:
-        """Add up the waits that are known by now."""
+    def collect(self) -> float:
+        """Add up the waits that are known by now; returns their sum."""
         unknown = []
         for handle in self.unread:
             handle.poll()
@@ -51,14 +51,16 @@ class Counters:
             if handle.finished_at is not None:
                 self.hidden_s += max(0.0, handle.finished_at - handle.launched_at - handle.waited_s)
         self.unread = unknown
+        return self.exposed_s
 
-    def report(self, steps: int) -> dict[str, float]:
+    def report(self, steps: int, tau: int) -> dict[str, float]:
         """The totals by name."""
         self.collect()
         elapsed = self.ticked_at - self.started_at if self.started_at is not None else 0.0
         computation = max(0.0, elapsed - self.exposed_s)
         return {
             "steps": steps,
+            "tau": tau,
             "syncs": self.syncs,
             "exposed_s": self.exposed_s,
             "hidden_s": self.hidden_s,

@@ -9,6 +9,7 @@ from distoptim.algorithms.carry import adopting
 from distoptim.algorithms.rules import Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params, workers
+from distoptim.period import Tau
 
 
 class BMUF(AveragingOptimizer):
@@ -19,7 +20,7 @@ class BMUF(AveragingOptimizer):
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
-        tau: local steps in a block, >= 1.
+        tau: local steps in a block, >= 1, or a period object.
         block_momentum: eta, in [0, 1); default 1 - 1/m for m workers, so that a block counts as in one-worker training.
         block_lr: zeta, > 0; default 1.
         nesterov_block: Nesterov block momentum instead of the classic one; default False.
@@ -33,7 +34,7 @@ class BMUF(AveragingOptimizer):
     Source: Chen & Huo, ICASSP 2016, equations 4 to 10.
     """
 
-    def __init__(self, params: Params, *, tau: int, block_momentum: float | None = None, block_lr: float = 1.0,
+    def __init__(self, params: Params, *, tau: Tau, block_momentum: float | None = None, block_lr: float = 1.0,
                  nesterov_block: bool = False, delay: int = 0, carry: bool = False, gmf: float | None = None,
                  **options: Unpack[Options]) -> None:
         momentum = checks.outer_momentum(block_momentum, gmf, default=1 - 1 / workers(options), name="block_momentum")

@@ -14,6 +14,7 @@ from distoptim.algorithms.rules import Anchored
 from distoptim.fragments import Flat, Fragment
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
+from distoptim.period import Tau
 
 
 @dataclass
@@ -63,7 +64,7 @@ class CO2(AveragingOptimizer):
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
-        tau: local steps in a round, >= 1.
+        tau: local steps in a round, >= 1, or a period object.
         outer_lr: > 0; default 1, that of the authors' code.
         outer_momentum: in [0, 1); default 0.2, that of the example with the authors' code.
         clip: bound of each element of the momentum, in units of the parameters, > 0; default 1, as there.
@@ -76,12 +77,12 @@ class CO2(AveragingOptimizer):
     Source: Sun et al. 2024 (arXiv 2401.16265), but for the scale of the gap.
     """
 
-    def __init__(self, params: Params, *, tau: int, outer_lr: float = 1.0, outer_momentum: float | None = None,
+    def __init__(self, params: Params, *, tau: Tau, outer_lr: float = 1.0, outer_momentum: float | None = None,
                  clip: float = 1.0, delay: int | None = None, gmf: float | None = None,
                  **options: Unpack[Options]) -> None:
         momentum = checks.outer_momentum(outer_momentum, gmf, default=0.2)
         outer_lr = checks.number("outer_lr", outer_lr, 0, checks.LARGEST, open_low=True)
         clip = checks.number("clip", clip, 0, checks.LARGEST, open_low=True)
-        delay = tau if delay is None else checks.integer("delay", delay, 0)
+        when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
         super().__init__(params, rule=Penalised(1.0, outer_lr, momentum, rescale=False, clip=clip), tau=tau,
-                         delay=delay, **options)
+                         delay=when, **options)

@@ -8,6 +8,7 @@ from distoptim import checks
 from distoptim.algorithms.rules import Average
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
+from distoptim.period import Tau
 
 
 class CoCoDSGD(AveragingOptimizer):
@@ -17,7 +18,7 @@ class CoCoDSGD(AveragingOptimizer):
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
-        tau: local steps in a round, >= 1.
+        tau: local steps in a round, >= 1, or a period object.
         delay: local steps from launch to merge, in [0, tau]; default tau, which hides the most.
         gmf: of the original code's signature; CoCoD-SGD has no outer momentum, so only 0 is allowed.
 
@@ -27,8 +28,8 @@ class CoCoDSGD(AveragingOptimizer):
     Source: Shen et al. 2019 (arXiv 1906.12043), algorithm 1.
     """
 
-    def __init__(self, params: Params, *, tau: int, delay: int | None = None, gmf: float | None = None,
+    def __init__(self, params: Params, *, tau: Tau, delay: int | None = None, gmf: float | None = None,
                  **options: Unpack[Options]) -> None:
         checks.no_outer_momentum(type(self).__name__, gmf)
-        delay = tau if delay is None else checks.integer("delay", delay, 0)
-        super().__init__(params, rule=Average(carry=delay != 0), tau=tau, delay=delay, **options)
+        when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
+        super().__init__(params, rule=Average(carry=when != 0), tau=tau, delay=when, **options)

@@ -10,6 +10,7 @@ from distoptim.algorithms.outer import Factory, Outer
 from distoptim.algorithms.rules import Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
+from distoptim.period import Tau
 
 
 class DiLoCo(AveragingOptimizer):
@@ -20,7 +21,7 @@ class DiLoCo(AveragingOptimizer):
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
-        tau: local steps in a round, >= 1.
+        tau: local steps in a round, >= 1, or a period object.
         outer: list of anchor tensors -> torch optimizer that moves them; default SGD with the three that follow.
             An outer Adam: `lambda anchors: torch.optim.Adam(anchors, lr=0.3, betas=(0.9, 0.95))`.
         outer_lr: > 0; default 0.7, the paper's choice.
@@ -37,7 +38,7 @@ class DiLoCo(AveragingOptimizer):
     Source: Douillard et al. 2023 (arXiv 2311.08105), algorithm 1.
     """
 
-    def __init__(self, params: Params, *, tau: int, outer: Factory | None = None, outer_lr: float | None = None,
+    def __init__(self, params: Params, *, tau: Tau, outer: Factory | None = None, outer_lr: float | None = None,
                  outer_momentum: float | None = None, outer_nesterov: bool | None = None, delay: int = 0,
                  carry: bool = False, local_weight: float = 0.0, gmf: float | None = None,
                  **options: Unpack[Options]) -> None:

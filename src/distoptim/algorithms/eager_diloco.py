@@ -9,6 +9,7 @@ from distoptim.algorithms.diloco import outer_rule
 from distoptim.checks import flag, integer
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params, workers
+from distoptim.period import Tau
 
 
 class EagerDiLoCo(AveragingOptimizer):
@@ -21,7 +22,7 @@ class EagerDiLoCo(AveragingOptimizer):
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
-        tau: local steps in a round, >= 1.
+        tau: local steps in a round, >= 1, or a period object.
         outer_lr: > 0; default 0.7, the paper's choice.
         outer_momentum: beta, in [0, 1); default 0.9, the paper's choice.
         outer_nesterov: Nesterov's form of it; default True, the paper's choice. Classic: x <- z - outer_lr/m u.
@@ -36,10 +37,10 @@ class EagerDiLoCo(AveragingOptimizer):
     Source: Kale, Douillard, Donchev 2025 (arXiv 2502.12996).
     """
 
-    def __init__(self, params: Params, *, tau: int, outer_lr: float | None = None, outer_momentum: float | None = None,
+    def __init__(self, params: Params, *, tau: Tau, outer_lr: float | None = None, outer_momentum: float | None = None,
                  outer_nesterov: bool | None = None, delay: int | None = None, eager: bool = True,
                  gmf: float | None = None, **options: Unpack[Options]) -> None:
         plain = outer_rule(None, outer_lr, outer_momentum, gmf, outer_nesterov, lr=0.7, alpha=1.0)
-        delay = tau if delay is None else integer("delay", delay, 0)
+        when: Tau = tau if delay is None else integer("delay", delay, 0)
         rule = Late(**vars(plain), share=1 / workers(options) if flag("eager", eager) else 0.0)
-        super().__init__(params, rule=rule, tau=tau, delay=delay, **options)
+        super().__init__(params, rule=rule, tau=tau, delay=when, **options)

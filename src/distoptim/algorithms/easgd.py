@@ -8,6 +8,7 @@ from distoptim import checks
 from distoptim.algorithms.rules import Elastic
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params, workers
+from distoptim.period import Tau
 
 
 class EASGD(AveragingOptimizer):
@@ -19,7 +20,7 @@ class EASGD(AveragingOptimizer):
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
-        tau: local steps in a round, >= 1.
+        tau: local steps in a round, >= 1, or a period object.
         alpha: elastic strength, in (0, 2/(m+1)) for m workers, outside of which the anchor oscillates and
             diverges; default 1/(m+1), which contracts it fastest.
         delay: local steps from launch to merge, in [0, tau]; default tau, which hides the most; 0 blocks.
@@ -31,11 +32,11 @@ class EASGD(AveragingOptimizer):
     Source: Zhang, Choromanska, LeCun 2015 (arXiv 1412.6651), equations 5 and 6 (synchronous form).
     """
 
-    def __init__(self, params: Params, *, tau: int, alpha: float | None = None, delay: int | None = None,
+    def __init__(self, params: Params, *, tau: Tau, alpha: float | None = None, delay: int | None = None,
                  gmf: float | None = None, **options: Unpack[Options]) -> None:
         checks.no_outer_momentum(type(self).__name__, gmf)
         m = workers(options)
         alpha = 1 / (m + 1) if alpha is None else checks.number("alpha", alpha, 0, 2 / (m + 1), open_low=True,
                                                                 open_high=True)
-        delay = tau if delay is None else checks.integer("delay", delay, 0)
-        super().__init__(params, rule=Elastic(alpha), tau=tau, delay=delay, **options)
+        when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
+        super().__init__(params, rule=Elastic(alpha), tau=tau, delay=when, **options)

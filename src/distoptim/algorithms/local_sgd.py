@@ -10,6 +10,7 @@ from distoptim.algorithms.rule import Rule
 from distoptim.algorithms.rules import Average, Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
+from distoptim.period import Tau
 
 
 class LocalSGD(AveragingOptimizer):
@@ -21,7 +22,7 @@ class LocalSGD(AveragingOptimizer):
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
-        tau: local steps in a round, >= 1.
+        tau: local steps in a round, >= 1, or a period object.
         delay: local steps from launch to merge, in [0, tau]; default 0. tau makes it CoCoD-SGD.
         outer_momentum: in [0, 1), default 0; above 0 with a delay only if `carry`.
         carry: with outer momentum, keep the local steps made between launch and merge, x <- z + (x - sent); default
@@ -35,7 +36,7 @@ class LocalSGD(AveragingOptimizer):
     Source: Stich 2018 (arXiv 1805.09767), algorithm 1; delayed: DaSGD (arXiv 2006.00441).
     """
 
-    def __init__(self, params: Params, *, tau: int, delay: int = 0, outer_momentum: float | None = None,
+    def __init__(self, params: Params, *, tau: Tau, delay: int = 0, outer_momentum: float | None = None,
                  carry: bool = False, gmf: float | None = None, **options: Unpack[Options]) -> None:
         momentum = checks.outer_momentum(outer_momentum, gmf, default=0.0)
         checks.integer("delay", delay, 0)

@@ -8,6 +8,7 @@ from distoptim import checks
 from distoptim.algorithms.rules import Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
+from distoptim.period import Tau
 
 
 class OverlapLocalSGD(AveragingOptimizer):
@@ -19,7 +20,7 @@ class OverlapLocalSGD(AveragingOptimizer):
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
-        tau: local steps in a round, >= 1.
+        tau: local steps in a round, >= 1, or a period object.
         alpha: weight of the anchor in the pull, in [0, 1]; default 0.6, the paper's choice for all its runs.
             0 leaves the workers alone.
         outer_momentum: of the anchor, in [0, 1); default 0.7, the paper's choice.
@@ -32,12 +33,12 @@ class OverlapLocalSGD(AveragingOptimizer):
     Source: Wang, Liang, Joshi 2020 (arXiv 2002.09539), equations 3 to 5 and 10, 11 (momentum).
     """
 
-    def __init__(self, params: Params, *, tau: int, alpha: float = 0.6, outer_momentum: float | None = None,
+    def __init__(self, params: Params, *, tau: Tau, alpha: float = 0.6, outer_momentum: float | None = None,
                  delay: int | None = None, gmf: float | None = None, **options: Unpack[Options]) -> None:
         alpha = checks.number("alpha", alpha, 0, 1)
         momentum = checks.outer_momentum(outer_momentum, gmf, default=0.7)
-        delay = tau if delay is None else checks.integer("delay", delay, 0)
-        if alpha == 1 and delay:
-            raise ValueError(f"alpha=1 with delay={delay}: the local steps made meanwhile would be thrown away; "
+        when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
+        if alpha == 1 and when:
+            raise ValueError(f"alpha=1 with delay={when}: the local steps made meanwhile would be thrown away; "
                              "allowed is alpha below 1, or delay=0")
-        super().__init__(params, rule=Pull(alpha, 1.0, momentum), tau=tau, delay=delay, **options)
+        super().__init__(params, rule=Pull(alpha, 1.0, momentum), tau=tau, delay=when, **options)

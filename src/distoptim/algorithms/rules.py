@@ -61,6 +61,15 @@ class Average(Rule):
         return state.sent if isinstance(state, Sent) else None
 
 
+@dataclass(frozen=True)
+class Adopt(Rule):
+    """x <- mean, beside the state of another rule."""
+
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """x <- mean."""
+        fragment.write(mean.flat)
+
+
 @dataclass
 class Anchored(State):
     """An anchor and the optimizer that moves it.

@@ -9,6 +9,7 @@ from distoptim.algorithms.carry import adopting
 from distoptim.algorithms.rules import Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
+from distoptim.period import Tau
 
 
 class SlowMo(AveragingOptimizer):
@@ -18,7 +19,7 @@ class SlowMo(AveragingOptimizer):
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
-        tau: local steps in a round, >= 1.
+        tau: local steps in a round, >= 1, or a period object.
         slow_momentum: beta, in [0, 1); default 0.7 (the paper uses 0.4 to 0.8).
         slow_lr: > 0; default 1, the paper's choice.
         delay: local steps from launch to merge, in [0, tau]; default 0. Above 0 only with `carry`.
@@ -31,7 +32,7 @@ class SlowMo(AveragingOptimizer):
     Source: Wang, Tantia, Ballas, Rabbat 2019 (arXiv 1910.00643), algorithm 1.
     """
 
-    def __init__(self, params: Params, *, tau: int, slow_momentum: float | None = None, slow_lr: float = 1.0,
+    def __init__(self, params: Params, *, tau: Tau, slow_momentum: float | None = None, slow_lr: float = 1.0,
                  delay: int = 0, carry: bool = False, gmf: float | None = None, **options: Unpack[Options]) -> None:
         momentum = checks.outer_momentum(slow_momentum, gmf, default=0.7, name="slow_momentum")
         slow_lr = checks.number("slow_lr", slow_lr, 0, checks.LARGEST, open_low=True)

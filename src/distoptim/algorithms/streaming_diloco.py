@@ -9,6 +9,7 @@ from distoptim.algorithms.diloco import outer_rule
 from distoptim.algorithms.outer import Factory
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
+from distoptim.period import Tau
 
 
 class StreamingDiLoCo(AveragingOptimizer):
@@ -38,7 +39,7 @@ class StreamingDiLoCo(AveragingOptimizer):
     Source: Douillard et al. 2025 (arXiv 2501.18512). The fragments: `fragments` and `pattern`.
     """
 
-    def __init__(self, params: Params, *, tau: int, outer: Factory | None = None, outer_lr: float | None = None,
+    def __init__(self, params: Params, *, tau: Tau, outer: Factory | None = None, outer_lr: float | None = None,
                  outer_momentum: float | None = None, outer_nesterov: bool | None = None, delay: int = 1,
                  local_weight: float = 0.5, gmf: float | None = None, **options: Unpack[Options]) -> None:
         local_weight = checks.number("local_weight", local_weight, 0, 1, open_high=True)

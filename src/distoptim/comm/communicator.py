@@ -38,9 +38,14 @@ class Handle:
         """Block until the mean is in the buffer. Raises RuntimeError on failure or after `timeout_s`."""
         self.waited_s = 0.0
 
-    def tail(self) -> float:
-        """The mean's last element, on the host; after `wait`."""
-        return float(self.buffer[-1])
+    def tail(self, index: int = -1) -> float:
+        """One of the mean's last elements, counted from the end, on the host; after `wait`."""
+        return float(self.buffer[index])
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, as far as is known; 0 for a mean that was there already."""
+        return 0.0 if self.finished_at is None else self.finished_at - self.launched_at
 
 
 class RealHandle(Handle, ABC):
@@ -48,6 +53,7 @@ class RealHandle(Handle, ABC):
 
     def __init__(self, buffer: Tensor) -> None:
         super().__init__(buffer, now=time.perf_counter())
+        self.unfinished_at = self.launched_at
 
     def wait(self, timeout_s: float) -> None:
         """Block, by the clock."""
@@ -55,7 +61,13 @@ class RealHandle(Handle, ABC):
         self._wait(timeout_s)
         end = time.perf_counter()
         self.waited_s = (self.waited_s or 0.0) + end - start
-        self.finished_at = self.finished_at or end
+        if self.finished_at is None:
+            self.finished_at = self.unfinished_at = end
+
+    @property
+    def seconds(self) -> float:
+        """Until the middle between the last look at which it was under way and the first at which it was not."""
+        return 0.0 if self.finished_at is None else (self.finished_at + self.unfinished_at) / 2 - self.launched_at
 
     @abstractmethod
     def _wait(self, timeout_s: float) -> None:

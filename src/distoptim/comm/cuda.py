@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distoptim.comm.communicator import Handle, RealHandle
+from distoptim.comm.communicator import RealHandle
 from distoptim.comm.process_group import WorkHandle
 
 _cuda: Any = torch.cuda  # whose events and streams have no types
@@ -20,7 +20,7 @@ _cuda: Any = torch.cuda  # whose events and streams have no types
 class NcclHandle(WorkHandle):
     """An NCCL all-reduce: waiting orders the current stream behind it.
 
-    A side stream follows the collective and brings the last element to the host, so that reading it waits for
+    A side stream follows the collective and brings the last elements to the host, so that reading it waits for
     the collective alone, never for the computation queued meanwhile. How long the current stream stood still
     is read from two events once the GPU has passed them.
     """
@@ -28,13 +28,13 @@ class NcclHandle(WorkHandle):
     def __init__(self, work: dist.Work, buffer: Tensor, divisor: int = 1) -> None:
         super().__init__(work, buffer, divisor)
         self._events: tuple[Any, Any] | None = None
-        self._tail = torch.empty(1, dtype=buffer.dtype, pin_memory=True)
+        self._tail = torch.empty(min(4, len(buffer)), dtype=buffer.dtype, pin_memory=True)
         side = _side_stream(buffer.device)
         with torch.cuda.stream(side):
             work.wait()
             if divisor != 1:
                 buffer.div_(divisor)
-            self._tail.copy_(buffer[-1:], non_blocking=True)
+            self._tail.copy_(buffer[-len(self._tail):], non_blocking=True)
         self._there = side.record_event()
 
     def wait(self, timeout_s: float) -> None:
@@ -58,9 +58,9 @@ class NcclHandle(WorkHandle):
         if self.waited_s is None and self._events is not None and self._events[1].query():
             self.waited_s = self._events[0].elapsed_time(self._events[1]) / 1e3
 
-    def tail(self) -> float:
+    def tail(self, index: int = -1) -> float:
         """From pinned memory."""
-        return float(self._tail[0])
+        return float(self._tail[index])
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -80,7 +80,7 @@ class Staging:
     launched, first started.
     """
 
-    def __init__(self, all_reduce: Callable[[Tensor], Handle]) -> None:
+    def __init__(self, all_reduce: Callable[[Tensor], RealHandle]) -> None:
         self.all_reduce = all_reduce
         self.queue: deque[StagedHandle] = deque()
 
@@ -98,7 +98,7 @@ class StagedHandle(RealHandle):
         super().__init__(buffer)
         self._stream = stream = _side_stream(buffer.device)
         self._staging = staging
-        self._collective: Handle | None = None
+        self._collective: RealHandle | None = None
         self._host = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(buffer.device))
         with torch.cuda.stream(stream):
@@ -112,7 +112,10 @@ class StagedHandle(RealHandle):
             queue.popleft()._start()
         if self._collective is not None:
             self._collective.poll()
-            self.finished_at = self._collective.finished_at
+            self._note_end(self._collective)
+
+    def _note_end(self, collective: RealHandle) -> None:
+        self.finished_at, self.unfinished_at = collective.finished_at, collective.unfinished_at
 
     def _start(self) -> None:
         self._collective = self._staging.all_reduce(self._host)
@@ -123,11 +126,11 @@ class StagedHandle(RealHandle):
             oldest._copied.synchronize()
             oldest._start()
         self._collective.wait(timeout_s)
-        self.finished_at = self._collective.finished_at
+        self._note_end(self._collective)
         with torch.cuda.stream(self._stream):
             self.buffer.copy_(self._host, non_blocking=True)
         torch.cuda.current_stream(self.buffer.device).wait_stream(self._stream)
 
-    def tail(self) -> float:
+    def tail(self, index: int = -1) -> float:
         """From the host's copy."""
-        return float(self._host[-1])
+        return float(self._host[index])

@@ -48,8 +48,11 @@ class WorkHandle(RealHandle):
 
     def poll(self) -> None:
         """Note the end."""
-        if self.finished_at is None and self.work is not None and self.work.is_completed():
-            self.finished_at = time.perf_counter()
+        if self.finished_at is None and self.work is not None:
+            if self.work.is_completed():
+                self.finished_at = time.perf_counter()
+            else:
+                self.unfinished_at = time.perf_counter()
 
     def _wait(self, timeout_s: float) -> None:
         # The work is forgotten, since a failure reaches the peers only when nobody holds it.

@@ -1,0 +1,29 @@
+"""Workers that have different numbers of local steps to make."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from distoptim.engine import Engine
+
+
+@contextlib.contextmanager
+def join(engine: Engine, tick: Callable[[], None]) -> Iterator[None]:
+    """Go on without data until nobody has any, then take over the workers' mean.
+
+    That all have run out is seen in a mean to which nobody has added anything, at the same step by all. So no
+    message is needed beside the means; torch's Join has a blocking one at every local step.
+
+    Args:
+        engine: whose means these are.
+        tick: counts a local step.
+    """
+    pace = engine.pace
+    step, samples = engine.step, pace.samples or 0.0
+    yield
+    made = engine.step - step if pace.samples is None else pace.samples - samples
+    pace.left_at = engine.step
+    while not engine.ended:
+        tick()
+    engine.end(made)
