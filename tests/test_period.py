@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import distoptim
-from distoptim import AdaComm, CoCoDSGD, HideCommunication, LocalSGD, OverlapLocalSGD, PostLocal, Schedule
+from distoptim import CoCoDSGD, LocalSGD, OverlapLocalSGD
 from distoptim.comm import SingleWorker
+from distoptim.periods import AdaComm, HideCommunication, PostLocal, Schedule
 from distoptim.sim import Cluster as Virtual
 from distoptim.sim import Constant
 from tests import toy

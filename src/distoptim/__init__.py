@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from distoptim.adaptive import AdaComm, HideCommunication
 from distoptim.algorithms import (
     ALGORITHMS,
     BMUF,
@@ -22,7 +21,6 @@ from distoptim.algorithms import (
 from distoptim.algorithms.rule import Mean, Rule, State
 from distoptim.comm import CommunicationError
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.period import PostLocal, Schedule
 from distoptim.slot import QuarantineWarning
 from distoptim.version import __version__
 
@@ -33,20 +31,16 @@ __all__ = [
     "BMUF",
     "CO2",
     "EASGD",
-    "AdaComm",
     "AveragingOptimizer",
     "CoCoDSGD",
     "CommunicationError",
     "DiLoCo",
     "EagerDiLoCo",
-    "HideCommunication",
     "LocalSGD",
     "Mean",
     "OverlapLocalSGD",
-    "PostLocal",
     "QuarantineWarning",
     "Rule",
-    "Schedule",
     "SlowMo",
     "State",
     "StreamingDiLoCo",
