@@ -123,8 +123,7 @@ class Engine(Collectives):
         first = self.slots[0]
         if first.next_launch <= self.step and self.pace.change(self.step):
             # Nothing may be in flight when rounds begin anew.
-            for slot in list(self._flying):
-                self._finish(slot)
+            self.drain()
             for slot in self.slots:
                 if slot.fragment.offset_at(self.tau):
                     self.place(slot)
@@ -152,8 +151,7 @@ class Engine(Collectives):
         A new round begins at this step; at delay = tau its end has nothing to merge yet.
         """
         self._check()
-        for slot in list(self._flying):
-            self._finish(slot)
+        self.drain()
         for slot in self.slots:
             if slot.launched < self.step:
                 self._launch(slot)
@@ -161,19 +159,10 @@ class Engine(Collectives):
             self.place(slot)
         self._plan()
 
-    @torch.no_grad()
-    def end(self, weight: float) -> None:
-        """Drop what is in flight of workers that have all run out of data; x <- weighted mean, and begin anew."""
+    def drain(self) -> None:
+        """Merge all that is in flight, blocking."""
         for slot in list(self._flying):
             self._finish(slot)
-        for slot in self.slots:
-            mean = self.mean_of(slot.fragment, weight, may_be_empty=True)
-            if mean.tensor[-1]:
-                slot.fragment.write(mean)
-            slot.launched, slot.samples = self.step, self.pace.samples or 0.0
-            self.place(slot)
-        self.ended, self.pace.left_at = False, None
-        self._plan()
 
     def resume_at(self, step: int) -> None:
         """Go on from a local step with what the slots hold."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+import torch
+
 from distoptim.engine import Engine
 
 
@@ -26,4 +28,18 @@ def join(engine: Engine, tick: Callable[[], None]) -> Iterator[None]:
     pace.left_at = engine.step
     while not engine.ended:
         tick()
-    engine.end(made)
+    _end(engine, made)
+
+
+@torch.no_grad()
+def _end(engine: Engine, weight: float) -> None:
+    """Drop what is in flight of workers that have all run out of data; x <- weighted mean, and begin anew."""
+    engine.drain()
+    for slot in engine.slots:
+        mean = engine.mean_of(slot.fragment, weight, may_be_empty=True)
+        if mean.tensor[-1]:
+            slot.fragment.write(mean)
+        slot.launched, slot.samples = engine.step, engine.pace.samples or 0.0
+        engine.place(slot)
+    engine.ended, engine.pace.left_at = False, None
+    engine.resume_at(engine.step)
