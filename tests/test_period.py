@@ -17,6 +17,7 @@ from distoptim.periods import AdaComm, HideCommunication, PostLocal, Schedule
 from distoptim.sim import Cluster as Virtual
 from distoptim.sim import Constant
 from tests import toy
+from tests import workers as workers_
 from tests.cluster import Cluster
 from tests.test_contract import COPIES
 
@@ -219,3 +220,15 @@ BAD = {
 def test_bad_periods(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def disagree(rank):
+    try:
+        LocalSGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, tau=Schedule({0: 2, 5: rank + 1}))
+    except ValueError as error:
+        return str(error)
+
+
+def test_workers_agree_on_the_period():
+    for message in workers_.run(disagree, 2):
+        assert message.startswith("workers disagree on tau: rank 0 has Schedule(taus={0: 2, 5: 1})"), message
