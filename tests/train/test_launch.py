@@ -67,7 +67,8 @@ def test_tensorboard_gets_the_curves(tmp_path):
 
 
 def test_torchrun_is_recognised_by_its_variables(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE",
+                 "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     assert from_torchrun() is None
     monkeypatch.setenv("RANK", "1")
@@ -76,4 +77,9 @@ def test_torchrun_is_recognised_by_its_variables(monkeypatch):
         from_torchrun()
     monkeypatch.setenv("MASTER_ADDR", socket.gethostname())
     monkeypatch.setenv("MASTER_PORT", "1234")
-    assert from_torchrun() == Meeting(socket.gethostname(), 1234, 1, 2, "attempt0", hosted=False)
+    assert from_torchrun() == Meeting(socket.gethostname(), 1234, 1, 2, hosted=False)
+    # Agents of two hosts may count restarts differently; only their own store outlives an attempt.
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert from_torchrun().prefix == ""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert from_torchrun() == Meeting(socket.gethostname(), 1234, 1, 2, "attempt1", hosted=True)

@@ -42,14 +42,16 @@ DEMO = {**DEFAULTS, "epochs": 36, "lr": 0.01, "batch_size": 48, "latency_ms": 3.
          help="Steps between two checkpoints; 0: only at the end.  [default: an epoch]")
 @option("Results", "--resume", type=click.Path(path_type=Path), metavar="FOLDER",
          help="Go on with the run in this folder; options given now replace its own.")
+@option("Results", "--auto-resume", is_flag=True, default=False,
+         help="Go on with the run in --folder if it has a checkpoint, else begin; for torchrun --max-restarts.")
 @option("Results", "--tensorboard", is_flag=True, default=False, help="Log for TensorBoard too.")
 @option("Workers and network", "--init", metavar="tcp://HOST:PORT",
          help="Be one of several workers; rank 0 listens there. Not needed under torchrun.")
 @option("Workers and network", "--rank", type=int, help="With --init: this worker's number, from 0.")
 @option("Workers and network", "--world-size", type=int, help="With --init: how many workers there are.")
 @algorithm_options
-def train(*, folder: Path | None, resume: Path | None, tensorboard: bool, init: str | None, rank: int | None,
-          world_size: int | None, **given: Any) -> int:
+def train(*, folder: Path | None, resume: Path | None, auto_resume: bool, tensorboard: bool, init: str | None,
+          rank: int | None, world_size: int | None, **given: Any) -> int:
     """Train a model with one method.
 
     Starts --workers processes on this machine, or is one worker under torchrun or with --init.
@@ -57,6 +59,8 @@ def train(*, folder: Path | None, resume: Path | None, tensorboard: bool, init: 
     meeting = _meeting(init, rank, world_size) or from_torchrun()
     if meeting is not None:
         given["workers"] = meeting.size
+    if auto_resume:
+        resume = _found(folder, resume)
     if resume is not None:
         checkpoint.latest(resume)
     config = config_of(given) if resume is None else _resumed(resume, given, keep_workers=meeting is None)
@@ -102,6 +106,13 @@ def compare(*, methods: str, folder: Path | None, **given: Any) -> int:
     for name, path in (("picture", picture), ("records", folder / "*" / records.FILE)):
         console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _found(folder: Path | None, resume: Path | None) -> Path | None:
+    """What --auto-resume goes on from, if there is something."""
+    if folder is None or resume is not None:
+        raise ValueError("--auto-resume goes with --folder FOLDER, and not with --resume")
+    return folder if checkpoint.exists(folder) else None
 
 
 def _resumed(folder: Path, given: dict[str, Any], *, keep_workers: bool) -> RunConfig:

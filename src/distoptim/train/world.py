@@ -55,7 +55,9 @@ def from_torchrun() -> Meeting | None:
     except (KeyError, ValueError) as error:
         raise ValueError(f"RANK and WORLD_SIZE are set, MASTER_ADDR and MASTER_PORT are not: {error}") from error
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Meeting(host, port, rank, size, f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", hosted)
+    # A store of the workers' own is new at every attempt; and the agents of several hosts count attempts differently.
+    attempt = f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if hosted else ""
+    return Meeting(host, port, rank, size, attempt, hosted)
 
 
 class World:
