@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import distoptim
+from distoptim.commands.report import report
 from distoptim.commands.sim import plan, probe, simulate
 from distoptim.commands.train import compare, train
 
@@ -18,5 +19,5 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (compare, train, simulate, plan, probe):
+for command in (compare, train, simulate, plan, probe, report):
     cli.add_command(command)

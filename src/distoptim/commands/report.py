@@ -1,0 +1,19 @@
+"""The subcommand that turns records into a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from distoptim.report import report as writing
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+              help="Where to write.  [default: the folder of the records]")
+def report(*, folder: Path, out: Path | None) -> None:
+    """Tables and figures of the runs recorded below FOLDER, as report.md and report.html."""
+    for path in writing.write(folder, out or folder):
+        click.echo(f"report: {path}")

@@ -1,0 +1,112 @@
+"""The tables of a report: accuracies, and the learning rates that were tried."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distoptim.report import runs as grid
+from distoptim.report.runs import Run
+
+NONE = "–"  # noqa: RUF001  # a dash as wide as a figure
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text in a table; the best of its kind in bold."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a header; the first column names the row."""
+
+    title: str
+    header: list[str]
+    rows: list[list[Cell]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over seeds.
+
+    Attributes:
+        values: one per seed that did not diverge.
+        diverged: how many did.
+    """
+
+    values: list[float]
+    diverged: int = 0
+
+    @property
+    def text(self) -> str:
+        """In per cent."""
+        parts = []
+        if self.values:
+            parts.append(f"{100 * statistics.fmean(self.values):.2f}")
+        if len(self.values) > 1:
+            parts.append(f"± {100 * statistics.stdev(self.values):.2f}")
+        if self.diverged:
+            total = len(self.values) + self.diverged
+            parts.append(f"({self.diverged} of {total} diverged)" if self.values else f"diverged ({total})")
+        elif self.values:
+            parts.append(f"({len(self.values)})")
+        return " ".join(parts) or NONE
+
+    @property
+    def rank(self) -> float:
+        """The mean as it is printed; with a diverged run among them no candidate for the best."""
+        return round(100 * statistics.fmean(self.values), 2) if self.values and not self.diverged else -math.inf
+
+
+def spread(runs: Sequence[Run], name: str) -> Spread:
+    """A figure of the summaries over seeds."""
+    values = [run.value(name) for run in runs if not run.diverged]
+    return Spread([v for v in values if v is not None], sum(run.diverged for run in runs))
+
+
+def accuracies(runs: Sequence[Run], name: str) -> list[Table]:
+    """One table per partition: methods x tau, the best of each column in bold.
+
+    Args:
+        runs: those of the comparison.
+        name: of the figure in the records, a share of 1.
+    """
+    tables = []
+    for partition, group in grid.by(runs, lambda run: run.partition).items():
+        columns = grid.taus(runs)
+        rows = grid.by(group, lambda run: run.label)
+        spreads = [[spread(grid.at(row, tau), name) for tau in columns] for row in rows.values()]
+        best = [max(column) for column in zip(*([s.rank for s in row] for row in spreads), strict=True)]
+        tables.append(Table(partition, ["method", *(f"tau {tau}" for tau in columns)], [
+            [Cell(label), *(Cell(s.text, s.rank == b > -math.inf) for s, b in zip(row, best, strict=True))]
+            for label, row in zip(rows, spreads, strict=True)]))
+    return sorted(tables, key=lambda table: (table.title != "iid", table.title))
+
+
+def learning_rates(tuning: Sequence[Run], final: Sequence[Run]) -> list[Table]:
+    """One table per partition: methods and tau x learning rate -> accuracy on the validation set, best in bold.
+
+    Args:
+        tuning: the runs that chose.
+        final: those that were made with what was chosen; the last column is theirs.
+    """
+    tables = []
+    for partition in grid.partitions(tuning):
+        group = [run for run in tuning if run.partition == partition]
+        tried = sorted({run.record.config["lr"] for run in group})
+        rows = []
+        for (label, tau, synchronous), row in grid.by(group, lambda r: (r.label, r.tau, r.synchronous)).items():
+            spreads = [spread([r for r in row if r.record.config["lr"] == lr], "validation_accuracy") for lr in tried]
+            best = max(s.rank for s in spreads)
+            used = sorted({r.record.config["lr"] for r in final if r.partition == partition and r.tau == tau
+                           and (r.label == label or r.label.startswith(f"{label}, "))})
+            rows.append([Cell(label), Cell(NONE if synchronous else str(tau)),
+                         *(Cell(s.text, s.rank == best > -math.inf) for s in spreads),
+                         Cell(", ".join(f"{lr:g}" for lr in used) or NONE)])
+        tables.append(Table(partition, ["method", "tau", *(f"{lr:g}" for lr in tried), "used"], rows))
+    return tables

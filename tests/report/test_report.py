@@ -1,0 +1,178 @@
+"""The report of a folder of records: its figures, its files, and what is wrong with the records."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner
+
+from distoptim.cli import main
+from distoptim.commands import cli
+from distoptim.report import report, runs
+from tests.report.records import grid, lines, put
+
+
+def row(text, *cells):
+    """The first row of the Markdown that begins with these cells, without them."""
+    start = "| " + " | ".join(cells) + " | "
+    found = next(line for line in text.splitlines() if line.startswith(start))
+    return found.removeprefix(start).removesuffix(" |").split(" | ")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Markdown and HTML of a whole grid, with slow-downs, trials, an unfinished and a damaged record."""
+    folder = tmp_path_factory.mktemp("grid")
+    grid(folder, slowdowns=("none", "exponential"))
+    for lr, accuracy in ((0.03, 0.7), (0.1, 0.8), (0.3, 0.75)):
+        put(folder / "trials", f"t{lr}", lines(lr=lr, accuracy=accuracy))
+    put(folder / "final", "cut-short", lines()[:-1])
+    (folder / "final" / "on-its-way").mkdir()
+    (folder / "final" / "on-its-way" / "record.jsonl.draft").write_text("")
+    put(folder / "final", "broken", lines()).write_text('{"kind": "start"\n{}\n')
+    out = folder / "out"
+    return [path.read_text() for path in report.write(folder, out)], out
+
+
+def test_the_table_tells_mean_deviation_seeds_best_and_diverged(made):
+    (text, page), _ = made
+    iid, skewed = text.split("**iid**")[1], text.split("**label-skew**")[1]
+    # Seeds .91 - .01, + .002, + .004: mean .902, sample deviation .002.
+    assert row(iid, "Local SGD") == ["90.20 ± 0.20 (3)", "87.20 ± 0.20 (3)"]
+    assert row(iid, "Overlap-Local-SGD")[0] == "**92.20 ± 0.20 (3)**"
+    assert row(iid, "sync") == ["89.70 ± 0.20 (3)", "**89.70 ± 0.20 (3)**"]
+    assert row(skewed, "CoCoD-SGD") == ["90.20 ± 0.20 (3)", "diverged (3)"]
+    assert "<td>diverged (3)</td>" in page
+    assert "<td><strong>92.20 ± 0.20 (3)</strong></td>" in page
+    workers = text.split("## Test accuracy of single workers")[1]
+    assert row(workers, "Local SGD") == ["80.20 ± 0.20 (3)", "77.20 ± 0.20 (3)"]
+
+
+def test_learning_rates_with_the_best_and_the_one_used(made):
+    text = made[0][0].split("## Learning rates tried")[1]
+    assert row(text, "method", "tau") == ["0.03", "0.1", "0.3", "used"]
+    assert row(text, "Local SGD", "2") == ["71.00 (1)", "**81.00 (1)**", "76.00 (1)", "0.1"]
+
+
+def test_what_is_left_out_is_named(made):
+    text = made[0][0]
+    assert "final/broken/record.jsonl:1: not a JSON line" in text
+    assert "2 unfinished, left out: final/cut-short, final/on-its-way" in text
+    assert "6 diverged" in text
+
+
+class Checked(HTMLParser):
+    """Tags are closed in order, ids are used once."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        values = dict(attrs)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_asks_for_nothing(made):
+    page = made[0][1]
+    checked = Checked()
+    checked.feed(page)
+    assert checked.open == []
+    assert len(set(checked.ids)) == len(checked.ids) > 100
+    assert {link.removeprefix("#") for link in checked.links} <= set(checked.ids)
+    assert set(re.findall(r"url\(#?([\w-]+)", page)) <= set(checked.ids)
+    assert not re.findall(r'(?<!xmlns=")(?<!xmlns:xlink=")https?:', page)
+    assert "@import" not in page
+    assert "some &lt;CPU&gt;" in page
+    assert page.count("<svg") == 5
+
+
+def test_pictures_show_every_method_in_the_colours_of_the_page(made):
+    for name in ("epochs", "seconds", "front", "times", "stragglers"):
+        root = ElementTree.parse(made[1] / "report-pictures" / f"{name}.svg").getroot()
+        said = {"".join(e.itertext()).strip() for e in root.iter("{http://www.w3.org/2000/svg}text")}
+        assert {"sync", "Local SGD", "CoCoD-SGD", "Overlap-Local-SGD"} <= said, name
+        text = (made[1] / "report-pictures" / f"{name}.svg").read_text()
+        assert "currentColor" in text
+        assert "#ffffff" not in text
+        assert "#000000" not in text
+
+
+def test_runs_of_different_configurations_are_not_mixed(tmp_path):
+    for lr in (0.1, 0.2):
+        for seed in (0, 1):
+            put(tmp_path, f"{lr}-{seed}", lines(lr=lr, seed=seed))
+    again = lines(lr=0.2, seed=1, accuracy=0.5)
+    again[0]["date"] = "2026-11-25"
+    put(tmp_path, "again", again)
+    found = runs.read(tmp_path)
+    assert [run.label for run in found.ended] == ["Local SGD, lr 0.1"] * 2 + ["Local SGD, lr 0.2"] * 2
+    assert found.ended[-1].value("test_accuracy") == 0.5
+    assert found.notes == ["1 superseded by a later run of the same configuration, left out"]
+
+
+def test_a_partly_diverged_method_is_marked_and_not_the_best(tmp_path):
+    put(tmp_path, "a", lines(accuracy=0.95))
+    put(tmp_path, "b", lines(seed=1, diverged=True))
+    put(tmp_path, "c", lines(label="CoCoD-SGD"))
+    text = report.write(tmp_path, tmp_path)[0].read_text()
+    assert row(text, "Local SGD") == ["95.00 (1 of 2 diverged)"]
+    assert row(text, "CoCoD-SGD") == ["**90.00 (1)**"]
+    assert "Left out: no run here had random slow-downs." in text
+
+
+def test_real_runs_without_worker_accuracy_or_label_are_shown(tmp_path):
+    made = lines()
+    for line in made:
+        for name in ("label", "machines", "worker_accuracy", "diverged"):
+            line.pop(name, None)
+    put(tmp_path, "a", made)
+    text = report.write(tmp_path, tmp_path)[0].read_text()
+    assert row(text, "local-sgd") == ["**90.00 (1)**"]
+    assert "The records hold none." in text
+
+
+def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path):
+    put(tmp_path / "in", "a", lines())
+    for arguments, place in (([], "in"), (["--out", str(tmp_path / "out" / "deep")], "out/deep")):
+        done = CliRunner().invoke(cli, ["report", str(tmp_path / "in"), *arguments], catch_exceptions=False)
+        assert done.exit_code == 0
+        assert f"{place}/report.html" in done.output
+        assert (tmp_path / place / "report.md").exists()
+
+
+@pytest.mark.parametrize(("prepare", "words"), [
+    (lambda folder: None, "nothing: no such folder"),
+    (lambda folder: folder.mkdir(), "nothing: no finished run there"),
+    (lambda folder: put(folder, "a", lines()[:-1]), "no finished run there; 1 unfinished, left out: a"),
+    (lambda folder: put(folder, "a", [{"kind": "start", "config": {}}]), "a/record.jsonl: its configuration has no"),
+])
+def test_a_folder_without_runs_gives_one_line(tmp_path, monkeypatch, capsys, prepare, words):
+    prepare(tmp_path / "nothing")
+    monkeypatch.setattr("sys.argv", ["distoptim", "report", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_file_in_the_way_gives_one_line(tmp_path):
+    put(tmp_path, "a", lines())
+    (tmp_path / "x").write_text(json.dumps(1))
+    with pytest.raises(ValueError, match="x/report-pictures: Not a directory"):
+        report.write(tmp_path, tmp_path / "x")
