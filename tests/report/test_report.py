@@ -54,7 +54,7 @@ def test_the_table_tells_mean_deviation_seeds_best_and_diverged(made):
 
 def test_learning_rates_with_the_best_and_the_one_used(made):
     text = made[0][0].split("## Learning rates tried")[1]
-    assert row(text, "method", "tau") == ["0.03", "0.1", "0.3", "used"]
+    assert row(text, "method", "tau") == ["lr 0.03", "lr 0.1", "lr 0.3", "used"]
     assert row(text, "Local SGD", "2") == ["71.00 (1)", "**81.00 (1)**", "76.00 (1)", "0.1"]
 
 

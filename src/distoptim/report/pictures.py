@@ -26,7 +26,7 @@ _STYLE = {"font.size": 10, "font.family": "sans-serif", "axes.spines.top": False
 
 
 def losses(runs: Sequence[Run], against: str, label: str) -> str:
-    """Training loss, one panel per partition and tau: the mean over seeds, dotted where all seeds diverged.
+    """Training loss, one panel per partition and tau: the mean over seeds, dotted to a cross if all seeds diverged.
 
     Args:
         runs: those to be compared.
@@ -73,6 +73,8 @@ def _curve(axis: Any, group: Sequence[Run], against: str, i: int) -> None:
         xs, ys = zip(*points, strict=True)
         axis.plot(xs, ys, color=_colour(i), linestyle=_LINES[i % len(_LINES)] if sound else ":", linewidth=1.5,
                   marker=_marker(i), markersize=5, markevery=(i % 3, max(1, len(xs) // 5)))
+        if not sound:
+            axis.plot(xs[-1], ys[-1], "x", color=_colour(i), markersize=9, markeredgewidth=2)
 
 
 def front(runs: Sequence[Run], label: str) -> str:

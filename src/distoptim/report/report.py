@@ -74,7 +74,7 @@ def _single_workers(runs: Sequence[Run]) -> Section:
 
 def _figures(runs: Sequence[Run]) -> list[Section]:
     clock = "virtual seconds" if all(run.record.start.get("machines") for run in runs) else "seconds"
-    curve = "Training loss, mean over the seeds that did not diverge; dotted where all of them did."
+    curve = "Training loss, mean over the seeds that did not diverge; dotted to a cross where all of them did."
     return [
         Section("Loss against epochs", [curve, Picture("epochs", "Training loss against epochs",
                                                        pictures.losses(runs, "epoch", "epochs"))]),

@@ -23,7 +23,7 @@ class Run:
     """A run that has ended.
 
     Attributes:
-        label: the method's name in the report.
+        label: the method's name in the report, with what tells it from others of that name.
         record: its lines.
         summary: the last of them.
         tuning: made to choose the learning rate.
@@ -33,6 +33,11 @@ class Run:
     record: Record
     summary: Line
     tuning: bool = False
+
+    @property
+    def method(self) -> str:
+        """The method's name as recorded."""
+        return str(self.record.start.get("label") or self.record.config["algorithm"])
 
     @property
     def tau(self) -> int:
@@ -166,7 +171,8 @@ def _read(place: Path) -> Run | None:
     if record.summary is None:
         return None
     tuning = record.start.get("stage", "tune" if place.parent.name == TRIALS else "final") == "tune"
-    return Run(str(record.start.get("label") or record.config["algorithm"]), record, record.summary, tuning)
+    run = Run("", record, record.summary, tuning)
+    return replace(run, label=run.method)
 
 
 def setting(run: Run) -> dict[str, str]:

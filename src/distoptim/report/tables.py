@@ -103,10 +103,10 @@ def learning_rates(tuning: Sequence[Run], final: Sequence[Run]) -> list[Table]:
         for (label, tau, synchronous), row in grid.by(group, lambda r: (r.label, r.tau, r.synchronous)).items():
             spreads = [spread([r for r in row if r.record.config["lr"] == lr], "validation_accuracy") for lr in tried]
             best = max(s.rank for s in spreads)
-            used = sorted({r.record.config["lr"] for r in final if r.partition == partition and r.tau == tau
-                           and (r.label == label or r.label.startswith(f"{label}, "))})
+            used = sorted({r.record.config["lr"] for r in final
+                           if (r.partition, r.tau, r.method) == (partition, tau, label)})
             rows.append([Cell(label), Cell(NONE if synchronous else str(tau)),
                          *(Cell(s.text, s.rank == best > -math.inf) for s in spreads),
                          Cell(", ".join(f"{lr:g}" for lr in used) or NONE)])
-        tables.append(Table(partition, ["method", "tau", *(f"{lr:g}" for lr in tried), "used"], rows))
+        tables.append(Table(partition, ["method", "tau", *(f"lr {lr:g}" for lr in tried), "used"], rows))
     return tables
