@@ -16,7 +16,7 @@ from distoptim.train.config import RunConfig
     ({"momentum": 0.0}, "Nesterov"),
     ({"timeout_s": 0.0}, "timeout_s"),
     ({"algorithm": "sgd"}, "algorithm='sgd': allowed is one of ddp, local-sgd"),
-    ({"data": "cifar"}, "data='cifar': allowed is one of digits"),
+    ({"data": "cifar"}, "data='cifar': allowed is one of cifar10, cifar100, digits"),
     ({"model": "gpt"}, "model='gpt'"),
     ({"partition": "skew"}, "partition='skew'"),
     ({"dtype": "float8"}, "dtype='float8'"),

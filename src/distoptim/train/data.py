@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distoptim.train import gpt, idx, text
+from distoptim.train import cifar, gpt, idx, text
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images [n, 1, height, width] as float32 with mean 0 and variance 1 over the training set, labels [n] as int64.
+    """Images [n, channels, height, width] as float32, labels [n] as int64.
+
+    Each channel has mean 0 and variance 1 over the training set.
 
     Of text, windows of bytes and the byte after each: both [n, window] as int64.
     """
@@ -77,12 +79,17 @@ def _text(path: str) -> Dataset:
 
 
 def _standardised(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Dataset:
-    mean, std = train_images.mean(), train_images.std()
+    if train_images.shape[1] == 1:
+        mean, std = train_images.mean(), train_images.std()
+    else:
+        std, mean = torch.std_mean(train_images, dim=(0, 2, 3), keepdim=True)
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     return Dataset((train_images - mean) / std, train_labels, (test_images - mean) / std, test_labels, classes)
 
 
 DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
+    "cifar10": lambda folder: _standardised(*cifar.read_folder(folder, name="cifar10")),
+    "cifar100": lambda folder: _standardised(*cifar.read_folder(folder, name="cifar100")),
     "digits": _digits,
     "fashion-mnist": lambda folder: _idx_folder(folder, name="fashion-mnist"),
     "mnist": lambda folder: _idx_folder(folder, name="mnist"),

@@ -1,4 +1,4 @@
-"""Small models for images of one channel, and for text."""
+"""Models for images and for text, by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Size, nn
 
-from distoptim.train import gpt
+from distoptim.train import gpt, resnet
 
 
 def build(name: str, image: Size, classes: int) -> nn.Module:
@@ -45,4 +45,6 @@ def _mlp(image: Size, classes: int, width: int = 64) -> nn.Module:
 
 
 TEXT_MODELS: dict[str, Callable[[Size, int], nn.Module]] = {"gpt": gpt.build, "gpt-small": gpt.build_small}
-MODELS: dict[str, Callable[[Size, int], nn.Module]] = {**TEXT_MODELS, "cnn": _cnn, "mlp": _mlp}
+LARGE: dict[str, Callable[[Size, int], nn.Module]] = {
+    "resnet18": resnet.resnet18, "vgg16": resnet.vgg16, "wrn28-10": resnet.wrn28_10}
+MODELS: dict[str, Callable[[Size, int], nn.Module]] = {**TEXT_MODELS, **LARGE, "cnn": _cnn, "mlp": _mlp}

@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from distoptim.train import models
+
+
+@pytest.mark.parametrize(("name", "classes", "parameters"), [
+    ("resnet18", 10, 11_173_962), ("vgg16", 10, 14_728_266), ("wrn28-10", 10, 36_479_194),
+    ("resnet18", 100, 11_173_962 + 90 * 513)])
+def test_parameter_counts_are_the_published_ones(name, classes, parameters):
+    with torch.device("meta"):
+        model = models.build(name, torch.Size([3, 32, 32]), classes)
+        assert model(torch.empty(2, 3, 32, 32)).shape == (2, classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_vgg16_refuses_images_it_would_halve_away():
+    with pytest.raises(ValueError, match=r"vgg16.*28x28 is under 32x32"):
+        models.build("vgg16", torch.Size([1, 28, 28]), 10)
