@@ -59,7 +59,7 @@ def test_workers_see_different_windows(folder):
 def test_texts_that_will_not_do_are_named(folder, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "none").mkdir()
-    for path, message in ((tmp_path / "no", "allowed is one of digits.*or a file or folder of text"),
+    for path, message in ((tmp_path / "no", "allowed is one of cifar10.*digits.*or a file or folder of text"),
                           (tmp_path / "none", r"no \*.txt file"), (tmp_path / "empty.txt", "0 bytes.*too few")):
         with pytest.raises(ValueError, match=message) as error:
             data.load(str(path))
@@ -69,7 +69,7 @@ def test_texts_that_will_not_do_are_named(folder, tmp_path):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"data": "digits"}, "data='digits' with model='gpt-small': allowed is a file or folder"),
-    ({"model": "cnn"}, "allowed is one of digits.*text goes with model=gpt"),
+    ({"model": "cnn"}, "allowed is one of cifar10.*digits.*text goes with model=gpt"),
     ({"optimizer": "adam"}, "optimizer='adam'"),
     ({"clip_norm": 0.0}, "clip_norm=0"), ({"lr": float("nan")}, "lr=nan")])
 def test_bad_combinations_are_refused(folder, changes, message):
