@@ -65,7 +65,7 @@ def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Cal
         (training, "--seed", int, "Of the model, the partition and the batches."),
         (training, "--dtype", click.Choice(list(DTYPES)), "Of the computation."),
         (problem, "--data", str, f"One of {', '.join(data.DATASETS)}; or a file, or folder of *.txt files, of text."),
-        (problem, "--data-dir", click.Path(), "Folder with the IDX files of mnist or fashion-mnist."),
+        (problem, "--data-dir", click.Path(), "Folder with the files of mnist, fashion-mnist, cifar10 or cifar100."),
         (problem, "--partition", click.Choice(list(data.PARTITIONS)), "Who gets which samples."),
         (problem, "--model", click.Choice(list(models.MODELS)), "What is trained."),
         (network, "--workers", int, "Processes on this machine."),

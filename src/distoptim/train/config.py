@@ -32,7 +32,7 @@ class RunConfig:
         epochs: passes over the training set, >= 1.
         steps: local steps of each worker, >= 1; overrides `epochs`.
         seed: of the initial model, the partition and the batches, >= 0.
-        data, data_dir, partition, model: names in `train.data` and `train.models`, and the folder of IDX files;
+        data, data_dir, partition, model: names in `train.data` and `train.models`, and the folder of their files;
             with a model of text, `data` is a file or folder of it.
         workers: how many, >= 1.
         latency_ms: of one message over the emulated link, >= 0; None leaves the network as it is.
