@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from distoptim.algorithms import ALGORITHMS
 from distoptim.train import data, models, optimizers
 from distoptim.train.config import DTYPES, RunConfig
 
@@ -100,8 +101,8 @@ def algorithm_options(command: Command) -> Command:
             takers.setdefault(name, []).append(algorithm)
             types[name] = kind
     for name in reversed(takers):
-        everybody = len(takers[name]) == len(optimizers.names()) - 1
-        of = "all but ddp" if everybody else ", ".join(takers[name])
+        everybody = len(takers[name]) == len(ALGORITHMS)
+        of = "all but ddp and powersgd" if everybody else ", ".join(takers[name])
         command = option("Options of the algorithms (default: each one's own)", f"--{name.replace('_', '-')}", name,
                           type=types[name], help=f"Of {of}.")(command)
     return command

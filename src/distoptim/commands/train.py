@@ -36,7 +36,7 @@ DEMO = {**DEFAULTS, "epochs": 36, "lr": 0.01, "batch_size": 48, "latency_ms": 3.
 
 @click.command(cls=Sections)
 @option("Training", "--algorithm", type=click.Choice(optimizers.names()), default=DEFAULTS["algorithm"],
-         help="Method; ddp is synchronous SGD by DistributedDataParallel.")
+         help="Method; ddp is synchronous SGD by DistributedDataParallel, powersgd the same with compressed gradients.")
 @run_options(DEFAULTS)
 @option("Results", "--checkpoint-every", type=int,
          help="Steps between two checkpoints; 0: only at the end.  [default: an epoch]")

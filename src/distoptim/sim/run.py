@@ -31,9 +31,15 @@ class VirtualRun:
         config: the run; its emulated link is not used.
         machines: the virtual machines.
         threads: workers computed at the same time.
+
+    Raises:
+        ValueError: the algorithm exists with real workers only.
     """
 
     def __init__(self, config: RunConfig, machines: Machines, *, threads: int | None = None) -> None:
+        if config.algorithm == optimizers.POWERSGD:
+            raise ValueError("powersgd: torch's hook runs inside of DDP, which virtual workers do not have; "
+                             "use `distoptim train` or `compare`")
         self.config, self.machines = config, machines
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded = data.load(config.data, None if config.data_dir is None else Path(config.data_dir))

@@ -146,6 +146,11 @@ class Synchronous(Method):
 
 def build(model: nn.Module, config: RunConfig) -> Method:
     """The method that `config` names, training `model` in place. Collective."""
+    if config.algorithm == optimizers.POWERSGD:
+        # It derives from what is defined here.
+        from distoptim.train.powersgd import PowerSGD
+
+        return PowerSGD(model, config)
     return Synchronous(model, config) if config.algorithm == optimizers.SYNCHRONOUS else Averaging(model, config)
 
 

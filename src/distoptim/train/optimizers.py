@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distoptim import checks
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm import Communicator
 from distoptim.options import inner_optimizer
@@ -16,19 +17,21 @@ from distoptim.options import inner_optimizer
 if TYPE_CHECKING:
     from distoptim.train.config import RunConfig
 
-SYNCHRONOUS = "ddp"
+SYNCHRONOUS, POWERSGD = "ddp", "powersgd"
 INNER = ("sgd", "adamw")
 
 
 def names() -> list[str]:
     """All that `RunConfig.algorithm` may be."""
-    return [SYNCHRONOUS, *ALGORITHMS]
+    return [SYNCHRONOUS, *ALGORITHMS, POWERSGD]
 
 
 def own_options(algorithm: str) -> dict[str, type]:
     """The keyword arguments that are the algorithm's own (all but tau and the original code's gmf), with their type."""
     if algorithm == SYNCHRONOUS:
         return {}
+    if algorithm == POWERSGD:
+        return {"approximation_rank": int}
     types = {"int": int, "float": float, "bool": bool}
     parameters = inspect.signature(ALGORITHMS[algorithm]).parameters.values()
     annotations = {p.name: getattr(p.annotation, "__name__", str(p.annotation)).split(" ")[0]
@@ -56,7 +59,9 @@ def build(config: RunConfig, params: Iterable[Tensor], *,
             takes = f"its options are {', '.join(allowed)}" if allowed else "it has none of its own"
             raise ValueError(f"{config.algorithm} takes no {name}; {takes}")
     inner = _inner(config, list(params))
-    if config.algorithm == SYNCHRONOUS:
+    if config.algorithm == POWERSGD:
+        checks.integer("approximation_rank", config.options.get("approximation_rank", 1), 1)
+    if config.algorithm in (SYNCHRONOUS, POWERSGD):
         return inner
     return ALGORITHMS[config.algorithm](inner, tau=config.tau, communicator=communicator, timeout_s=config.timeout_s,
                                         **config.options)
