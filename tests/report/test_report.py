@@ -158,7 +158,8 @@ def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path):
     (lambda folder: None, "nothing: no such folder"),
     (lambda folder: folder.mkdir(), "nothing: no finished run there"),
     (lambda folder: put(folder, "a", lines()[:-1]), "no finished run there; 1 unfinished, left out: a"),
-    (lambda folder: put(folder, "a", [{"kind": "start", "config": {}}]), "a/record.jsonl: its configuration has no"),
+    (lambda folder: put(folder, "a", [{"kind": "start", "config": {}}]), "a/record.jsonl: no algorithm, tau, seed, lr"),
+    (lambda folder: put(folder, "a", [lines()[0], {"kind": "log", "step": 1}]), "a/record.jsonl: no epoch, seconds, l"),
 ])
 def test_a_folder_without_runs_gives_one_line(tmp_path, monkeypatch, capsys, prepare, words):
     prepare(tmp_path / "nothing")

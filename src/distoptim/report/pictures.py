@@ -43,24 +43,30 @@ def losses(runs: Sequence[Run], against: str, label: str) -> str:
                 shown = grid.at([run for run in runs if run.partition == partition], tau)
                 for name, group in grid.by(shown, lambda run: run.label).items():
                     _curve(axis, group, against, grid.labels(runs).index(name))
-                _log_scale(axis)
                 axis.grid(color=_GREY, alpha=0.25)
                 axis.set_xlim(left=0)
             axes[i][0].set_ylabel("training loss")
         for axis in axes[-1]:
             axis.set_xlabel(label)
+        _heights(axes)
         _names(axes, grid.labels(runs))
 
     return _svg(fill, len(rows), len(columns), height=2.9, share=True)
 
 
-def _log_scale(axis: Any) -> None:
+def _heights(axes: Any) -> None:
+    """Logarithmic, with ticks in plain figures, where the values differ by more than a factor."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-    axis.set_yscale("log")
-    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
-    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+    limits = [axis.dataLim for axis in axes.flat if math.isfinite(axis.dataLim.y1)]
+    low, high = min((box.y0 for box in limits), default=0.0), max((box.y1 for box in limits), default=0.0)
+    if low <= 0 or high < 4 * low:
+        return
+    for axis in axes.flat:
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
 
 
 def _curve(axis: Any, group: Sequence[Run], against: str, i: int) -> None:
@@ -95,6 +101,7 @@ def front(runs: Sequence[Run], label: str) -> str:
             axis.set_xlabel(f"{label} of the whole run")
             axis.grid(color=_GREY, alpha=0.25)
             axis.margins(0.08)
+            _heights(axes[:, [columns.index(partition)]])
         axes[0][0].set_ylabel("test error, %")
         _names(axes, grid.labels(runs))
 
@@ -121,18 +128,22 @@ def times(runs: Sequence[Run]) -> str:
     def told(values: Mapping[str, float]) -> str:
         return f"{values['exposed communication'] / values['computation']:.1%}"
 
-    return _bars(runs, parts, told, stacked=True, label="ms per local step  (%: exposed of computation)")
+    return _bars(runs, grid.labels(runs), parts, told, stacked=True,
+                 label="ms per local step (%: exposed of computation)")
 
 
 def stragglers(runs: Sequence[Run]) -> str:
-    """Milliseconds per local step without and with random slow-downs, a panel per tau."""
+    """Milliseconds per local step without and with random slow-downs, a panel per tau; of what was run with them."""
+    slowed = {(run.label, run.tau) for run in runs if run.slowdown != "none"}
+    order = grid.labels(runs)
+    runs = [run for run in runs if (run.label, run.tau) in slowed]
     kinds = sorted({run.slowdown for run in runs}, key=lambda kind: (kind != "none", kind))
 
     def parts(group: Sequence[Run]) -> dict[str, float]:
         return {("no slow-downs" if kind == "none" else kind): _per_step([r for r in group if r.slowdown == kind],
                                                                          "seconds") for kind in kinds}
 
-    return _bars(runs, parts, lambda values: "", stacked=False, label="ms per local step")
+    return _bars(runs, order, parts, lambda values: "", stacked=False, label="ms per local step")
 
 
 def _per_step(group: Sequence[Run], name: str) -> float:
@@ -141,21 +152,21 @@ def _per_step(group: Sequence[Run], name: str) -> float:
     return statistics.fmean(1e3 * r.summary[name] / max(1, r.summary["step"]) for r in counted) if counted else math.nan
 
 
-def _bars(runs: Sequence[Run], parts: Callable[[Sequence[Run]], Mapping[str, float]],
+def _bars(runs: Sequence[Run], order: Sequence[str], parts: Callable[[Sequence[Run]], Mapping[str, float]],
           told: Callable[[Mapping[str, float]], str], *, stacked: bool, label: str) -> str:
-    """Horizontal bars, a row per method: parts one after the other, or one below the other."""
+    """Horizontal bars, a row per method: parts one after the other, or one below the other; colours by `order`."""
     names, columns = grid.labels(runs), grid.taus(runs)
 
     def fill(axes: Any) -> None:
         for axis, tau in zip(axes[0], columns, strict=True):
             axis.set_title(_title(f"tau {tau}"))
             for y, group in ((names.index(n), g) for n, g in grid.by(grid.at(runs, tau), lambda r: r.label).items()):
-                values = parts(group)
+                values, colour = parts(group), _colour(order.index(names[y]))
                 left, height = 0.0, 0.62 if stacked else 0.8 / len(values)
                 for k, value in enumerate(values.values()):
                     place = y if stacked else y + (k - (len(values) - 1) / 2) * height
-                    axis.barh(place, value, left=left, height=height, edgecolor=_colour(y), hatch=_HATCHES[k],
-                              facecolor="none" if k else _colour(y), linewidth=1)
+                    axis.barh(place, value, left=left, height=height, edgecolor=colour, hatch=_HATCHES[k],
+                              facecolor="none" if k else colour, linewidth=1)
                     left += value if stacked else 0
                 axis.annotate(told(values), (left, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
             axis.set_yticks(range(len(names)), names)

@@ -15,6 +15,8 @@ from distoptim.train.records import Line, Record
 
 TRIALS = "trials"
 T = TypeVar("T")
+_NEEDED = {"start": ("algorithm", "tau", "seed", "lr"), "log": ("step", "epoch", "seconds", "loss"),
+           "summary": ("step", "seconds", "computation_s", "exposed_s")}
 _DRAFT = f"{records.FILE}.draft"
 
 
@@ -165,9 +167,11 @@ def at(runs: Iterable[Run], tau: int) -> list[Run]:
 
 def _read(place: Path) -> Run | None:
     record = records.read(place)
-    missing = [name for name in ("algorithm", "tau", "seed", "lr") if name not in record.config]
-    if missing:
-        raise ValueError(f"{place / records.FILE}: its configuration has no {', '.join(missing)}")
+    found = {"start": [record.config], "log": record.logs, "summary": [record.summary] if record.summary else []}
+    for kind, names in _NEEDED.items():
+        missing = [name for name in names if any(name not in line for line in found[kind])]
+        if missing:
+            raise ValueError(f"{place / records.FILE}: no {', '.join(missing)} in its {kind}")
     if record.summary is None:
         return None
     tuning = record.start.get("stage", "tune" if place.parent.name == TRIALS else "final") == "tune"
