@@ -68,6 +68,7 @@ def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Cal
         (problem, "--data", str, f"One of {', '.join(data.DATASETS)}; or a file, or folder of *.txt files, of text."),
         (problem, "--data-dir", click.Path(), "Folder with the files of mnist, fashion-mnist, cifar10 or cifar100."),
         (problem, "--partition", click.Choice(list(data.PARTITIONS)), "Who gets which samples."),
+        (problem, "--augment/--no-augment", None, "Move and mirror the training images at random."),
         (problem, "--model", click.Choice(list(models.MODELS)), "What is trained."),
         (network, "--workers", int, "Processes on this machine."),
         (network, "--latency-ms", float, "Emulate a link: milliseconds one message takes."),

@@ -46,7 +46,8 @@ class VirtualRun:
         images, labels = loaded.train_images.to(device), loaded.train_labels.to(device)
         shards = data.partition(config.partition, loaded.train_labels, workers=config.workers, seed=config.seed)
         self._batches = [data.Batches(images[shard], labels[shard], batch_size=config.batch_size,
-                                      seed=config.seed + 1 + rank) for rank, shard in enumerate(shards)]
+                                      seed=config.seed + 1 + rank, augment=config.augment)
+                         for rank, shard in enumerate(shards)]
         self._test = loaded.test_images.to(device), loaded.test_labels.to(device)
 
         def model() -> nn.Module:

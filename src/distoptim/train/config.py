@@ -34,6 +34,7 @@ class RunConfig:
         seed: of the initial model, the partition and the batches, >= 0.
         data, data_dir, partition, model: names in `train.data` and `train.models`, and the folder of their files;
             with a model of text, `data` is a file or folder of it.
+        augment: move and mirror the training images at random; not for text.
         workers: how many, >= 1.
         latency_ms: of one message over the emulated link, >= 0; None leaves the network as it is.
         bandwidth_gbit_s: of the emulated link, > 0; None means that only latency counts.
@@ -62,6 +63,7 @@ class RunConfig:
     data: str = "digits"
     data_dir: str | None = None
     partition: str = "iid"
+    augment: bool = False
     model: str = "cnn"
     workers: int = 4
     latency_ms: float | None = None
@@ -105,6 +107,8 @@ class RunConfig:
             raise ValueError(f"data={self.data!r} with model={self.model!r}: allowed is a file or folder of text")
         elif self.partition != "iid":
             raise ValueError(f"partition={self.partition!r}: text has no classes, allowed is iid")
+        elif self.augment:
+            raise ValueError("augment=True: only images are moved and mirrored, allowed is False with text")
 
     @property
     def link(self) -> Link | None:

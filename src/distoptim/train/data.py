@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distoptim.train import augment as augmentation
 from distoptim.train import cifar, gpt, idx, text
 
 
@@ -136,12 +137,15 @@ class Batches:
         images: [n, ...].
         labels: [n].
         batch_size: samples per batch, >= 1.
-        seed: of this worker's shuffles.
+        seed: of this worker's shuffles and augmentation.
+        augment: `augment.crop_and_flip` every batch.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, *, batch_size: int, seed: int) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, *, batch_size: int, seed: int,
+                 augment: bool = False) -> None:
         self._images, self._labels, self._batch_size = images, labels, batch_size
         self._generator = torch.Generator().manual_seed(seed)
+        self._augment = torch.Generator().manual_seed(seed) if augment else None
         self._position = 0
         self._shuffle()
 
@@ -157,17 +161,23 @@ class Batches:
             self._shuffle()
             self._position = min(self._batch_size - len(chosen), len(self._order))
             chosen = torch.cat([chosen, self._order[: self._position]])
-        return self._images[chosen], self._labels[chosen]
+        images = self._images[chosen]
+        if self._augment is not None:
+            images = augmentation.crop_and_flip(images, self._augment)
+        return images, self._labels[chosen]
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the present pass, and the generator as it was before that pass was shuffled."""
-        return {"generator": self._before, "position": self._position}
+        state = {"generator": self._before, "position": self._position}
+        return state if self._augment is None else {**state, "augment": self._augment.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self._generator.set_state(state_dict["generator"])
         self._shuffle()
         self._position = state_dict["position"]
+        if self._augment is not None:
+            self._augment.set_state(state_dict["augment"])
 
     def _shuffle(self) -> None:
         self._before = self._generator.get_state()

@@ -58,7 +58,8 @@ class Run:
         shard = data.partition(config.partition, self._data.train_labels, workers=world.size,
                                seed=config.seed)[world.rank]
         self._batches = data.Batches(self._data.train_images[shard], self._data.train_labels[shard],
-                                     batch_size=config.batch_size, seed=config.seed + 1 + world.rank)
+                                     batch_size=config.batch_size, seed=config.seed + 1 + world.rank,
+                                     augment=config.augment)
         torch.manual_seed(config.seed)
         self.model = models.build(config.model, self._data.train_images.shape[1:], self._data.classes)
         self._method = methods.build(self.model, config)
