@@ -33,6 +33,16 @@ SHELL = {
         f"cp {{folder}}/after.py train.py && {TORCHRUN} train.py",
     "distoptim train --init tcp://host1:29500 --world-size 4 --rank 0":
         f"{PYTHON} -m distoptim.cli train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
+    "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 -m distoptim.cli train":
+        f"{TORCHRUN} -m distoptim.cli train {SMALL}",
+    "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 --max-restarts=3 "
+    "-m distoptim.cli train --folder run --auto-resume --checkpoint-every 100":
+        f"{TORCHRUN} --max-restarts=3 -m distoptim.cli train --folder run --auto-resume --checkpoint-every 100 {SMALL}",
+    "distoptim train --init tcp://host1:29500 --world-size 2 --rank 0":
+        f"{PYTHON} -m distoptim.cli train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
+    "SLURM_PROCID=0 SLURM_NTASKS=1 HEAD=127.0.0.1 bash slurm_worker.sh":
+        f"bash -n {ROOT}/docs/slurm.sh && SLURM_PROCID=0 SLURM_NTASKS=1 HEAD=127.0.0.1 PORT={{port}} TRAIN='{SMALL}' "
+        f"PATH={Path(PYTHON).parent}:$PATH bash {ROOT}/docs/slurm_worker.sh",
     "distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 16 --latency-ms 10 "
     "--bandwidth-gbit-s 1":
         f"{PYTHON} -m distoptim.cli simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 4 "
@@ -57,7 +67,7 @@ SHELL = {
     "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim.cli plan --probe probe.json",
 }
 # Pages whose blocks need several processes and have a test of their own.
-DISTRIBUTED = ("README.md", "CONTRIBUTING.md", "slow-link.md", "islands.md")
+DISTRIBUTED = ("README.md", "CONTRIBUTING.md", "slow-link.md", "islands.md", "cluster.md")
 
 
 def blocks(path, language):
@@ -128,6 +138,15 @@ def test_the_emulated_link_of_the_docs(tmp_path):
     (tmp_path / "link.py").write_text(block + "import torch\nt = torch.ones(2)\ndist.all_reduce(t)\n"
                                       "assert t.tolist() == [2, 2]\ndist.destroy_process_group()\n")
     subprocess.run([*TORCHRUN.format(port=free_port()).split(), "link.py"], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_the_meeting_in_a_script_of_the_docs(tmp_path):
+    (block,) = blocks(ROOT / "docs" / "cluster.md", "python")
+    (tmp_path / "meet.py").write_text("import distoptim\nimport torch\n" + block)
+    meeting = {**os.environ, "INIT": f"tcp://127.0.0.1:{free_port()}", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    workers = [subprocess.Popen([PYTHON, "meet.py"], cwd=tmp_path, env={**meeting, "RANK": str(rank)})
+               for rank in (0, 1)]
+    assert [worker.wait(60) for worker in workers] == [0, 0]
 
 
 def _islands_of_the_docs(rank):
