@@ -232,4 +232,5 @@ def _colour(i: int) -> str:
 
 
 def _marker(i: int) -> str:
-    return MARKERS[i % len(MARKERS)]
+    """Colours come again after eight methods, with other markers."""
+    return MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from distoptim.train import records
 from distoptim.train.compare import METHODS
-from distoptim.train.optimizers import SYNCHRONOUS
+from distoptim.train.optimizers import POWERSGD, SYNCHRONOUS
 from distoptim.train.records import Line, Record
 
 TRIALS = "trials"
@@ -54,7 +54,7 @@ class Run:
     @property
     def synchronous(self) -> bool:
         """Has no tau."""
-        return bool(self.record.config["algorithm"] == SYNCHRONOUS)
+        return bool(self.record.config["algorithm"] in (SYNCHRONOUS, POWERSGD))
 
     @property
     def slowdown(self) -> str:
