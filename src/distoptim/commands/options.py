@@ -14,6 +14,7 @@ import click
 from distoptim.algorithms import ALGORITHMS
 from distoptim.train import data, models, optimizers
 from distoptim.train.config import DTYPES, RunConfig
+from distoptim.train.slowdown import SLOWDOWNS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -73,6 +74,8 @@ def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Cal
         (network, "--workers", int, "Processes on this machine."),
         (network, "--latency-ms", float, "Emulate a link: milliseconds one message takes."),
         (network, "--bandwidth-gbit-s", float, "Emulate a link: each worker's rate, in Gbit/s."),
+        (network, "--slowdown", click.Choice(list(SLOWDOWNS)), "Random delay of every worker's steps."),
+        (network, "--slowdown-ms", float, "Its mean, in milliseconds."),
         (network, "--timeout-s", float, "Bound of every wait for other workers, in seconds."),
         (files, "--folder", click.Path(path_type=Path), "Where they go.  [default: a new folder in runs/]"),
         (files, "--log-every", int, "Steps between two logged losses."),

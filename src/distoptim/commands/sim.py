@@ -26,7 +26,7 @@ from distoptim.sim.utilisation import ModelShape
 from distoptim.train import records
 
 VIRTUAL = "Virtual machines"
-_LINK = ("timeout_s", "latency_ms", "bandwidth_gbit_s")
+_REAL = ("timeout_s", "latency_ms", "bandwidth_gbit_s", "slowdown", "slowdown_ms")
 
 
 @click.command(cls=Sections)
@@ -34,7 +34,7 @@ _LINK = ("timeout_s", "latency_ms", "bandwidth_gbit_s")
         help="What is simulated.")
 @option("Training", "--taus", default="2,8", metavar="N,N,...", help="Each of them with each of these periods.")
 @option("Training", "--seeds", default="0", metavar="N,N,...", help="Each of them with each of these seeds.")
-@run_options({**DEFAULTS, "workers": 16}, without=("tau", "seed", *_LINK))
+@run_options({**DEFAULTS, "workers": 16}, without=("tau", "seed", *_REAL))
 @option(VIRTUAL, "--step-ms", type=float, default=30.0, help="Milliseconds of a local step, on average.")
 @option(VIRTUAL, "--slowdown", type=click.Choice(SLOWDOWNS), default="none", help="Random part of it.")
 @option(VIRTUAL, "--trace", type=click.Path(exists=True, dir_okay=False), metavar="FILE",

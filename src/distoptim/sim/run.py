@@ -40,6 +40,8 @@ class VirtualRun:
         if config.algorithm == optimizers.POWERSGD:
             raise ValueError("powersgd: torch's hook runs inside of DDP, which virtual workers do not have; "
                              "use `distoptim train` or `compare`")
+        if config.slowdown != "none":
+            raise ValueError(f"slowdown={config.slowdown!r} is for real workers; virtual ones have that of Machines")
         self.config, self.machines = config, machines
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded = data.load(config.data, None if config.data_dir is None else Path(config.data_dir))

@@ -12,6 +12,7 @@ import torch
 from distoptim import checks
 from distoptim.comm import Link, SingleWorker
 from distoptim.train import data, models, optimizers
+from distoptim.train.slowdown import SLOWDOWNS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,6 +39,8 @@ class RunConfig:
         workers: how many, >= 1.
         latency_ms: of one message over the emulated link, >= 0; None leaves the network as it is.
         bandwidth_gbit_s: of the emulated link, > 0; None means that only latency counts.
+        slowdown, slowdown_ms: random delay of every local step, "none", "exponential" or "pareto" (shape 2.5), and
+            its mean, > 0 unless there is none; a worker sleeps so long before the step.
         dtype: of the computation, "float32" or "bfloat16" (autocast).
         log_every, evaluate_every: local steps, >= 1; None means an epoch.
         checkpoint_every: local steps, >= 0; None means an epoch, 0 only at the end or when stopped.
@@ -68,6 +71,8 @@ class RunConfig:
     workers: int = 4
     latency_ms: float | None = None
     bandwidth_gbit_s: float | None = None
+    slowdown: str = "none"
+    slowdown_ms: float = 0.0
     dtype: str = "float32"
     log_every: int = 10
     evaluate_every: int | None = None
@@ -83,12 +88,15 @@ class RunConfig:
                 checks.integer(name, getattr(self, name), low)
         checks.integer("seed", self.seed, 0, 2**31 - 1)
         for name, table in (("partition", data.PARTITIONS), ("model", models.MODELS),
-                            ("dtype", DTYPES), ("optimizer", optimizers.INNER)):
+                            ("dtype", DTYPES), ("slowdown", SLOWDOWNS), ("optimizer", optimizers.INNER)):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(table)}")
         self._check_data()
         if self.clip_norm is not None:
             checks.number("clip_norm", self.clip_norm, 0, math.inf, open_low=True, open_high=True)
+        checks.number("slowdown_ms", self.slowdown_ms, 0, 1e9, open_low=self.slowdown != "none")
+        if self.slowdown == "none" and self.slowdown_ms:
+            raise ValueError(f"slowdown_ms={self.slowdown_ms!r}: without a slowdown only 0 is allowed")
         if self.latency_ms is not None:
             checks.number("latency_ms", self.latency_ms, 0, math.inf, open_high=True)
         if self.bandwidth_gbit_s is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distoptim.train import checkpoint, data, methods, models, records
+from distoptim.train import checkpoint, data, methods, models, records, slowdown
 from distoptim.train.config import RunConfig
 from distoptim.train.world import StopSignals, StopVote, World
 
@@ -111,6 +111,7 @@ class Run:
     def _step(self) -> float:
         place = self._place
         begin = time.perf_counter()
+        self._delay()
         loss, exposed_s = self._method.step(*next(self._batches))
         seconds = time.perf_counter() - begin
         place.step += 1
@@ -118,6 +119,13 @@ class Run:
         place.now.seconds += seconds
         place.now.exposed_s += exposed_s
         return seconds
+
+    def _delay(self) -> None:
+        config = self.config
+        late_s = slowdown.seconds(config.slowdown, mean_ms=config.slowdown_ms, seed=config.seed,
+                                  rank=self.world.rank, step=self._place.step)
+        if late_s:
+            time.sleep(late_s)
 
     def _totals(self) -> Totals:
         """Since the start of the run, over all processes that made it."""
