@@ -14,9 +14,23 @@ import click
 from distoptim.algorithms import ALGORITHMS
 from distoptim.train import data, models, optimizers
 from distoptim.train.config import DTYPES, RunConfig
+from distoptim.train.schedule import SCHEDULES
 from distoptim.train.slowdown import SLOWDOWNS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+class Epochs(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on only
+    """Numbers with commas between them."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        """From text."""
+        try:
+            return [float(part) for part in value.split(",")] if isinstance(value, str) else list(value)
+        except ValueError:
+            self.fail(f"{value!r}: expected numbers with commas between them", param, ctx)
+
 
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig)}
 
@@ -61,6 +75,11 @@ def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Cal
         (training, "--nesterov/--no-nesterov", None, "Nesterov's form of it."),
         (training, "--weight-decay", float, "Weight decay of the local optimizer."),
         (training, "--clip-norm", float, "Largest norm of a worker's gradient."),
+        (training, "--scale-lr/--no-scale-lr", None, "Peak learning rate: --lr times the number of workers."),
+        (training, "--schedule", click.Choice(SCHEDULES), "Of the learning rate, after the warm-up."),
+        (training, "--warmup-epochs", float, "Epochs in which it rises from 1/workers of the peak."),
+        (training, "--milestones", Epochs(), "Epochs at which the schedule `steps` multiplies by --decay."),
+        (training, "--decay", float, "Factor of the schedule `steps`."),
         (training, "--batch-size", int, "Samples per worker and step."),
         (training, "--epochs", int, "Passes over the training set."),
         (training, "--steps", int, "Steps of each worker, instead of --epochs."),
@@ -68,7 +87,8 @@ def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Cal
         (training, "--dtype", click.Choice(list(DTYPES)), "Of the computation."),
         (problem, "--data", str, f"One of {', '.join(data.DATASETS)}; or a file, or folder of *.txt files, of text."),
         (problem, "--data-dir", click.Path(), "Folder with the files of mnist, fashion-mnist, cifar10 or cifar100."),
-        (problem, "--partition", click.Choice(list(data.PARTITIONS)), "Who gets which samples."),
+        (problem, "--partition", str, "Who gets which samples: iid, label-skew[:SHARE], dirichlet[:CONCENTRATION]."),
+        (problem, "--validation", float, "Share of the training set to hold out and evaluate beside the test set."),
         (problem, "--augment/--no-augment", None, "Move and mirror the training images at random."),
         (problem, "--model", click.Choice(list(models.MODELS)), "What is trained."),
         (network, "--workers", int, "Processes on this machine."),

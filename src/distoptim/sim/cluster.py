@@ -14,8 +14,9 @@ from torch import Tensor
 from distoptim import checks
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.sim.compute import Compute
-from distoptim.sim.fabric import Fabric, VirtualCommunicator
+from distoptim.sim.fabric import Fabric, VirtualCommunicator, VirtualHandle
 from distoptim.sim.network import Network
+from distoptim.slot import Flight
 
 Make = Callable[..., AveragingOptimizer]
 
@@ -95,6 +96,29 @@ class Cluster:
         each = [optimizer.stats() for optimizer in self.optimizers]
         return {**{key: sum(s[key] for s in each) / len(each) for key in each[0]}, "seconds": self.seconds()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit-equal, clocks included, as tensors and plain data; takes no virtual time."""
+        self.fabric.frozen = True
+        states = [{"model": model.state_dict(), "optimizer": optimizer.state_dict(), "counters": _counters(optimizer),
+                   "flights": [_times(slot.flight) for slot in optimizer._engine.slots]}
+                  for model, optimizer in zip(self.models, self.optimizers, strict=True)]
+        self.fabric.frozen = False
+        return {"workers": states, "clocks": self.fabric.clocks, "free_at": self.fabric.free_at, "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, in a new cluster made with the same arguments."""
+        for rank, saved in enumerate(state_dict["workers"]):
+            optimizer = self.optimizers[rank]
+            self.models[rank].load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            vars(optimizer._engine.counters).update(saved["counters"])
+            for slot, times in zip(optimizer._engine.slots, saved["flights"], strict=True):
+                if slot.flight is not None and times is not None:
+                    slot.flight.handle = self.fabric.in_flight(rank, slot.buffer.tensor, *times)
+            optimizer._engine.resume_at(state_dict["steps"])
+        self.fabric.clocks[:] = state_dict["clocks"]
+        self.fabric.free_at, self.steps = state_dict["free_at"], state_dict["steps"]
+
     def _backward(self, loss: Callable[[torch.nn.Module, int], Tensor], rank: int) -> float:
         value = loss(self.models[rank], rank)
         value.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -122,6 +146,19 @@ class Cluster:
         if engines[0].delay == 0:
             for engine in engines:
                 engine.finish_due()
+
+
+def _counters(optimizer: AveragingOptimizer) -> dict[str, Any]:
+    optimizer._engine.counters.collect()
+    return {name: value for name, value in vars(optimizer._engine.counters).items() if name != "unread"}
+
+
+def _times(flight: Flight | None) -> tuple[float, float] | None:
+    """Launch and end of a mean in flight; None for one that took no time."""
+    if flight is None or not isinstance(flight.handle, VirtualHandle):
+        return None
+    assert flight.handle.ends_at is not None
+    return flight.handle.launched_at, flight.handle.ends_at
 
 
 def _tensors(module: torch.nn.Module) -> list[Tensor]:

@@ -24,6 +24,8 @@ class Collective:
 class Fabric:
     """What the virtual workers share.
 
+    While it is frozen, waiting takes no time and leaves no trace: for checkpoints.
+
     A collective begins when its last worker has arrived and the one before it has ended (one FIFO), and takes
     what the network says. A worker's clock stands still for it only if it is not over at the merge.
 
@@ -38,7 +40,8 @@ class Fabric:
         self.clocks = [0.0] * workers
         self._network = network
         self._scale = scale
-        self._free_at = 0.0
+        self.free_at = 0.0
+        self.frozen = False
         self._collectives: list[Collective | None] = []
         self._launched = [0] * workers
         self._broadcasts: list[Tensor] = []
@@ -59,6 +62,12 @@ class Fabric:
             self._complete(collective)
             self._collectives[index] = None
         return VirtualHandle(self, rank, buffer, collective)
+
+    def in_flight(self, rank: int, buffer: Tensor, launched_at: float, ends_at: float) -> VirtualHandle:
+        """A mean from a checkpoint: its value is in the buffer already, its time is still to come."""
+        handle = VirtualHandle(self, rank, buffer, Collective(ends_at=ends_at))
+        handle.launched_at = launched_at
+        return handle
 
     def broadcast(self, rank: int, count: int, buffer: Tensor) -> None:
         """Worker 0 leaves its buffer, the others take it; free of charge."""
@@ -81,7 +90,7 @@ class Fabric:
             # On a ring an all-gather of n codes sends the bytes of an all-reduce of half of them together.
             nbytes /= 2
         cost = self._network.all_reduce_s(nbytes, self.workers) if self._network is not None else 0.0
-        self._free_at = collective.ends_at = max(collective.arrived_at, self._free_at) + cost
+        self.free_at = collective.ends_at = max(collective.arrived_at, self.free_at) + cost
         collective.buffers, collective.codes = [], {}
 
 
@@ -92,11 +101,18 @@ class VirtualHandle(Handle):
         super().__init__(buffer, now=fabric.clocks[rank])
         self._fabric, self._rank, self._collective = fabric, rank, collective
 
+    @property
+    def ends_at(self) -> float | None:
+        """When the mean is there, in virtual time; None before the last worker has arrived."""
+        return self._collective.ends_at
+
     def wait(self, timeout_s: float) -> None:
         """Advance the worker's clock to the end of the collective if it is not there yet."""
-        ends_at = self._collective.ends_at
+        ends_at = self.ends_at
         if ends_at is None:
             raise RuntimeError("a virtual worker waits for one that has not launched: run them in lockstep")
+        if self._fabric.frozen:
+            return
         now = self._fabric.clocks[self._rank]
         self.waited_s = (self.waited_s or 0.0) + max(0.0, ends_at - now)
         self.finished_at = ends_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -15,10 +16,11 @@ from distoptim.comm import Communicator
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.sim.cluster import Cluster
 from distoptim.sim.machines import Machines
-from distoptim.train import data, methods, models, optimizers, records
+from distoptim.train import checkpoint, data, methods, models, optimizers, partition, records
 from distoptim.train.config import DTYPES, RunConfig
 
 Observer = Callable[[records.Line], None]
+STATE = "state.pt"
 
 
 class VirtualRun:
@@ -44,13 +46,14 @@ class VirtualRun:
             raise ValueError(f"slowdown={config.slowdown!r} is for real workers; virtual ones have that of Machines")
         self.config, self.machines = config, machines
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = data.load(config.data, None if config.data_dir is None else Path(config.data_dir))
-        images, labels = loaded.train_images.to(device), loaded.train_labels.to(device)
-        shards = data.partition(config.partition, loaded.train_labels, workers=config.workers, seed=config.seed)
-        self._batches = [data.Batches(images[shard], labels[shard], batch_size=config.batch_size,
-                                      seed=config.seed + 1 + rank, augment=config.augment)
+        folder = None if config.data_dir is None else Path(config.data_dir)
+        self._data = loaded = _on(device, data.load(config.data, folder, validation=config.validation))
+        shards = partition.partition(config.partition, loaded.train_labels.cpu(), workers=config.workers,
+                                     seed=config.seed)
+        self._batches = [data.Batches(loaded.train_images[shard], loaded.train_labels[shard],
+                                      batch_size=config.batch_size, seed=config.seed + 1 + rank,
+                                      augment=config.augment)
                          for rank, shard in enumerate(shards)]
-        self._test = loaded.test_images.to(device), loaded.test_labels.to(device)
 
         def model() -> nn.Module:
             torch.manual_seed(config.seed)
@@ -59,34 +62,80 @@ class VirtualRun:
         self.cluster = Cluster(workers=config.workers, model=model, optimizer=self._optimizer, threads=threads,
                                synchronous=config.algorithm == optimizers.SYNCHRONOUS,
                                compute=machines.compute(seed=config.seed), network=machines.network())
-        self.steps_per_epoch = max(1, len(labels) // (config.workers * config.batch_size))
+        self.steps_per_epoch = max(1, len(loaded.train_labels) // (config.workers * config.batch_size))
         self.steps = config.steps or config.epochs * self.steps_per_epoch
+        self._schedule = config.learning_rate(steps=self.steps, steps_per_epoch=self.steps_per_epoch)
+        self._losses: list[float] = []
+        self._score: dict[str, float] = {}
 
-    def train(self, observer: Observer) -> None:
-        """All steps; `observer` gets the lines of the record."""
-        config, cluster = self.config, self.cluster
-        every = config.evaluate_every or self.steps_per_epoch
-        observer({"kind": "start", "step": 0, "config": config.to_dict(), "machines": self.machines.to_dict(),
-                  **records.surroundings(), "workers": config.workers, "steps": self.steps,
-                  "steps_per_epoch": self.steps_per_epoch,
-                  "parameters": sum(p.numel() for p in cluster.models[0].parameters())})
-        losses: list[float] = []
-        score: dict[str, float] = {}
-        for step in range(1, self.steps + 1):
-            losses += cluster.step(self._loss)
-            at = {"step": step, "epoch": step / self.steps_per_epoch, "seconds": cluster.seconds()}
-            if step % config.log_every == 0 or step == self.steps:
-                observer({"kind": "log", **at, "loss": sum(losses) / len(losses)})
-                losses.clear()
+    def train(self, observer: Observer, *, save: Callable[[dict[str, Any]], object] = lambda state: None) -> None:
+        """All steps that are left, or until the loss is not finite.
+
+        Args:
+            observer: gets the lines of the record.
+            save: gets `state_dict()` after every epoch.
+        """
+        cluster, every = self.cluster, self.config.evaluate_every or self.steps_per_epoch
+        if cluster.steps == 0:
+            observer(self._start())
+        while cluster.steps < self.steps and self._step():
+            step, at = cluster.steps, self._place()
+            if step % self.config.log_every == 0 or step == self.steps:
+                observer({"kind": "log", **at, "loss": sum(self._losses) / len(self._losses)})
+                self._losses.clear()
             if step % every == 0 or step == self.steps:
-                score = methods.evaluate(cluster.mean_model(), *self._test)
-                observer({"kind": "evaluation", **at, **score})
-        stats = cluster.stats()
+                self._score = self._evaluate()
+                observer({"kind": "evaluation", **at, **self._score})
+            if step % self.steps_per_epoch == 0 and step < self.steps:
+                save(self.state_dict())
+        observer(self._summary())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit-equal."""
+        return {"cluster": self.cluster.state_dict(), "batches": [b.state_dict() for b in self._batches],
+                "losses": self._losses, "score": self._score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.cluster.load_state_dict(state_dict["cluster"])
+        for batches, saved in zip(self._batches, state_dict["batches"], strict=True):
+            batches.load_state_dict(saved)
+        self._losses, self._score = state_dict["losses"], state_dict["score"]
+
+    def _step(self) -> bool:
+        """One local step of all workers; whether the losses are finite."""
+        for optimizer in self.cluster.optimizers:
+            self._schedule.set(optimizer, self.cluster.steps, self.config.peak_lr)
+        try:
+            losses = self.cluster.step(self._loss)
+        except FloatingPointError:
+            return False
+        self._losses += losses
+        return math.isfinite(sum(losses))
+
+    def _place(self) -> records.Line:
+        step = self.cluster.steps
+        return {"step": step, "epoch": step / self.steps_per_epoch, "seconds": self.cluster.seconds()}
+
+    def _evaluate(self) -> dict[str, float]:
+        workers = [methods.worker_accuracy(model, self._data) for model in self.cluster.models]
+        return {**methods.score(self.cluster.mean_model(), self._data), "worker_accuracy": sum(workers) / len(workers)}
+
+    def _start(self) -> records.Line:
+        return {"kind": "start", "step": 0, "config": self.config.to_dict(), "machines": self.machines.to_dict(),
+                **records.surroundings(), "workers": self.config.workers, "steps": self.steps,
+                "steps_per_epoch": self.steps_per_epoch,
+                "parameters": sum(p.numel() for p in self.cluster.models[0].parameters())}
+
+    def _summary(self) -> records.Line:
+        """Diverged: ended early, or no better than guessing."""
+        stats = self.cluster.stats()
         computation = stats["seconds"] - stats["exposed_s"]
-        observer({"kind": "summary", "step": self.steps, **score, "seconds": stats["seconds"],
-                  "exposed_s": stats["exposed_s"], "computation_s": computation,
-                  "exposed_share": stats["exposed_s"] / computation, "bytes": int(stats["bytes"]),
-                  "syncs": int(stats["syncs"]), "stats": stats})
+        diverged = self.cluster.steps < self.steps or not self._score["test_loss"] < math.log(self._data.classes)
+        return {"kind": "summary", "step": self.cluster.steps, **self._score, "diverged": diverged,
+                "seconds": stats["seconds"], "exposed_s": stats["exposed_s"], "computation_s": computation,
+                "exposed_share": stats["exposed_s"] / computation, "bytes": int(stats["bytes"]),
+                "syncs": int(stats["syncs"]), "stats": stats}
 
     def _optimizer(self, params: Iterable[Tensor], communicator: Communicator) -> AveragingOptimizer:
         config = self.config
@@ -102,7 +151,7 @@ class VirtualRun:
 
 def run(config: RunConfig, machines: Machines, folder: Path, *, observers: Iterable[Observer] = (),
         threads: int | None = None) -> None:
-    """Run and record; the record appears under its name only when it is whole.
+    """Run and record; the record appears under its name only when it is whole. Killed, it goes on at the last epoch.
 
     Args:
         config: the run.
@@ -112,14 +161,27 @@ def run(config: RunConfig, machines: Machines, folder: Path, *, observers: Itera
         threads: workers computed at the same time; default one per processor core.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{records.FILE}.draft"
-    writer = records.RecordWriter(draft)
+    draft, state = folder / f"{records.FILE}.draft", folder / STATE
+    made = VirtualRun(config, machines, threads=threads)
+    resumed = state.exists()
+    if resumed:
+        made.load_state_dict(checkpoint.read(state))
+    writer = records.RecordWriter(draft, after_step=made.cluster.steps if resumed else None)
     watching = [writer.write, *observers]
 
     def tell(line: records.Line) -> None:
         for watch in watching:
             watch(line)
 
-    VirtualRun(config, machines, threads=threads).train(tell)
+    made.train(tell, save=lambda whole: checkpoint.replace(state, whole))
     writer.close()
     os.replace(draft, folder / records.FILE)
+    state.unlink(missing_ok=True)
+
+
+def _on(device: torch.device, loaded: data.Dataset) -> data.Dataset:
+    """The data set on a device."""
+    held = loaded.validation
+    return replace(loaded, train_images=loaded.train_images.to(device), train_labels=loaded.train_labels.to(device),
+                   test_images=loaded.test_images.to(device), test_labels=loaded.test_labels.to(device),
+                   validation=held and (held[0].to(device), held[1].to(device)))

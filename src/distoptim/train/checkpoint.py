@@ -26,7 +26,7 @@ def save(folder: Path, *, world: World, step: int, state: dict[str, Any]) -> Pat
     """
     target = folder / FOLDER / f"step-{step}"
     target.mkdir(parents=True, exist_ok=True)
-    _replace(target / f"rank-{world.rank}.pt", {**state, "step": step, "workers": world.size})
+    replace(target / f"rank-{world.rank}.pt", {**state, "step": step, "workers": world.size})
     world.barrier()
     # All write it, since on several machines each has a folder of its own.
     draft = target.parent / f"{_LATEST}-{world.rank}.draft"
@@ -65,13 +65,14 @@ def load(folder: Path, *, world: World) -> tuple[dict[str, Any], bool]:
         ValueError: there is no checkpoint, or its file is damaged.
     """
     source = latest(folder)
-    saved = _read(source / "rank-0.pt")
+    saved = read(source / "rank-0.pt")
     if saved["workers"] == world.size:
-        return _read(source / f"rank-{world.rank}.pt"), True
-    return _read(source / f"rank-{world.rank % saved['workers']}.pt"), False
+        return read(source / f"rank-{world.rank}.pt"), True
+    return read(source / f"rank-{world.rank % saved['workers']}.pt"), False
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A saved state. Raises ValueError, naming the file, if it is damaged."""
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
     except Exception as error:
@@ -79,7 +80,15 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def _replace(path: Path, state: dict[str, Any]) -> None:
+def replace(path: Path, state: dict[str, Any]) -> None:
+    """Save a state; killed or without room on the disk, what was there stays.
+
+    Raises:
+        ValueError: naming the file, if it cannot be written.
+    """
     draft = path.with_suffix(".draft")
-    torch.save(state, draft)
-    os.replace(draft, path)
+    try:
+        torch.save(state, draft)
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path}: cannot be written: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 
 from distoptim import checks
 from distoptim.comm import Link, SingleWorker
-from distoptim.train import data, models, optimizers
+from distoptim.train import data, models, optimizers, partition
+from distoptim.train.schedule import SCHEDULES, Schedule
 from distoptim.train.slowdown import SLOWDOWNS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,12 +30,17 @@ class RunConfig:
         lr, weight_decay: of it.
         momentum, nesterov: of SGD.
         clip_norm: largest norm of a worker's gradient, > 0; None does not clip.
+        scale_lr: the peak learning rate is lr times the number of workers (linear scaling).
+        schedule: "constant", "steps" (times `decay` at each of the `milestones`) or "cosine" (to 0) after the warm-up.
+        warmup_epochs: the learning rate rises from 1/workers of the peak to the peak, >= 0.
+        milestones, decay: epochs, ascending; factor, in (0, 1].
         batch_size: samples per worker and step, >= 1.
         epochs: passes over the training set, >= 1.
         steps: local steps of each worker, >= 1; overrides `epochs`.
         seed: of the initial model, the partition and the batches, >= 0.
-        data, data_dir, partition, model: names in `train.data` and `train.models`, and the folder of their files;
-            with a model of text, `data` is a file or folder of it.
+        data, data_dir, partition, model: names in `train.data`, `train.partition` and `train.models`, and the folder of
+            files; with a model of text, `data` is a file or folder of it.
+        validation: share of the training set held out and evaluated beside the test set, in [0, 1).
         augment: move and mirror the training images at random; not for text.
         workers: how many, >= 1.
         latency_ms: of one message over the emulated link, >= 0; None leaves the network as it is.
@@ -59,6 +65,11 @@ class RunConfig:
     nesterov: bool = True
     weight_decay: float = 1e-4
     clip_norm: float | None = None
+    scale_lr: bool = False
+    schedule: str = "constant"
+    warmup_epochs: float = 0.0
+    milestones: Sequence[float] = ()
+    decay: float = 0.1
     batch_size: int = 32
     epochs: int = 20
     steps: int | None = None
@@ -66,6 +77,7 @@ class RunConfig:
     data: str = "digits"
     data_dir: str | None = None
     partition: str = "iid"
+    validation: float = 0.0
     augment: bool = False
     model: str = "cnn"
     workers: int = 4
@@ -87,8 +99,8 @@ class RunConfig:
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), low)
         checks.integer("seed", self.seed, 0, 2**31 - 1)
-        for name, table in (("partition", data.PARTITIONS), ("model", models.MODELS),
-                            ("dtype", DTYPES), ("slowdown", SLOWDOWNS), ("optimizer", optimizers.INNER)):
+        for name, table in (("model", models.MODELS), ("dtype", DTYPES), ("optimizer", optimizers.INNER),
+                            ("schedule", SCHEDULES), ("slowdown", SLOWDOWNS)):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(table)}")
         self._check_data()
@@ -97,6 +109,12 @@ class RunConfig:
         checks.number("slowdown_ms", self.slowdown_ms, 0, 1e9, open_low=self.slowdown != "none")
         if self.slowdown == "none" and self.slowdown_ms:
             raise ValueError(f"slowdown_ms={self.slowdown_ms!r}: without a slowdown only 0 is allowed")
+        partition.parse(self.partition)
+        checks.number("validation", self.validation, 0, 1, open_high=True)
+        checks.number("warmup_epochs", self.warmup_epochs, 0, math.inf, open_high=True)
+        checks.number("decay", self.decay, 0, 1, open_low=True)
+        checks.flag("scale_lr", self.scale_lr)
+        object.__setattr__(self, "milestones", [checks.number("milestones", m, 0, math.inf) for m in self.milestones])
         if self.latency_ms is not None:
             checks.number("latency_ms", self.latency_ms, 0, math.inf, open_high=True)
         if self.bandwidth_gbit_s is not None:
@@ -125,6 +143,16 @@ class RunConfig:
             return None
         bandwidth = float("inf") if self.bandwidth_gbit_s is None else self.bandwidth_gbit_s
         return Link((self.latency_ms or 0.0) / 1e3, bandwidth)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate that the schedule's factor is applied to."""
+        return self.lr * self.workers if self.scale_lr else self.lr
+
+    def learning_rate(self, *, steps: int, steps_per_epoch: int) -> Schedule:
+        """The schedule of a run of so many local steps."""
+        return Schedule(self.schedule, steps, round(self.warmup_epochs * steps_per_epoch), self.workers,
+                        [round(m * steps_per_epoch) for m in self.milestones], self.decay)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data; `RunConfig(**config.to_dict())` is the same again."""

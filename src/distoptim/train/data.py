@@ -1,9 +1,9 @@
-"""Data sets as tensors in memory, who gets which samples, and the order in which a worker sees its own."""
+"""Data sets as tensors in memory, and the order in which a worker sees its samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ class Dataset:
     Each channel has mean 0 and variance 1 over the training set.
 
     Of text, windows of bytes and the byte after each: both [n, window] as int64.
+
+    Attributes:
+        validation: images and labels held out of the training set, if any were.
     """
 
     train_images: Tensor
@@ -28,19 +31,30 @@ class Dataset:
     test_images: Tensor
     test_labels: Tensor
     classes: int
+    validation: tuple[Tensor, Tensor] | None = None
 
 
-def load(name: str, data_dir: Path | None = None) -> Dataset:
+def load(name: str, data_dir: Path | None = None, *, validation: float = 0.0) -> Dataset:
     """A data set of `DATASETS`.
 
     Args:
         name: its name, or a file or folder of text.
         data_dir: folder of its files, for those that have files.
+        validation: share of the training set to hold out, in [0, 1).
 
     Raises:
         ValueError: there is no such data set, or a file of it is missing or damaged.
     """
-    return DATASETS[name](data_dir) if name in DATASETS else _text(name)
+    loaded = DATASETS[name](data_dir) if name in DATASETS else _text(name)
+    return hold_out(loaded, validation) if validation else loaded
+
+
+def hold_out(data: Dataset, share: float) -> Dataset:
+    """The same with `share` of the training set, after a fixed shuffle, as validation set."""
+    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
+    held, kept = order.tensor_split([round(share * len(order))])
+    return replace(data, train_images=data.train_images[kept], train_labels=data.train_labels[kept],
+                   validation=(data.train_images[held], data.train_labels[held]))
 
 
 def _digits(data_dir: Path | None) -> Dataset:
@@ -96,35 +110,6 @@ DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
     "mnist": lambda folder: _idx_folder(folder, name="mnist"),
     "synthetic": _synthetic,
 }
-
-
-def iid(labels: Tensor, workers: int, generator: torch.Generator) -> list[Tensor]:
-    """Shuffle, then deal out like cards: shards differ by one sample at most."""
-    order = torch.randperm(len(labels), generator=generator)
-    return [order[rank::workers] for rank in range(workers)]
-
-
-PARTITIONS: dict[str, Callable[[Tensor, int, torch.Generator], list[Tensor]]] = {"iid": iid}
-
-
-def partition(name: str, labels: Tensor, *, workers: int, seed: int) -> list[Tensor]:
-    """The indices of each worker's samples; together every sample exactly once.
-
-    Args:
-        name: one of `PARTITIONS`.
-        labels: of the training set, [n].
-        workers: how many, >= 1.
-        seed: of the shuffle; the same on all workers.
-
-    Raises:
-        ValueError: there is no such partition, or a worker would get nothing.
-    """
-    if name not in PARTITIONS:
-        raise ValueError(f"partition={name!r}: allowed is one of {', '.join(PARTITIONS)}")
-    shards = PARTITIONS[name](labels, workers, torch.Generator().manual_seed(seed))
-    if not all(len(shard) for shard in shards):
-        raise ValueError(f"workers={workers}: partition {name!r} of {len(labels)} samples leaves one without any")
-    return shards
 
 
 class Batches:

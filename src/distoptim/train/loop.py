@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distoptim.train import checkpoint, data, methods, models, records, slowdown
+from distoptim.train import checkpoint, data, methods, models, partition, records, slowdown
 from distoptim.train.config import RunConfig
 from distoptim.train.world import StopSignals, StopVote, World
 
@@ -54,8 +54,9 @@ class Run:
     def __init__(self, config: RunConfig, world: World, folder: Path, *, observers: Sequence[Observer] = (),
                  resume: bool = False) -> None:
         self.config, self.world, self.folder = config, world, folder
-        self._data = data.load(config.data, None if config.data_dir is None else Path(config.data_dir))
-        shard = data.partition(config.partition, self._data.train_labels, workers=world.size,
+        self._data = data.load(config.data, None if config.data_dir is None else Path(config.data_dir),
+                               validation=config.validation)
+        shard = partition.partition(config.partition, self._data.train_labels, workers=world.size,
                                seed=config.seed)[world.rank]
         self._batches = data.Batches(self._data.train_images[shard], self._data.train_labels[shard],
                                      batch_size=config.batch_size, seed=config.seed + 1 + world.rank,
@@ -66,6 +67,7 @@ class Run:
         self._place = Place()
         self.steps_per_epoch = max(1, len(self._data.train_labels) // (world.size * config.batch_size))
         self.steps = config.steps or config.epochs * self.steps_per_epoch
+        self._schedule = config.learning_rate(steps=self.steps, steps_per_epoch=self.steps_per_epoch)
         if resume:
             self._load()
         self._observers = list(observers)
@@ -112,6 +114,7 @@ class Run:
         place = self._place
         begin = time.perf_counter()
         self._delay()
+        self._schedule.set(self._method.optimizer, place.step, self.config.peak_lr)
         loss, exposed_s = self._method.step(*next(self._batches))
         seconds = time.perf_counter() - begin
         place.step += 1
@@ -154,9 +157,10 @@ class Run:
         losses.clear()
 
     def _evaluate(self) -> None:
+        workers = self.world.gather(methods.worker_accuracy(self.model, self._data))
         with self._method.averaged():
             if self.world.rank == 0:
-                score = methods.evaluate(self.model, self._data.test_images, self._data.test_labels)
+                score = {**methods.score(self.model, self._data), "worker_accuracy": sum(workers) / len(workers)}
                 self._tell("evaluation", epoch=self._place.step / self.steps_per_epoch,
                            seconds=self._totals().seconds, **score)
                 self._score = score

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.train import optimizers
 from distoptim.train.config import DTYPES, RunConfig
+from distoptim.train.data import Dataset
 
 # torch 2.13 renamed the argument.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -154,7 +155,19 @@ def build(model: nn.Module, config: RunConfig) -> Method:
     return Synchronous(model, config) if config.algorithm == optimizers.SYNCHRONOUS else Averaging(model, config)
 
 
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 512) -> dict[str, float]:
+def score(model: nn.Module, data: Dataset) -> dict[str, float]:
+    """`evaluate` on the test set, and on the validation set if there is one."""
+    found = evaluate(model, data.test_images, data.test_labels)
+    return {**found, **evaluate(model, *data.validation, part="validation")} if data.validation else found
+
+
+def worker_accuracy(model: nn.Module, data: Dataset) -> float:
+    """Of a single worker's own model, on the first 1000 test samples: all workers are asked, so it must be cheap."""
+    return evaluate(model, data.test_images[:1000], data.test_labels[:1000])["test_accuracy"]
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, part: str = "test",
+             batch_size: int = 512) -> dict[str, float]:
     """Mean loss (nats) and accuracy (in [0, 1]) per label of `model` in evaluation mode; its mode is put back."""
     was_training = model.training
     model.eval()
@@ -165,7 +178,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
             loss += float(nn.functional.cross_entropy(out, y, reduction="sum"))
             right += int((out.argmax(1) == y).sum())
     model.train(was_training)
-    return {"test_loss": loss / labels.numel(), "test_accuracy": right / labels.numel()}
+    return {f"{part}_loss": loss / labels.numel(), f"{part}_accuracy": right / labels.numel()}
 
 
 def batch_loss(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Any:
