@@ -67,7 +67,7 @@ def test_means_of_fragments_follow_one_another_on_the_link():
     for _ in range(6):
         c.step()
     # Launches at 1, 2, 3, ...: each mean waits for the link, so every step from the second on ends when one does.
-    assert c.fabric._free_at == pytest.approx(1 + 3 * 6)
+    assert c.fabric.free_at == pytest.approx(1 + 3 * 6)
 
 
 def test_an_overlapped_mean_starts_when_the_last_worker_has_arrived():

@@ -7,7 +7,7 @@ import torch
 
 from distoptim.sim.machines import Machines
 from distoptim.sim.run import VirtualRun
-from distoptim.train import checkpoint, data, methods, models, records, text
+from distoptim.train import checkpoint, data, methods, models, partition, records, text
 from distoptim.train.config import RunConfig
 from distoptim.train.loop import Run
 from distoptim.train.world import StopSignals, World
@@ -52,7 +52,7 @@ def test_one_file_is_a_text_too(folder):
 
 def test_workers_see_different_windows(folder):
     labels = data.load(str(folder)).train_labels
-    shards = [set(s.tolist()) for s in data.partition("iid", labels, workers=3, seed=0)]
+    shards = [set(s.tolist()) for s in partition.partition("iid", labels, workers=3, seed=0)]
     assert sum(map(len, shards)) == len(set.union(*shards)) == len(labels)
 
 

@@ -6,6 +6,7 @@ import click
 
 import distoptim
 from distoptim.commands.report import report
+from distoptim.commands.reproduce import reproduce
 from distoptim.commands.sim import plan, probe, simulate
 from distoptim.commands.train import compare, train
 
@@ -19,5 +20,5 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (compare, train, simulate, plan, probe, report):
+for command in (compare, train, simulate, reproduce, report, plan, probe):
     cli.add_command(command)

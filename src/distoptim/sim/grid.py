@@ -41,17 +41,18 @@ def combinations(config: RunConfig, axes: Mapping[str, Sequence[Any]]) -> list[R
 
 
 def name(config: RunConfig, machines: Machines) -> str:
-    """A folder's name: readable, and different for every different run."""
-    text = json.dumps([config.to_dict(), machines.to_dict()], sort_keys=True)
+    """A folder's name: readable, and different for every different run, wherever its data are."""
+    text = json.dumps([replace(config, data_dir=None).to_dict(), machines.to_dict()], sort_keys=True)
     short = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{config.algorithm}-tau{config.tau}-m{config.workers}-seed{config.seed}-{short}"
 
 
 def run_all(configs: Sequence[RunConfig], machines: Machines, folder: Path, *, processes: int | None = None,
-            done: Callable[[int, int], object] = lambda finished, total: None) -> list[Path]:
+            done: Callable[[int, int], object] = lambda finished, total: None,
+            labels: Sequence[str] | None = None) -> list[Path]:
     """Run what has no whole record yet; returns all records' folders, in order.
 
-    An interruption loses the runs that were on their way; the next call makes them again and only them.
+    An interruption loses what runs have made since their last epoch; the next call goes on from there.
 
     Args:
         configs: the runs.
@@ -59,13 +60,15 @@ def run_all(configs: Sequence[RunConfig], machines: Machines, folder: Path, *, p
         folder: of the grid.
         processes: runs at the same time; default one per core, or one with all cores if only one run is left.
         done: told (finished, total) at the start and after every run.
+        labels: the runs' names for their records, where the algorithm's is not enough.
     """
     folders = [folder / name(config, machines) for config in configs]
-    left = [(c, f) for c, f in zip(configs, folders, strict=True) if not (f / records.FILE).exists()]
+    names = labels or [config.algorithm for config in configs]
+    left = [run for run in zip(configs, folders, names, strict=True) if not (run[1] / records.FILE).exists()]
     done(len(configs) - len(left), len(configs))
     if len(left) == 1 or processes == 1:
-        for i, (config, target) in enumerate(left, 1):
-            run(config, machines, target)
+        for i, (config, target, label) in enumerate(left, 1):
+            run(config, machines, target, label=label)
             done(len(configs) - len(left) + i, len(configs))
     else:
         for i, _ in enumerate(_in_processes(left, machines, processes or os.cpu_count() or 1), 1):
@@ -73,10 +76,10 @@ def run_all(configs: Sequence[RunConfig], machines: Machines, folder: Path, *, p
     return folders
 
 
-def _in_processes(left: Sequence[tuple[RunConfig, Path]], machines: Machines, processes: int) -> Iterator[None]:
+def _in_processes(left: Sequence[tuple[RunConfig, Path, str]], machines: Machines, processes: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        pending = {pool.submit(run, config, machines, target, threads=1) for config, target in left}
+        pending = {pool.submit(run, config, machines, target, label=label, threads=1) for config, target, label in left}
         try:
             while pending:
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)

@@ -68,16 +68,18 @@ class VirtualRun:
         self._losses: list[float] = []
         self._score: dict[str, float] = {}
 
-    def train(self, observer: Observer, *, save: Callable[[dict[str, Any]], object] = lambda state: None) -> None:
+    def train(self, observer: Observer, *, label: str | None = None,
+              save: Callable[[dict[str, Any]], object] = lambda state: None) -> None:
         """All steps that are left, or until the loss is not finite.
 
         Args:
             observer: gets the lines of the record.
+            label: the run's name in tables; default its algorithm.
             save: gets `state_dict()` after every epoch.
         """
         cluster, every = self.cluster, self.config.evaluate_every or self.steps_per_epoch
         if cluster.steps == 0:
-            observer(self._start())
+            observer(self._start(label))
         while cluster.steps < self.steps and self._step():
             step, at = cluster.steps, self._place()
             if step % self.config.log_every == 0 or step == self.steps:
@@ -121,8 +123,10 @@ class VirtualRun:
         workers = [methods.worker_accuracy(model, self._data) for model in self.cluster.models]
         return {**methods.score(self.cluster.mean_model(), self._data), "worker_accuracy": sum(workers) / len(workers)}
 
-    def _start(self) -> records.Line:
-        return {"kind": "start", "step": 0, "config": self.config.to_dict(), "machines": self.machines.to_dict(),
+    def _start(self, label: str | None) -> records.Line:
+        """Without the folder of the data, which is another one elsewhere."""
+        return {"kind": "start", "step": 0, "label": label or self.config.algorithm,
+                "config": replace(self.config, data_dir=None).to_dict(), "machines": self.machines.to_dict(),
                 **records.surroundings(), "workers": self.config.workers, "steps": self.steps,
                 "steps_per_epoch": self.steps_per_epoch,
                 "parameters": sum(p.numel() for p in self.cluster.models[0].parameters())}
@@ -149,14 +153,15 @@ class VirtualRun:
         return methods.batch_loss(model, *next(self._batches[rank]), DTYPES[self.config.dtype])
 
 
-def run(config: RunConfig, machines: Machines, folder: Path, *, observers: Iterable[Observer] = (),
-        threads: int | None = None) -> None:
+def run(config: RunConfig, machines: Machines, folder: Path, *, label: str | None = None,
+        observers: Iterable[Observer] = (), threads: int | None = None) -> None:
     """Run and record; the record appears under its name only when it is whole. Killed, it goes on at the last epoch.
 
     Args:
         config: the run.
         machines: the virtual machines.
         folder: for the record.
+        label: the run's name in tables; default its algorithm.
         observers: get every line too.
         threads: workers computed at the same time; default one per processor core.
     """
@@ -173,7 +178,7 @@ def run(config: RunConfig, machines: Machines, folder: Path, *, observers: Itera
         for watch in watching:
             watch(line)
 
-    made.train(tell, save=lambda whole: checkpoint.replace(state, whole))
+    made.train(tell, label=label, save=lambda whole: checkpoint.replace(state, whole))
     writer.close()
     os.replace(draft, folder / records.FILE)
     state.unlink(missing_ok=True)

@@ -1,0 +1,55 @@
+"""Run a grid: the trials that choose learning rates, then every combination; each once, on all cores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from distoptim.reproduce.spec import Case, Spec
+from distoptim.sim import grid
+from distoptim.train import records
+
+TRIALS, FINAL = "trials", "final"
+Setting = tuple[str, int, str]
+
+
+def reproduce(spec: Spec, folder: Path, *, processes: int | None = None,
+              done: Callable[[str, int, int], object] = lambda stage, finished, total: None) -> list[Path]:
+    """Run what has no whole record yet; returns the folders of the final runs.
+
+    Args:
+        spec: the grid.
+        folder: of its records.
+        processes: runs at the same time; default one per core.
+        done: told (stage, finished, total) at the start of a stage and after every run.
+    """
+    trials = spec.trials()
+    tried = _run(spec, trials, folder / TRIALS, processes, lambda *at: done("learning rates", *at))
+    rates = choose(trials, tried)
+    return _run(spec, spec.cases(rates), folder / FINAL, processes, lambda *at: done("runs", *at))
+
+
+def choose(trials: Sequence[Case], folders: Sequence[Path]) -> dict[Setting, float]:
+    """For each method, tau and partition the learning rate of the best validation accuracy; of equal ones the smaller.
+
+    A diverged trial counts as the worst.
+    """
+    best: dict[Setting, tuple[float, float]] = {}
+    for case, folder in zip(trials, folders, strict=True):
+        score = (_validation(folder), -case.config.lr)
+        best[case.setting] = max(best.get(case.setting, (-math.inf, 0.0)), score)
+    return {setting: -lr for setting, (_, lr) in best.items()}
+
+
+def _validation(folder: Path) -> float:
+    summary = records.read(folder).summary
+    if summary is None or summary["diverged"]:
+        return -1.0
+    return float(summary["validation_accuracy"])
+
+
+def _run(spec: Spec, cases: Sequence[Case], folder: Path, processes: int | None,
+         done: Callable[[int, int], object]) -> list[Path]:
+    return grid.run_all([case.config for case in cases], spec.machines, folder, processes=processes, done=done,
+                        labels=[case.label for case in cases])

@@ -1,0 +1,140 @@
+"""The TOML file of a grid: what all runs share, what is varied, the methods, and how learning rates are chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from distoptim.sim.machines import Machines
+from distoptim.train.config import RunConfig
+from distoptim.train.optimizers import SYNCHRONOUS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_RUN = {f.name for f in dataclasses.fields(RunConfig)}
+_TABLES = {"title", "run", "machines", "grid", "tune", "methods"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a grid.
+
+    Args:
+        label: the method's name in tables.
+        config: the run.
+    """
+
+    label: str
+    config: RunConfig
+
+    @property
+    def setting(self) -> tuple[str, int, str]:
+        """What a learning rate is chosen for: method, tau, partition."""
+        return self.label, self.config.tau, self.config.partition
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A grid.
+
+    Args:
+        title: of the report.
+        run: fields of `RunConfig` that all runs share.
+        methods: label -> fields of `RunConfig` that make the method: algorithm, options, perhaps its own grid of tau.
+        grid: field of `RunConfig` -> its values; every combination is run.
+        tune: "lr", the learning rates that every method is tried with for each tau and partition, and other fields of
+            `RunConfig` for these shorter runs; the best validation accuracy decides. Empty: no tuning.
+        machines: the virtual machines.
+
+    Raises:
+        ValueError: in one line, naming a wrong key or value.
+    """
+
+    title: str
+    run: Mapping[str, Any]
+    methods: Mapping[str, Mapping[str, Any]]
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    tune: Mapping[str, Any] = field(default_factory=dict)
+    machines: Machines = field(default_factory=Machines)
+
+    def __post_init__(self) -> None:
+        """Make all runs once, so that a wrong value shows before the first hour."""
+        for table, keys in (("run", self.run), ("grid", self.grid), ("tune", self.tune),
+                            *((f"methods.{label}", keys) for label, keys in self.methods.items())):
+            for key in keys:
+                if key not in _RUN:
+                    raise ValueError(f"[{table}] has no key {key!r}; allowed are {', '.join(sorted(_RUN))}")
+        if not self.methods:
+            raise ValueError("no [methods.NAME]: nothing to run")
+        for name, values in [*self.grid.items(), *([("lr", self.tune.get("lr"))] if self.tune else [])]:
+            if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+                raise ValueError(f"{name}={values!r}: expected a list of values, not empty")
+        if self.tune and not self.run.get("validation"):
+            raise ValueError("[tune] chooses by validation accuracy: [run] needs validation, the share held out for it")
+        self.cases()
+        self.trials()
+
+    def cases(self, learning_rates: Mapping[tuple[str, int, str], float] | None = None) -> list[Case]:
+        """Every combination once, with the learning rates chosen for it; synchronous SGD once for all tau."""
+        return list(self._made({}, learning_rates or {}))
+
+    def trials(self) -> list[Case]:
+        """The runs that choose learning rates: every setting with each of them."""
+        fixed = {name: value for name, value in self.tune.items() if name != "lr"}
+        return [Case(case.label, case.config) for lr in self.tune.get("lr", ())
+                for case in self._made({"seed": 0, **fixed, "lr": lr}, {})]
+
+    def _made(self, fixed: Mapping[str, Any], rates: Mapping[tuple[str, int, str], float]) -> Iterator[Case]:
+        axes = {name: values for name, values in self.grid.items() if name not in fixed}
+        seen = set()
+        for values in itertools.product(*axes.values()):
+            for label, method in self.methods.items():
+                fields = {**self.run, **dict(zip(axes, values, strict=True)), **method, **fixed}
+                if fields.get("algorithm") == SYNCHRONOUS:
+                    fields["tau"] = 1
+                config = RunConfig(**fields)
+                case = Case(label, config)
+                if case.setting in rates:
+                    case = Case(label, dataclasses.replace(config, lr=rates[case.setting]))
+                key = (label, repr(case.config))
+                if key not in seen:
+                    seen.add(key)
+                    yield case
+
+
+def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Spec:
+    """The grid in a file, or of a name that is shipped ("small", "paper", "gpu").
+
+    Args:
+        path: of the file.
+        overrides: fields of `RunConfig` that replace those of [run], such as where the data are.
+
+    Raises:
+        ValueError: naming the file, and the key or value that is wrong.
+    """
+    shipped = resources.files("distoptim.reproduce") / f"{path.name.removesuffix('.toml')}.toml"
+    source = path if path.exists() or not shipped.is_file() else shipped
+    try:
+        content = tomllib.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    for key in content:
+        if key not in _TABLES:
+            raise ValueError(f"{path}: no key {key!r} is known there; allowed are {', '.join(sorted(_TABLES))}")
+    try:
+        machines = Machines(**content.pop("machines", {}))
+        return Spec(title=content.pop("title", path.stem), machines=machines,
+                    run={**content.pop("run", {}), **(overrides or {})}, methods=content.pop("methods", {}), **content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
