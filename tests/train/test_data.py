@@ -86,7 +86,28 @@ def test_digits_are_split_the_same_way_every_time():
 def test_partition_uses_each_sample_once(name, workers):
     shards = partition.partition(name, torch.arange(103) % 10, workers=workers, seed=1)
     assert sorted(torch.cat(shards).tolist()) == list(range(103))
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    # Cards are dealt out evenly; Dirichlet's shares are random.
+    assert max(map(len, shards)) - min(map(len, shards)) <= (103 if name.startswith("dirichlet") else 1)
+
+
+def test_label_skew_is_that_of_the_paper():
+    labels = torch.arange(50_000) % 10
+    shards = partition.partition("label-skew", labels, workers=16, seed=3)
+    assert [len(shard) for shard in shards] == [3125] * 16
+    assert partition.main_classes(16, 10) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 3, 5, 7, 9, 2]
+    for shard, main in zip(shards, partition.main_classes(16, 10), strict=True):
+        # 2000 of the main class, and some more of it among the 1125 drawn from the rest.
+        assert 2000 <= int((labels[shard] == main).sum()) < 2400
+
+
+def test_dirichlet_goes_from_skewed_to_even():
+    labels = torch.arange(10_000) % 10
+    spread = []
+    for concentration in (0.1, 1000):
+        shards = partition.partition(f"dirichlet:{concentration}", labels, workers=4, seed=0)
+        counts = torch.stack([torch.bincount(labels[shard], minlength=10) for shard in shards]).float()
+        spread.append(float(counts.std(0).mean()))
+    assert spread[0] > 200 > 30 > spread[1]
 
 
 def test_partition_refuses_empty_shards():

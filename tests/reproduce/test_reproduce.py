@@ -1,0 +1,156 @@
+"""Grids from TOML files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distoptim.reproduce import run, spec
+from distoptim.sim.run import STATE, VirtualRun
+from distoptim.sim.run import run as run_one
+from distoptim.train import records
+from distoptim.train.config import RunConfig
+
+GRID = """
+[run]
+data = "synthetic"
+model = "mlp"
+workers = 3
+batch_size = 16
+epochs = 3
+validation = 0.1
+[machines]
+latency_ms = 20.0
+[grid]
+seed = [0, 1]
+tau = [2, 4]
+[tune]
+lr = [0.01, 1e6]
+epochs = 1
+[methods.sync]
+algorithm = "ddp"
+[methods.overlap]
+algorithm = "overlap-local-sgd"
+"""
+
+
+def written(tmp_path: Path, text: str = GRID) -> Path:
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_grid_tries_learning_rates_and_runs_everything_once(tmp_path):
+    grid = spec.read(written(tmp_path))
+    told = []
+    folders = run.reproduce(grid, tmp_path / "out", done=lambda *at: told.append(at), processes=1)
+    made = [records.read(folder) for folder in folders]
+    assert [(r.start["label"], r.config["tau"], r.config["seed"]) for r in made] == [
+        ("sync", 1, 0), ("overlap", 2, 0), ("overlap", 4, 0), ("sync", 1, 1), ("overlap", 2, 1), ("overlap", 4, 1)]
+    # 1e6 makes every method diverge; a diverged trial is whole, and never chosen.
+    assert {r.config["lr"] for r in made} == {0.01}
+    trials = [records.read(path.parent) for path in (tmp_path / "out" / run.TRIALS).glob("*/record.jsonl")]
+    assert sorted((r.config["lr"], r.summary["diverged"]) for r in trials) == [(0.01, False)] * 3 + [(1e6, True)] * 3
+    before = [(folder / records.FILE).stat().st_mtime_ns for folder in folders]
+    assert run.reproduce(grid, tmp_path / "out", processes=1) == folders
+    assert [(folder / records.FILE).stat().st_mtime_ns for folder in folders] == before
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.parametrize("algorithm", ["ddp", "overlap-local-sgd", "easgd", "streaming-diloco"])
+def test_a_run_goes_on_at_its_last_epoch_as_if_it_had_never_stopped(tmp_path, monkeypatch, algorithm):
+    config = RunConfig(data="synthetic", model="mlp", workers=3, batch_size=16, epochs=3, algorithm=algorithm, tau=4,
+                       validation=0.1, schedule="cosine", warmup_epochs=0.5)
+    machines = spec.read(written(tmp_path)).machines
+    run_one(config, machines, tmp_path / "whole", threads=1)
+    step = VirtualRun._step
+
+    def dying(self):
+        if self.cluster.steps == 2 * self.steps_per_epoch + 1:
+            raise Killed
+        return step(self)
+
+    monkeypatch.setattr(VirtualRun, "_step", dying)
+    with pytest.raises(Killed):
+        run_one(config, machines, tmp_path / "parts", threads=1)
+    made = []
+    monkeypatch.setattr(VirtualRun, "_step", lambda self: made.append(1) or step(self))
+    run_one(config, machines, tmp_path / "parts", threads=1)
+    whole, parts = records.read(tmp_path / "whole"), records.read(tmp_path / "parts")
+    assert len(made) == parts.start["steps_per_epoch"]
+    assert (parts.logs, parts.evaluations) == (whole.logs, whole.evaluations)
+    drop = ("stats",)
+    assert {k: v for k, v in parts.summary.items() if k not in drop} == {
+        k: v for k, v in whole.summary.items() if k not in drop}
+    assert not (tmp_path / "parts" / STATE).exists()
+
+
+def test_kill_dash_nine_loses_no_finished_run(tmp_path):
+    text = GRID.replace("epochs = 3", "epochs = 40").replace("[tune]\nlr = [0.01, 1e6]\nepochs = 1", "")
+    path = written(tmp_path, text)
+    command = [sys.executable, "-m", "distoptim.cli", "reproduce", str(path), "--folder", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "out").glob(f"*/*/{STATE}")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    states = list((tmp_path / "out").glob(f"*/*/{STATE}"))
+    assert states
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out" / run.FINAL).glob("*/record.jsonl"))) == 6
+    assert not list((tmp_path / "out").glob(f"*/*/{STATE}"))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (("epochs = 3", "epochz = 3"), "has no key 'epochz'"),
+    (("[grid]", "[gird]"), "no key 'gird'"),
+    (("workers = 3", "workers = 0"), "workers=0"),
+    (("workers = 3", "workers ="), "not TOML"),
+    (("tau = [2, 4]", "tau = 2"), "tau=2: expected a list"),
+    (("validation = 0.1", ""), "needs validation"),
+    (('algorithm = "ddp"', 'algorithm = "ddq"'), "algorithm='ddq'"),
+    (("latency_ms = 20.0", "latency = 20.0"), "latency"),
+])
+def test_a_wrong_key_or_value_gives_one_line_with_the_file(tmp_path, change, words):
+    path = written(tmp_path, GRID.replace(*change))
+    with pytest.raises(ValueError, match=r"grid\.toml") as raised:
+        spec.read(path)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_state_and_a_full_disk_name_the_file(tmp_path, monkeypatch):
+    config = RunConfig(data="synthetic", model="mlp", workers=2, steps=4, batch_size=16)
+    machines = spec.read(written(tmp_path)).machines
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / STATE).write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"run/state\.pt"):
+        run_one(config, machines, tmp_path / "run", threads=1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("distoptim.train.checkpoint.torch.save", full)
+    with pytest.raises(ValueError, match=r"state\.pt: cannot be written: .*No space left"):
+        run_one(RunConfig(data="synthetic", model="mlp", workers=2, epochs=2, batch_size=16), machines,
+                tmp_path / "full", threads=1)
+
+
+@pytest.mark.parametrize("name", ["small", "paper", "gpu"])
+def test_shipped_grids_are_whole(name):
+    grid = spec.read(Path(name))
+    assert grid.cases()
+    assert {case.config.workers for case in grid.cases()} == {16}
+    if name != "small":
+        assert {case.config.tau for case in grid.cases()} == {1, 2, 8, 24}
