@@ -42,7 +42,10 @@ def combinations(config: RunConfig, axes: Mapping[str, Sequence[Any]]) -> list[R
 
 def name(config: RunConfig, machines: Machines) -> str:
     """A folder's name: readable, and different for every different run, wherever its data are."""
-    text = json.dumps([replace(config, data_dir=None).to_dict(), machines.to_dict()], sort_keys=True)
+    # Fields at their default are left out, so that a new field does not make every finished run another one.
+    plain = RunConfig().to_dict()
+    changed = {key: value for key, value in replace(config, data_dir=None).to_dict().items() if value != plain[key]}
+    text = json.dumps([changed, machines.to_dict()], sort_keys=True)
     short = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{config.algorithm}-tau{config.tau}-m{config.workers}-seed{config.seed}-{short}"
 
