@@ -40,7 +40,7 @@ def test_every_algorithm_has_a_valid_default(algorithm):
 
 def test_own_options_are_read_from_the_constructor():
     assert optimizers.own_options("overlap-local-sgd") == {
-        "fragments": int, "alpha": float, "outer_momentum": float, "delay": int}
+        "fragments": int, "alpha": float, "outer_momentum": float, "delay": int, "codec": str}
     assert optimizers.own_options("bmuf")["nesterov_block"] is bool
     assert all(optimizers.own_options(name) for name in ALGORITHMS)
 

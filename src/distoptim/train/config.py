@@ -58,7 +58,7 @@ class RunConfig:
 
     algorithm: str = "overlap-local-sgd"
     tau: int = 4
-    options: Mapping[str, int | float | bool] = field(default_factory=dict)
+    options: Mapping[str, int | float | bool | str] = field(default_factory=dict)
     optimizer: str = "sgd"
     lr: float = 0.05
     momentum: float = 0.9

@@ -36,7 +36,8 @@ def own_options(algorithm: str) -> dict[str, type]:
     parameters = inspect.signature(ALGORITHMS[algorithm]).parameters.values()
     annotations = {p.name: getattr(p.annotation, "__name__", str(p.annotation)).split(" ")[0]
                    for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("tau", "gmf")}
-    return {"fragments": int, **{name: types[text] for name, text in annotations.items() if text in types}}
+    own = {name: types[text] for name, text in annotations.items() if text in types}
+    return {"fragments": int, **own, "codec": str}
 
 
 def build(config: RunConfig, params: Iterable[Tensor], *,
