@@ -61,3 +61,16 @@ def test_synchronous_is_large_batch_sgd(tmp_path):
 def test_bad_machines_are_refused(bad):
     with pytest.raises(ValueError, match="allowed"):
         Machines(**bad)
+
+
+def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):
+    slow = Machines(step_ms=10, latency_ms=12)
+    config = dataclasses.replace(CONFIG, algorithm="overlap-local-sgd", steps=40, tau=1)
+    exposed, syncs = {}, {}
+    variants = {"fixed": {}, "hidden": {"hide_communication": True}, "post": {"post_local": 20, "tau": 10}}
+    for name, changed in variants.items():
+        run(dataclasses.replace(config, **changed), slow, tmp_path / name)
+        summary = records.read(tmp_path / name).summary
+        exposed[name], syncs[name] = summary["exposed_s"], summary["syncs"]
+    assert exposed["hidden"] < exposed["fixed"] / 3
+    assert syncs["post"] in (21, 22)

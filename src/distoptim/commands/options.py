@@ -69,6 +69,9 @@ def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Cal
     training, problem, network, files = "Training", "Data and model", "Workers and network", "Results"
     rows: list[tuple[str, str, Any, str]] = [
         (training, "--tau", int, "Local steps between two syncs."),
+        (training, "--post-local", int, "Synchronous steps first, before the algorithm begins."),
+        (training, "--hide-communication/--no-hide-communication", None,
+         "Let tau be the smallest that hides communication, as measured."),
         (training, "--optimizer", click.Choice(optimizers.INNER), "Local optimizer."),
         (training, "--lr", float, "Learning rate of the local optimizer."),
         (training, "--momentum", float, "Momentum of the local SGD."),

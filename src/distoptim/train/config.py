@@ -25,6 +25,8 @@ class RunConfig:
     Args:
         algorithm: a name of `distoptim.ALGORITHMS`, or "ddp": DistributedDataParallel.
         tau: local steps in a round, >= 1; "ddp" has no rounds.
+        post_local: local steps of a synchronous phase before the algorithm begins, >= 0.
+        hide_communication: let tau be the smallest that hides communication, as measured; `tau` does not count.
         options: of the algorithm, by keyword, where its defaults are not wanted.
         optimizer: the (inner) one, "sgd" or "adamw".
         lr, weight_decay: of it.
@@ -58,6 +60,8 @@ class RunConfig:
 
     algorithm: str = "overlap-local-sgd"
     tau: int = 4
+    post_local: int = 0
+    hide_communication: bool = False
     options: Mapping[str, int | float | bool | str] = field(default_factory=dict)
     optimizer: str = "sgd"
     lr: float = 0.05
@@ -104,6 +108,8 @@ class RunConfig:
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(table)}")
         self._check_data()
+        checks.integer("post_local", self.post_local, 0)
+        checks.flag("hide_communication", self.hide_communication)
         if self.clip_norm is not None:
             checks.number("clip_norm", self.clip_norm, 0, math.inf, open_low=True, open_high=True)
         checks.number("slowdown_ms", self.slowdown_ms, 0, 1e9, open_low=self.slowdown != "none")

@@ -13,6 +13,7 @@ from distoptim import checks
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm import Communicator
 from distoptim.options import inner_optimizer
+from distoptim.periods import HideCommunication, Period, PostLocal
 
 if TYPE_CHECKING:
     from distoptim.train.config import RunConfig
@@ -64,8 +65,13 @@ def build(config: RunConfig, params: Iterable[Tensor], *,
         checks.integer("approximation_rank", config.options.get("approximation_rank", 1), 1)
     if config.algorithm in (SYNCHRONOUS, POWERSGD):
         return inner
-    return ALGORITHMS[config.algorithm](inner, tau=config.tau, communicator=communicator, timeout_s=config.timeout_s,
+    return ALGORITHMS[config.algorithm](inner, tau=_tau(config), communicator=communicator, timeout_s=config.timeout_s,
                                         **config.options)
+
+
+def _tau(config: RunConfig) -> int | Period:
+    tau = HideCommunication() if config.hide_communication else config.tau
+    return PostLocal(start=config.post_local, tau=tau) if config.post_local else tau
 
 
 def _inner(config: RunConfig, params: list[Tensor]) -> torch.optim.Optimizer:
