@@ -67,6 +67,8 @@ SHELL = {
     "distoptim reproduce small --data-dir /path/to/fashion-mnist":
         f"{PYTHON} -c 'from pathlib import Path; from distoptim.reproduce import spec; spec.read(Path(\"small\"))' && "
         f"{PYTHON} -m distoptim.cli simulate --methods ddp,easgd --taus 2 --folder runs/small {SMALL}",
+    "distoptim partition --data digits --partition label-skew --workers 16":
+        f"{PYTHON} -m distoptim.cli partition --data digits --partition label-skew --workers 16",
     "distoptim report runs/small": f"{PYTHON} -m distoptim.cli report runs/small",
     "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim.cli plan --probe probe.json",
 }

@@ -142,3 +142,22 @@ def test_batches_go_on_from_their_state(batch_size, stop):
         next(first)
     second.load_state_dict(first.state_dict())
     assert [next(second)[1].tolist() for _ in range(6)] == expected[stop:]
+
+
+def test_emnist_is_turned_upright_and_counts_from_zero(tmp_path):
+    pixels = bytes(range(12))
+    for part in ("train", "test"):
+        (tmp_path / f"emnist-letters-{part}-images-idx3-ubyte").write_bytes(
+            bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 2, 3) + pixels)
+        with gzip.open(tmp_path / f"emnist-letters-{part}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(bytes([0, 0, 8, 1]) + struct.pack(">I", 2) + bytes([1, 26]))
+    loaded = data.load("emnist-letters", tmp_path)
+    assert loaded.train_images.shape == (2, 1, 3, 2)
+    flat = loaded.train_images[0, 0]
+    assert flat.t().flatten().argsort().tolist() == list(range(6))
+    assert loaded.train_labels.tolist() == [0, 25]
+    assert loaded.classes == 26
+    with pytest.raises(ValueError, match="missing emnist-balanced-train-images"):
+        data.load("emnist-balanced", tmp_path)
+    with pytest.raises(ValueError, match=r"nist\.gov"):
+        data.load("emnist-balanced")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import distoptim
+from distoptim.commands.partition import partition
 from distoptim.commands.report import report
 from distoptim.commands.reproduce import reproduce
 from distoptim.commands.sim import plan, probe, simulate
@@ -20,5 +21,5 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (compare, train, simulate, reproduce, report, plan, probe):
+for command in (compare, train, simulate, reproduce, report, partition, plan, probe):
     cli.add_command(command)

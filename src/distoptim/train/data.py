@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,17 @@ def _idx_folder(data_dir: Path | None, *, name: str) -> Dataset:
     return _standardised(*idx.read_folder(data_dir))
 
 
+def _emnist(data_dir: Path | None, *, split: str) -> Dataset:
+    """A split of EMNIST, turned upright: its files hold images transposed. "letters" counts from 1; we from 0."""
+    names = [f"emnist-{split}-{part.replace('t10k', 'test')}" for part in idx.FILES]
+    if data_dir is None:
+        raise ValueError(f"data='emnist-{split}' needs --data-dir, the folder with {', '.join(names)} (or each with "
+                         ".gz); from https://www.nist.gov/itl/products-and-services/emnist-dataset")
+    train, train_labels, test, test_labels = idx.read_folder(data_dir, names)
+    first = int(train_labels.min())
+    return _standardised(train.mT.contiguous(), train_labels - first, test.mT.contiguous(), test_labels - first)
+
+
 def _synthetic(data_dir: Path | None) -> Dataset:
     """Ten random 8x8 patterns in noise: 2000 to train on, 500 for the test."""
     g = torch.Generator().manual_seed(0)
@@ -106,6 +118,8 @@ DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
     "cifar10": lambda folder: _standardised(*cifar.read_folder(folder, name="cifar10")),
     "cifar100": lambda folder: _standardised(*cifar.read_folder(folder, name="cifar100")),
     "digits": _digits,
+    **{f"emnist-{split}": partial(_emnist, split=split) for split in ("balanced", "letters", "digits", "byclass",
+                                                                      "bymerge", "mnist")},
     "fashion-mnist": lambda folder: _idx_folder(folder, name="fashion-mnist"),
     "mnist": lambda folder: _idx_folder(folder, name="mnist"),
     "synthetic": _synthetic,

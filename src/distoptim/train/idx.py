@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,17 +15,18 @@ FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 _UNSIGNED_BYTE = 8
 
 
-def read_folder(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def read_folder(folder: Path, names: Sequence[str] = FILES) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images, training labels, test images, test labels; images [n, 1, h, w] in [0, 1], labels [n].
 
     Args:
-        folder: holds the four `FILES`, each as it is or with ".gz".
+        folder: holds the four files, each as it is or with ".gz".
+        names: theirs; images and labels of the training set, then of the test set.
 
     Raises:
         ValueError: a file is missing or damaged, or images and labels differ in number.
     """
-    paths = [_find(folder, name) for name in FILES]
-    missing = [name for name, path in zip(FILES, paths, strict=True) if path is None]
+    paths = [_find(folder, name) for name in names]
+    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
     if missing:
         raise ValueError(f"{folder}: missing {', '.join(missing)} (each may end in .gz)")
     arrays = [read(path) for path in paths if path is not None]
