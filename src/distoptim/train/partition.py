@@ -37,11 +37,12 @@ def label_skew(labels: Tensor, workers: int, generator: torch.Generator, *, shar
     owners = main_classes(workers, int(labels.max()) + 1)
     sizes = [len(range(rank, len(labels), workers)) for rank in range(workers)]
     mine: list[Tensor] = []
+    taken = dict.fromkeys(owners, 0)
     for rank, label in enumerate(owners):
         members = order[labels[order] == label]
-        before, all_of_it = owners[:rank].count(label), owners.count(label)
-        want = min(round(share * sizes[rank]), len(members) // all_of_it)
-        mine.append(members[before * want: (before + 1) * want])
+        want = min(round(share * sizes[rank]), len(members) // owners.count(label))
+        mine.append(members[taken[label]: taken[label] + want])
+        taken[label] += want
     left = torch.ones(len(labels), dtype=torch.bool)
     left[torch.cat(mine)] = False
     rest = torch.split(order[left[order]], [size - len(main) for size, main in zip(sizes, mine, strict=True)])
