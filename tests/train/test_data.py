@@ -98,7 +98,12 @@ def test_label_skew_is_that_of_the_paper():
     assert partition.main_classes(16, 10) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 3, 5, 7, 9, 2]
     for shard, main in zip(shards, partition.main_classes(16, 10), strict=True):
         # 2000 of the main class, and some more of it among the 1125 drawn from the rest.
-        assert 2000 <= int((labels[shard] == main).sum()) < 2400
+        count = torch.bincount(labels[shard], minlength=10)
+        assert 2000 <= count[main] < 2400
+        # 18,000 are left: 3000 of each class with one owner, 1000 of the others.
+        expected = [1125 * (1000 if label in (1, 2, 3, 5, 7, 9) else 3000) / 18_000 for label in range(10)]
+        for label in range(10):
+            assert abs(count[label] - 2000 * (label == main) - expected[label]) < 5.5 * expected[label] ** 0.5
 
 
 def test_dirichlet_goes_from_skewed_to_even():

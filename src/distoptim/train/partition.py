@@ -45,7 +45,10 @@ def label_skew(labels: Tensor, workers: int, generator: torch.Generator, *, shar
         taken[label] += want
     left = torch.ones(len(labels), dtype=torch.bool)
     left[torch.cat(mine)] = False
-    rest = torch.split(order[left[order]], [size - len(main) for size, main in zip(sizes, mine, strict=True)])
+    # Shuffled anew: what is left of a class that has owners lies at the end of the first order.
+    others = order[left[order]]
+    others = others[torch.randperm(len(others), generator=generator)]
+    rest = torch.split(others, [size - len(main) for size, main in zip(sizes, mine, strict=True)])
     return [torch.cat(pair) for pair in zip(mine, rest, strict=True)]
 
 
