@@ -66,8 +66,10 @@ MISMATCHES = {
     "shape": (lambda p, odd: LocalSGD(parameters(0, (2, 3), (4 if odd else 3,)), tau=4),
               "fragment 0: rank 0 has part (0, 1): float32[2, 3] float32[3], "
               "rank 2 has part (0, 1): float32[2, 3] float32[4]"),
-    "order": (lambda p, odd: LocalSGD(p[::-1] if odd else p, tau=4), "fragment 0: rank 0 has part (0, 1): float32[2, 3] "),
-    "number": (lambda p, odd: LocalSGD(p[:1] if odd else p, tau=4), "fragment 0: rank 0 has part (0, 1): float32[2, 3] "),
+    "order": (lambda p, odd: LocalSGD(p[::-1] if odd else p, tau=4),
+              "fragment 0: rank 0 has part (0, 1): float32[2, 3] "),
+    "number": (lambda p, odd: LocalSGD(p[:1] if odd else p, tau=4),
+              "fragment 0: rank 0 has part (0, 1): float32[2, 3] "),
     "frozen": (lambda p, odd: LocalSGD([p[0].requires_grad_(not odd), p[1]], tau=4), "fragment 0: "),
     "dtype": (lambda p, odd: LocalSGD([x.to(torch.float64 if odd else x.dtype).detach().requires_grad_() for x in p],
                                       tau=4), "fragment 0: "),

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from distoptim.train import records
 from distoptim.train.compare import METHODS
+from distoptim.train.config import RunConfig
 from distoptim.train.optimizers import POWERSGD, SYNCHRONOUS
 from distoptim.train.records import Line, Record
 
@@ -180,8 +181,9 @@ def _read(place: Path) -> Run | None:
 
 
 def setting(run: Run) -> dict[str, str]:
-    """All that a result depends on but the seed, as text."""
-    config = {name: value for name, value in run.record.config.items() if name not in ("seed", "options")}
+    """All that a result depends on but the seed, as text; a field that an older record lacks had its default."""
+    config = {**RunConfig().to_dict(), **run.record.config}
+    config = {name: value for name, value in config.items() if name not in ("seed", "options")}
     parts = (config, run.record.config.get("options") or {}, run.record.start.get("machines") or {})
     return {name: f"{value:g}" if isinstance(value, float) else str(value)
             for part in parts for name, value in part.items()}
