@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import distoptim
+from distoptim.reproduce import spec
 from tests import problem
 from tests.cluster import Cluster
 from tests.test_islands import fsdp
@@ -91,8 +92,16 @@ def after_and_before():
 def test_every_block_has_a_language_that_is_run():
     for page in PAGES:
         fences = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)
-        assert set(fences) <= {"", "python", "bash", "diff"}, page
+        assert set(fences) <= {"", "python", "bash", "diff", "toml"}, page
         assert fences.count("") * 2 == len(fences), page
+
+
+def test_grids_of_the_docs_are_whole(tmp_path):
+    grids = [block for page in PAGES for block in blocks(page, "toml")]
+    assert len(grids) == 1
+    (tmp_path / "grid.toml").write_text(grids[0])
+    grid = spec.read(tmp_path / "grid.toml")
+    assert len(grid.cases()) == len(grid.trials()) == 2 * 2 * (1 + 2)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

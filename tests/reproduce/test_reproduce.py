@@ -154,10 +154,3 @@ def test_shipped_grids_are_whole(name):
     assert {case.config.workers for case in grid.cases()} == {16}
     if name != "small":
         assert {case.config.tau for case in grid.cases()} == {1, 2, 8, 24}
-
-
-def test_the_grid_of_the_docs_is_whole(tmp_path):
-    text = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text()
-    grid = spec.read(written(tmp_path, text.split("```toml\n")[1].split("```")[0]))
-    assert len(grid.cases()) == 2 * 2 * (1 + 2)
-    assert len(grid.trials()) == 2 * 2 * (1 + 2)
