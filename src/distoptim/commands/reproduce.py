@@ -13,7 +13,7 @@ from distoptim.train import data, records
 
 
 @click.command
-@click.argument("file", metavar="FILE.toml|small|paper|gpu", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE.toml|small|stragglers|paper|gpu", type=click.Path(path_type=Path))
 @click.option("--data-dir", type=click.Path(), metavar="FOLDER", help="Where the files of the data set are.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where records go.  [default: runs/NAME]")
 @click.option("--processes", type=int, help="Runs at the same time.  [default: one per core]")
@@ -29,8 +29,8 @@ def reproduce(*, file: Path, data_dir: str | None, folder: Path | None, processe
     columns = (TextColumn("{task.description:<14}"), *Progress.get_default_columns()[1:2], MofNCompleteColumn(),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True))
     with Progress(*columns, console=console, speed_estimate_period=3600) as bar:
-        tasks = {name: bar.add_task(name, total=len(cases))
-                 for name, cases in (("learning rates", grid.trials()), ("runs", grid.cases())) if cases}
+        totals = {"learning rates": len(grid.trials()), "runs": len(grid.cases()) * len(grid.machines)}
+        tasks = {name: bar.add_task(name, total=total) for name, total in totals.items() if total}
         folders = run.reproduce(grid, folder, processes=processes, done=lambda name, finished, total: bar.update(
             tasks[name], completed=finished, total=total) if name in tasks else None)
     for path in folders:

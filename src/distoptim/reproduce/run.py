@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distoptim.reproduce.spec import Case, Spec
 from distoptim.sim import grid
+from distoptim.sim.machines import Machines
 from distoptim.train import records
 
 TRIALS, FINAL = "trials", "final"
@@ -25,9 +26,9 @@ def reproduce(spec: Spec, folder: Path, *, processes: int | None = None,
         done: told (stage, finished, total) at the start of a stage and after every run.
     """
     trials = spec.trials()
-    tried = _run(spec, trials, folder / TRIALS, processes, lambda *at: done("learning rates", *at))
+    tried = _run(trials, spec.machines[:1], folder / TRIALS, processes, lambda *at: done("learning rates", *at))
     rates = choose(trials, tried)
-    return _run(spec, spec.cases(rates), folder / FINAL, processes, lambda *at: done("runs", *at))
+    return _run(spec.cases(rates), spec.machines, folder / FINAL, processes, lambda *at: done("runs", *at))
 
 
 def choose(trials: Sequence[Case], folders: Sequence[Path]) -> dict[Setting, float]:
@@ -49,7 +50,16 @@ def _validation(folder: Path) -> float:
     return float(summary["validation_accuracy"])
 
 
-def _run(spec: Spec, cases: Sequence[Case], folder: Path, processes: int | None,
+def _run(cases: Sequence[Case], machines: Sequence[Machines], folder: Path, processes: int | None,
          done: Callable[[int, int], object]) -> list[Path]:
-    return grid.run_all([case.config for case in cases], spec.machines, folder, processes=processes, done=done,
-                        labels=[case.label for case in cases])
+    """All cases on all machines, one kind of them after the other."""
+    folders: list[Path] = []
+    for kind in machines:
+        before, total = len(folders), len(cases) * len(machines)
+
+        def told(finished: int, _: int, before: int = before, total: int = total) -> None:
+            done(before + finished, total)
+
+        folders += grid.run_all([case.config for case in cases], kind, folder, processes=processes, done=told,
+                                labels=[case.label for case in cases])
+    return folders

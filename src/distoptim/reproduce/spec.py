@@ -47,13 +47,13 @@ class Spec:
     """A grid.
 
     Args:
-        title: of the report.
+        title: what it is, for who reads the file.
         run: fields of `RunConfig` that all runs share.
         methods: label -> fields of `RunConfig` that make the method: algorithm, options, perhaps its own grid of tau.
         grid: field of `RunConfig` -> its values; every combination is run.
         tune: "lr", the learning rates that every method is tried with for each tau and partition, and other fields of
             `RunConfig` for these shorter runs; the best validation accuracy decides. Empty: no tuning.
-        machines: the virtual machines.
+        machines: the virtual machines; the grid is run on each of them, learning rates are chosen on the first.
 
     Raises:
         ValueError: in one line, naming a wrong key or value.
@@ -64,7 +64,7 @@ class Spec:
     methods: Mapping[str, Mapping[str, Any]]
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     tune: Mapping[str, Any] = field(default_factory=dict)
-    machines: Machines = field(default_factory=Machines)
+    machines: Sequence[Machines] = (Machines(),)
 
     def __post_init__(self) -> None:
         """Make all runs once, so that a wrong value shows before the first hour."""
@@ -112,7 +112,7 @@ class Spec:
 
 
 def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Spec:
-    """The grid in a file, or of a name that is shipped ("small", "paper", "gpu").
+    """The grid in a file, or of a name that is shipped ("small", "paper", "gpu", "stragglers").
 
     Args:
         path: of the file.
@@ -133,8 +133,17 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Spec:
         if key not in _TABLES:
             raise ValueError(f"{path}: no key {key!r} is known there; allowed are {', '.join(sorted(_TABLES))}")
     try:
-        machines = Machines(**content.pop("machines", {}))
+        machines = _machines(content.pop("machines", {}))
         return Spec(title=content.pop("title", path.stem), machines=machines,
                     run={**content.pop("run", {}), **(overrides or {})}, methods=content.pop("methods", {}), **content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _machines(table: Mapping[str, Any]) -> list[Machines]:
+    """One per combination of the values that are lists."""
+    values = [value if isinstance(value, list) else [value] for value in table.values()]
+    for name, value in table.items():
+        if value == []:
+            raise ValueError(f"[machines] {name}=[]: expected a value, or a list of values, not empty")
+    return [Machines(**dict(zip(table, combination, strict=True))) for combination in itertools.product(*values)]
