@@ -1,3 +1,5 @@
+import hashlib
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -53,7 +55,7 @@ def test_each_colour_is_standardised(folder):
 
 def test_missing_files_come_with_the_address(folder):
     (folder / "data_batch_3.bin").unlink()
-    with pytest.raises(ValueError, match=r"missing data_batch_3.bin \(binary version of https://www.cs.toronto.edu"):
+    with pytest.raises(ValueError, match=r"missing data_batch_3.bin of.*https://www.cs.toronto.edu.*cifar-10-binary.tar.gz"):
         data.load("cifar10", folder)
     with pytest.raises(ValueError, match=r"cifar100.*--data-dir.*train.bin, test.bin.*https://www.cs.toronto.edu"):
         data.load("cifar100")
@@ -66,3 +68,18 @@ def test_damaged_files_are_named(folder):
     (folder / "test_batch.bin").write_bytes(record(10, colour=(0, 0, 0)))
     with pytest.raises(ValueError, match=r"test_batch\.bin: label 10, allowed is 0 to 9"):
         data.load("cifar10", folder)
+
+
+def test_the_archive_is_read_as_it_is_if_its_checksum_is_right(folder, monkeypatch):
+    expected = cifar.read_folder(folder, name="cifar10")
+    archive = folder / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for path in sorted(folder.glob("*_batch*.bin")):
+            tar.add(path, f"cifar-10-batches-bin/{path.name}")
+            path.unlink()
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match=rf"cifar-10-binary\.tar\.gz: .*{md5}, expected c32a1d4ab5d0"):
+        data.load("cifar10", folder)
+    monkeypatch.setitem(cifar.LAYOUTS, "cifar10", replace(cifar.LAYOUTS["cifar10"], md5=md5))
+    assert all(torch.equal(a, b) for a, b in zip(cifar.read_folder(folder, name="cifar10"), expected, strict=True))
+    assert not list(folder.glob("data_batch*"))

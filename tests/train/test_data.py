@@ -1,5 +1,7 @@
 import gzip
+import hashlib
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,11 +45,27 @@ def test_idx_folder_is_standardised(folder):
 
 def test_missing_files_are_named(folder):
     (folder / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(ValueError, match=r"missing t10k-labels-idx1-ubyte \(each may end in .gz\)") as error:
+    with pytest.raises(ValueError, match=r"missing t10k-labels-idx1-ubyte of.*yann\.lecun\.com.*in .gz") as error:
         data.load("mnist", folder)
     assert str(folder) in str(error.value)
-    with pytest.raises(ValueError, match=r"mnist.*needs --data-dir.*train-images-idx3-ubyte"):
-        data.load("mnist")
+    with pytest.raises(ValueError, match=r"mnist.*needs --data-dir.*train-images-idx3-ubyte.*github\.com/zalando"):
+        data.load("fashion-mnist")
+
+
+def test_a_file_of_the_published_size_must_have_the_published_checksum(folder, monkeypatch):
+    content = gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())
+    right = hashlib.md5(content).hexdigest()
+    for md5 in (right, "0" * 32):
+        monkeypatch.setitem(idx.LAYOUTS, "mnist", replace(idx.LAYOUTS["mnist"], published={len(content): md5}))
+        if md5 == right:
+            data.load("mnist", folder)
+            continue
+        with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte\.gz: .*{right}, expected 0{{32}}"):
+            data.load("mnist", folder)
+    # All sizes are those of 60,000 and 10,000 images of 28 x 28, and of their labels.
+    for name in ("mnist", "fashion-mnist"):
+        monkeypatch.undo()
+        assert list(idx.LAYOUTS[name].published) == [60_000 * 784 + 16, 60_000 + 8, 10_000 * 784 + 16, 10_000 + 8]
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -62,14 +80,17 @@ def test_damaged_idx_file_is_named(tmp_path, content, message):
 
 def test_damaged_gzip_is_named(tmp_path):
     (tmp_path / "x.gz").write_bytes(gzip.compress(b"abc")[:-6])
-    with pytest.raises(ValueError, match=r"x\.gz"):
-        idx.read(tmp_path / "x.gz")
+    whole = bytearray(gzip.compress(bytes(range(256)) * 9))
+    (tmp_path / "y.gz").write_bytes(whole[:20] + bytes([whole[20] ^ 255]) + whole[21:])
+    for name in ("x", "y"):
+        with pytest.raises(ValueError, match=rf"{name}\.gz"):
+            idx.read(tmp_path / f"{name}.gz")
 
 
 def test_images_and_labels_must_belong_together(folder):
     write_idx(folder / "t10k-labels-idx1-ubyte", torch.arange(2, dtype=torch.uint8))
     with pytest.raises(ValueError, match="do not belong together"):
-        idx.read_folder(folder)
+        idx.read_folder(folder, name="mnist")
 
 
 def test_digits_are_split_the_same_way_every_time():

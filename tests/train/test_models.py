@@ -17,3 +17,19 @@ def test_parameter_counts_are_the_published_ones(name, classes, parameters):
 def test_vgg16_refuses_images_it_would_halve_away():
     with pytest.raises(ValueError, match=r"vgg16.*28x28 is under 32x32"):
         models.build("vgg16", torch.Size([1, 28, 28]), 10)
+
+
+@pytest.mark.parametrize(("name", "shape", "classes", "parameters"), [
+    ("mlp", (1, 8, 8), 10, 4_810), ("cnn", (1, 8, 8), 10, 129_178), ("cnn-small", (1, 28, 28), 10, 89_914),
+    ("gpt", (128,), 256, 836_736), ("gpt-small", (128,), 256, 123_200)])
+def test_parameter_counts_of_our_own_models(name, shape, classes, parameters):
+    with torch.device("meta"):
+        model = models.build(name, torch.Size(shape), classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_every_model_has_its_count_here():
+    counted = {mark.args[1][i][0] for test in (test_parameter_counts_are_the_published_ones,
+                                               test_parameter_counts_of_our_own_models)
+               for mark in test.pytestmark for i in range(len(mark.args[1]))}
+    assert counted == set(models.MODELS)

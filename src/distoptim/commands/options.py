@@ -88,8 +88,9 @@ def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Cal
         (training, "--steps", int, "Steps of each worker, instead of --epochs."),
         (training, "--seed", int, "Of the model, the partition and the batches."),
         (training, "--dtype", click.Choice(list(DTYPES)), "Of the computation."),
-        (problem, "--data", str, f"One of {', '.join(data.DATASETS)}; or a file, or folder of *.txt files, of text."),
-        (problem, "--data-dir", click.Path(), "Folder with the files of mnist, fashion-mnist, cifar10 or cifar100."),
+        (problem, "--data", str, f"One of {', '.join(data.DATASETS)}; image-folder:SIZE; or a file, or folder of *.txt "
+         "files, of text."),
+        (problem, "--data-dir", click.Path(), "Folder with the files of the data set."),
         (problem, "--partition", str, "Who gets which samples: iid, label-skew[:SHARE], dirichlet[:CONCENTRATION]."),
         (problem, "--validation", float, "Share of the training set to hold out and evaluate beside the test set."),
         (problem, "--augment/--no-augment", None, "Move and mirror the training images at random."),

@@ -15,8 +15,8 @@ from distoptim.train import partition as partitions
 
 
 @click.command
-@click.option("--data", type=click.Choice(list(datasets.DATASETS)), default="digits", show_default=True,
-              help="Data set.")
+@click.option("--data", default="digits", show_default=True,
+              help=f"One of {', '.join(datasets.DATASETS)}; image-folder:SIZE.")
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="FOLDER", help="Where its files are.")
 @click.option("--partition", "name", default="label-skew", show_default=True,
               help="iid, label-skew[:SHARE] or dirichlet[:CONCENTRATION].")
@@ -27,7 +27,7 @@ from distoptim.train import partition as partitions
 def partition(*, data: str, data_dir: Path | None, name: str, workers: int, seed: int, out: Path) -> None:
     """Show how many samples of each class every worker gets, as a table and as a picture."""
     checks.integer("workers", workers, 1)
-    loaded = datasets.load(data, data_dir)
+    loaded = datasets.parse(data)(data_dir)
     shards = partitions.partition(name, loaded.train_labels, workers=workers, seed=seed)
     counted = histogram.counts(loaded.train_labels, shards, loaded.classes)
     table = Table("worker", *map(str, range(loaded.classes)), "all", box=None)

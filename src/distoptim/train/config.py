@@ -132,10 +132,11 @@ class RunConfig:
     def _check_data(self) -> None:
         """Text and models of text belong together."""
         if self.model not in models.TEXT_MODELS:
-            if self.data not in data.DATASETS:
-                raise ValueError(f"data={self.data!r}: allowed is one of {', '.join(data.DATASETS)}; text goes with "
-                                 f"model={' or '.join(models.TEXT_MODELS)}, not {self.model!r}")
-        elif self.data in data.DATASETS:
+            if not data.is_images(self.data):
+                raise ValueError(f"data={self.data!r}: allowed is one of {', '.join(data.DATASETS)}, image-folder:SIZE"
+                                 f"; text goes with model={' or '.join(models.TEXT_MODELS)}, not {self.model!r}")
+            data.parse(self.data)
+        elif data.is_images(self.data):
             raise ValueError(f"data={self.data!r} with model={self.model!r}: allowed is a file or folder of text")
         elif self.partition != "iid":
             raise ValueError(f"partition={self.partition!r}: text has no classes, allowed is iid")

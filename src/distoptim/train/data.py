@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distoptim.train import augment as augmentation
-from distoptim.train import cifar, gpt, idx, text
+from distoptim.train import cifar, gpt, idx, image_folder, text
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ def load(name: str, data_dir: Path | None = None, *, validation: float = 0.0) ->
     """A data set of `DATASETS`.
 
     Args:
-        name: its name, or a file or folder of text.
+        name: see `parse`; or a file or folder of text.
         data_dir: folder of its files, for those that have files.
         validation: share of the training set to hold out, in [0, 1).
 
     Raises:
         ValueError: there is no such data set, or a file of it is missing or damaged.
     """
-    loaded = DATASETS[name](data_dir) if name in DATASETS else _text(name)
+    loaded = _text(Path(name)) if Path(name).exists() and not is_images(name) else parse(name)(data_dir)
     return hold_out(loaded, validation) if validation else loaded
 
 
@@ -72,24 +72,6 @@ def _digits(data_dir: Path | None) -> Dataset:
     return _standardised(images[train], labels[train], images[test], labels[test])
 
 
-def _idx_folder(data_dir: Path | None, *, name: str) -> Dataset:
-    """A folder in MNIST's format."""
-    if data_dir is None:
-        raise ValueError(f"data={name!r} needs --data-dir, the folder with {', '.join(idx.FILES)} (or each with .gz)")
-    return _standardised(*idx.read_folder(data_dir))
-
-
-def _emnist(data_dir: Path | None, *, split: str) -> Dataset:
-    """A split of EMNIST, turned upright: its files hold images transposed. "letters" counts from 1; we from 0."""
-    names = [f"emnist-{split}-{part.replace('t10k', 'test')}" for part in idx.FILES]
-    if data_dir is None:
-        raise ValueError(f"data='emnist-{split}' needs --data-dir, the folder with {', '.join(names)} (or each with "
-                         ".gz); from https://www.nist.gov/itl/products-and-services/emnist-dataset")
-    train, train_labels, test, test_labels = idx.read_folder(data_dir, names)
-    first = int(train_labels.min())
-    return _standardised(train.mT.contiguous(), train_labels - first, test.mT.contiguous(), test_labels - first)
-
-
 def _synthetic(data_dir: Path | None) -> Dataset:
     """Ten random 8x8 patterns in noise: 2000 to train on, 500 for the test."""
     g = torch.Generator().manual_seed(0)
@@ -99,10 +81,13 @@ def _synthetic(data_dir: Path | None) -> Dataset:
     return _standardised(images[:2000], labels[:2000], images[2000:], labels[2000:])
 
 
-def _text(path: str) -> Dataset:
-    if not Path(path).exists():
-        raise ValueError(f"data={path!r}: allowed is one of {', '.join(DATASETS)}, or a file or folder of text")
-    return Dataset(*text.load(Path(path)), classes=gpt.BYTES)
+def _text(path: Path) -> Dataset:
+    return Dataset(*text.load(path), classes=gpt.BYTES)
+
+
+def is_images(name: str) -> bool:
+    """Whether a name is that of a data set of images, and not of a file or folder of text."""
+    return name in DATASETS or name.startswith("image-folder:")
 
 
 def _standardised(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Dataset:
@@ -114,16 +99,33 @@ def _standardised(train_images: Tensor, train_labels: Tensor, test_images: Tenso
     return Dataset((train_images - mean) / std, train_labels, (test_images - mean) / std, test_labels, classes)
 
 
+def _of_files(data_dir: Path | None, *, name: str) -> Dataset:
+    return _standardised(*(idx if name in idx.LAYOUTS else cifar).read_folder(data_dir, name=name))
+
+
+def _image_folder(data_dir: Path | None, *, size: int = image_folder.SIZE) -> Dataset:
+    return _standardised(*image_folder.read_folder(data_dir, size=size))
+
+
+def parse(name: str) -> Callable[[Path | None], Dataset]:
+    """What loads the images of a name, given their folder: one of `DATASETS`, or "image-folder:SIZE".
+
+    Raises:
+        ValueError: there is no such data set.
+    """
+    kind, colon, size = name.partition(":")
+    if kind == "image-folder" and colon:
+        return partial(_image_folder, size=image_folder.parse_size(size))
+    if name not in DATASETS:
+        raise ValueError(f"data={name!r}: allowed is one of {', '.join(DATASETS)}, image-folder:SIZE, "
+                         "or a file or folder of text")
+    return DATASETS[name]
+
+
 DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
-    "cifar10": lambda folder: _standardised(*cifar.read_folder(folder, name="cifar10")),
-    "cifar100": lambda folder: _standardised(*cifar.read_folder(folder, name="cifar100")),
-    "digits": _digits,
-    **{f"emnist-{split}": partial(_emnist, split=split) for split in ("balanced", "letters", "digits", "byclass",
-                                                                      "bymerge", "mnist")},
-    "fashion-mnist": lambda folder: _idx_folder(folder, name="fashion-mnist"),
-    "mnist": lambda folder: _idx_folder(folder, name="mnist"),
-    "synthetic": _synthetic,
-}
+    **{name: partial(_of_files, name=name) for name in cifar.LAYOUTS}, "digits": _digits,
+    **{name: partial(_of_files, name=name) for name in idx.LAYOUTS}, "image-folder": _image_folder,
+    "synthetic": _synthetic}
 
 
 class Batches:
