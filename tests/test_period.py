@@ -180,6 +180,18 @@ def test_adacomm_with_the_ratio_of_learning_rates():
     assert taus == [2] * 5 + [1] * 2 + [4] * 4 + [2]
 
 
+def test_adacomm_takes_the_end_of_a_warm_up_for_the_first_learning_rate():
+    """lr rises from 0 to 1 and falls to a quarter: tau stays while it rises, then it is ceil(4 sqrt(4))."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = LocalSGD([p], tau=AdaComm(4, interval=4, follow_lr=True), lr=0.0, communicator=SingleWorker())
+    taus = []
+    for step in range(28):
+        optimizer.param_groups[0]["lr"] = step // 4 / 4 if step < 20 else 1 / 4
+        optimizer.average(loss=3.0)
+        taus.append(optimizer.stats()["tau"])
+    assert taus == [4] * 27 + [8]
+
+
 def test_adacomm_wants_the_loss():
     with pytest.raises(ValueError, match="average\\(loss=loss\\)"):
         with_loss(lambda step: None, AdaComm(2), 3)

@@ -63,7 +63,8 @@ class AdaComm(Period):
         interval: local steps between two decisions, >= 1; the paper has 60 seconds, on which workers cannot agree.
         gamma: factor where the loss is stuck, in (0, 1); default 0.5, the paper's.
         follow_lr: tau = ceil(tau0 sqrt(lr0 / lr loss / loss0)) instead, so that a learning rate that decays makes
-            rounds longer; gamma then waits for intervals with an unchanged lr.
+            rounds longer. lr0 is the largest so far, not the first, which a warm-up would make too small; gamma then
+            waits for intervals with an unchanged lr. Both are our choice; without warm-up lr0 is the paper's.
         largest: bound of tau, >= tau0.
 
     Raises:
@@ -111,9 +112,9 @@ class AdaComm(Period):
             return tau, "within an interval"
         loss = memory["sum"] / memory["rounds"]
         same_lr = memory["lr"] == lr
-        memory.update(sum=0.0, rounds=0, since=step, lr=lr)
+        memory.update(sum=0.0, rounds=0, since=step, lr=lr, lr0=max(memory["lr0"], lr))
         ratio = max(loss, 0.0) / memory["loss0"] if memory["loss0"] > 0 else 1.0
-        if self.follow_lr:
+        if self.follow_lr and memory["lr0"] > 0:
             ratio = ratio * memory["lr0"] / lr if lr > 0 else math.inf
         new = max(1, math.ceil(min(self.largest, self.tau0 * math.sqrt(ratio))))
         if new >= tau and (same_lr or not self.follow_lr):

@@ -23,7 +23,8 @@ class BMUF(AveragingOptimizer):
         tau: local steps in a block, >= 1, or a period object.
         block_momentum: eta, in [0, 1); default 1 - 1/m for m workers, so that a block counts as in one-worker training.
         block_lr: zeta, > 0; default 1.
-        nesterov_block: Nesterov block momentum instead of the classic one; default False.
+        nesterov_block: Nesterov block momentum instead of the classic one; default False. Microsoft's CNTK has it on,
+            and forgets the inner momentum at every block, which here is `reset_inner=True`.
         delay: local steps from launch to merge, in [0, tau]; default 0. Above 0 only with `carry`.
         carry: keep the local steps made between launch and merge, x <- z + (x - sent); default False.
         gmf: another name of `block_momentum`, from the original code.

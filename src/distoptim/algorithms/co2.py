@@ -8,7 +8,8 @@ import torch
 from typing_extensions import Unpack
 
 from distoptim import checks
-from distoptim.algorithms.carry import Carried, Late
+from distoptim.algorithms.carry import Carried
+from distoptim.algorithms.late import Late
 from distoptim.algorithms.rule import Mean
 from distoptim.algorithms.rules import Anchored
 from distoptim.fragments import Flat, Fragment
@@ -28,11 +29,7 @@ class Gap(Carried):
 
 @dataclass(frozen=True)
 class Penalised(Late):
-    """The late anchor takes m <- clip(beta m + (z - mean)/gap); z <- z - outer_lr m.
-
-    Args:
-        clip: bound of each element of m, > 0.
-    """
+    """The late anchor takes m <- clip(beta m + (z - mean)/gap); z <- z - outer_lr m, each element of m in +-clip."""
 
     clip: float = 1.0
 
@@ -59,14 +56,14 @@ class CO2(AveragingOptimizer):
 
     m <- clip(outer_momentum m + (z - mean)/gap, -clip, clip); z <- z - outer_lr m; x <- z, after x was sent.
     gap = 1 + |last move of z| / |farthest move of z so far|, in [1, 2]: what is stale because z has moved on counts
-    less. The gap's scale is ours, after Gap-Aware (arXiv 1909.10802), and of moves of z alone, so that all workers have
-    it bit-equal; it need not be the paper's. The authors' code has a constant, and drops the result of its clip.
+    less. That the gap divides the new pseudo-gradient is from the authors' code; the gap is ours, after Gap-Aware
+    (arXiv 1909.10802), and bit-equal on all workers. docs/algorithms.md says what of the paper is not verified.
 
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
         tau: local steps in a round, >= 1, or a period object.
         outer_lr: > 0; default 1, that of the authors' code.
-        outer_momentum: in [0, 1); default 0.2, that of the example with the authors' code.
+        outer_momentum: in [0, 1); default 0.2, that of the authors' example, and of their code for 17 to 32 workers.
         clip: bound of each element of the momentum, in units of the parameters, > 0; default 1, as there.
         delay: local steps from launch to merge, in [0, tau]; default tau, which hides the most.
         gmf: another name of `outer_momentum`, from the original code.
@@ -74,7 +71,7 @@ class CO2(AveragingOptimizer):
     Raises:
         ValueError: a value outside its range.
 
-    Source: Sun et al. 2024 (arXiv 2401.16265), but for the scale of the gap.
+    Source: Sun et al. 2024 (arXiv 2401.16265), but for the gap.
     """
 
     def __init__(self, params: Params, *, tau: Tau, outer_lr: float = 1.0, outer_momentum: float | None = None,

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from typing_extensions import Unpack
 
 from distoptim import checks
-from distoptim.algorithms.rules import Elastic
+from distoptim.algorithms.rule import Mean, State
+from distoptim.algorithms.rules import Anchored, AnchorRule
+from distoptim.fragments import Flat, Fragment
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params, workers
 from distoptim.period import Tau
+
+
+@dataclass(frozen=True)
+class Elastic(AnchorRule):
+    """Worker and anchor pull each other: x <- x - alpha (x - z) at launch, z <- z + alpha sum (x_i - z) at merge.
+
+    Both use the values before either moved, so the delay of the merge does not change x.
+
+    Args:
+        alpha: the elastic strength, in (0, 2/(m+1)).
+    """
+
+    alpha: float
+
+    def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
+        """x <- x - alpha (x - z)."""
+        assert isinstance(state, Anchored)
+        fragment.pull(state.anchor, self.alpha)
+
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """z <- z + alpha workers (mean - z)."""
+        assert isinstance(state, Anchored)
+        state.anchor.tensor.lerp_(mean.flat.tensor[: fragment.numel], self.alpha * mean.workers)
 
 
 class EASGD(AveragingOptimizer):

@@ -1,4 +1,4 @@
-"""The three merge rules behind all algorithms, and the outer step on the anchor.
+"""The two merge rules behind most algorithms, and the outer step on the anchor.
 
 x is a worker's local parameters, z the anchor (one identical copy on every worker), mean the mean over the
 workers of what was sent. A rule says what a worker sends and how the finished mean meets x; it knows neither
@@ -170,26 +170,3 @@ class Pull(AnchorRule):
         outer.step()
         for z in anchors:
             z.grad = None
-
-
-@dataclass(frozen=True)
-class Elastic(AnchorRule):
-    """Worker and anchor pull each other: x <- x - alpha (x - z) at launch, z <- z + alpha sum (x_i - z) at merge.
-
-    Both use the values before either moved, so the delay of the merge does not change x.
-
-    Args:
-        alpha: the elastic strength, in (0, 2/(m+1)).
-    """
-
-    alpha: float
-
-    def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
-        """x <- x - alpha (x - z)."""
-        assert isinstance(state, Anchored)
-        fragment.pull(state.anchor, self.alpha)
-
-    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
-        """z <- z + alpha workers (mean - z)."""
-        assert isinstance(state, Anchored)
-        state.anchor.tensor.lerp_(mean.flat.tensor[: fragment.numel], self.alpha * mean.workers)

@@ -20,7 +20,7 @@ class SlowMo(AveragingOptimizer):
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
         tau: local steps in a round, >= 1, or a period object.
-        slow_momentum: beta, in [0, 1); default 0.7 (the paper uses 0.4 to 0.8).
+        slow_momentum: beta, in [0, 1); default 0.7 (the paper uses 0.4 to 0.8, fairscale 0.5).
         slow_lr: > 0; default 1, the paper's choice.
         delay: local steps from launch to merge, in [0, tau]; default 0. Above 0 only with `carry`.
         carry: keep the local steps made between launch and merge, x <- z + (x - sent); default False.
