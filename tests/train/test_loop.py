@@ -57,7 +57,7 @@ def resumed_equals_uninterrupted(rank, folder, algorithm, stop):
 # With tau = 3: before a launch, with a round in flight, and right at a sync.
 @pytest.mark.parametrize(("algorithm", "stop"), [
     ("overlap-local-sgd", 2), ("overlap-local-sgd", 5), ("overlap-local-sgd", 6), ("cocod-sgd", 5), ("bmuf", 4),
-    ("ddp", 4)])
+    ("ddp", 4), ("powersgd", 5)])
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(tmp_path, algorithm, stop):
     assert run(resumed_equals_uninterrupted, 2, tmp_path, algorithm, stop) == [[], []]
     whole, parts = (records.read(tmp_path / name) for name in ("whole", "parts"))

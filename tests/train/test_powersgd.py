@@ -44,6 +44,40 @@ def test_bytes_are_those_of_the_factors(approximation_rank):
     assert torch.equal(weight, other)
 
 
+def large_model():
+    """Some matrices of one shape and some of others, of 1 MB and more, which DDP would send in several buckets."""
+    torch.manual_seed(0)
+    wide = 512
+    return torch.nn.Sequential(torch.nn.Linear(M, wide), torch.nn.Linear(wide, wide), torch.nn.Linear(wide, wide),
+                               torch.nn.Linear(wide, 2 * wide), torch.nn.Linear(2 * wide, N))
+
+
+def stopped_and_not(rank, stop):
+    """How many of all tensors differ after 6 steps."""
+    def steps(method, first, last):
+        for step in range(first, last):
+            g = torch.Generator().manual_seed(100 * rank + step)
+            method.step(torch.randn(8, M, generator=g), torch.randint(N, (8,), generator=g))
+        return method
+
+    whole = steps(methods.build(large_model(), CONFIG), 0, 6)
+    first = steps(methods.build(large_model(), CONFIG), 0, stop)
+    second = methods.build(large_model(), CONFIG)
+    second._model.load_state_dict(first._model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.load_state_dict(first.state_dict())
+    steps(second, stop, 6)
+    a, b = ([*method._model.parameters(), *method.state_dict()["error_dict"].values(),
+          *method.state_dict()["q_memory_dict"].values()]
+            for method in (whole, second))
+    return sum(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_errors_and_factors_are_kept(stop):
+    assert run(stopped_and_not, 2, stop) == [0, 0]
+
+
 def test_it_is_refused_where_there_is_no_ddp():
     with pytest.raises(ValueError, match="powersgd: torch's hook runs inside of DDP"):
         VirtualRun(CONFIG, Machines())

@@ -180,8 +180,8 @@ class Run:
         place = self._place
         path = checkpoint.save(self.folder, world=self.world, step=place.step, state={
             "model": self.model.state_dict(), "optimizer": self._method.optimizer.state_dict(),
-            "batches": self._batches.state_dict(), "rng": torch.get_rng_state(), "losses": place.losses,
-            "totals": vars(self._totals())})
+            "method": self._method.state_dict(), "batches": self._batches.state_dict(), "rng": torch.get_rng_state(),
+            "losses": place.losses, "totals": vars(self._totals())})
         self._tell("checkpoint", path=str(path.relative_to(self.folder)))
 
     def _load(self) -> None:
@@ -192,4 +192,5 @@ class Run:
         torch.set_rng_state(state["rng"])
         if mine:
             self._batches.load_state_dict(state["batches"])
+            self._method.load_state_dict(state["method"])
             self._place.losses = state["losses"]

@@ -49,6 +49,13 @@ class Method(ABC):
         """What the optimizer measured itself, if it does."""
         return None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this worker needs to go on, besides model and optimizer."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027  # most have nothing
+        """Go on from `state_dict()` of the same worker."""
+
     def close(self) -> None:  # noqa: B027  # not all have something to leave
         """Leave the communication groups of its own."""
 
@@ -103,10 +110,10 @@ class Synchronous(Method):
     averaged for evaluation.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig, **ddp_options: Any) -> None:
         self.optimizer = optimizers.build(config, model.parameters())
         self._model, self._dtype = model, DTYPES[config.dtype]
-        self._ddp = DistributedDataParallel(model, **_NO_BUFFER_SYNC)
+        self._ddp = DistributedDataParallel(model, **_NO_BUFFER_SYNC, **ddp_options)
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._last_gradient = 0.0
         for p in self._params:
