@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -12,8 +13,8 @@ from click.testing import CliRunner
 
 from distoptim.cli import main
 from distoptim.commands import cli
-from distoptim.report import report, runs
-from tests.report.records import grid, lines, put
+from distoptim.report import pictures, report, runs
+from tests.report.records import METHODS, grid, lines, put
 
 
 def row(text, *cells):
@@ -35,34 +36,36 @@ def made(tmp_path_factory):
     (folder / "final" / "on-its-way" / "record.jsonl.draft").write_text("")
     put(folder / "final", "broken", lines()).write_text('{"kind": "start"\n{}\n')
     out = folder / "out"
-    return [path.read_text() for path in report.write(folder, out)], out
+    return [path.read_text() for path in report.write(runs.read(folder), out)], out
 
 
 def test_the_table_tells_mean_deviation_seeds_best_and_diverged(made):
     (text, page), _ = made
     iid, skewed = text.split("**iid**")[1], text.split("**label-skew**")[1]
     # Seeds .91 - .01, + .002, + .004: mean .902, sample deviation .002.
-    assert row(iid, "Local SGD") == ["90.20 ± 0.20 (3)", "87.20 ± 0.20 (3)"]
-    assert row(iid, "Overlap-Local-SGD")[0] == "**92.20 ± 0.20 (3)**"
-    assert row(iid, "sync") == ["89.70 ± 0.20 (3)", "**89.70 ± 0.20 (3)**"]
-    assert row(skewed, "CoCoD-SGD") == ["90.20 ± 0.20 (3)", "diverged (3)"]
+    assert row(iid, "Local SGD") == ["90.20 ± 0.20", "87.20 ± 0.20"]
+    assert row(iid, "Overlap-Local-SGD")[0] == "**92.20 ± 0.20**"
+    assert row(iid, "sync") == ["89.70 ± 0.20", "**89.70 ± 0.20**"]
+    assert row(skewed, "CoCoD-SGD") == ["90.20 ± 0.20", "diverged (3)"]
     assert "<td>diverged (3)</td>" in page
-    assert "<td><strong>92.20 ± 0.20 (3)</strong></td>" in page
+    assert "<td><strong>92.20 ± 0.20</strong></td>" in page
+    assert "mean ± standard deviation over 3 seeds." in text
     workers = text.split("## Test accuracy of single workers")[1]
-    assert row(workers, "Local SGD") == ["80.20 ± 0.20 (3)", "77.20 ± 0.20 (3)"]
+    assert "measured on the first 1000 test samples" in workers
+    assert row(workers, "Local SGD") == ["80.20 ± 0.20", "77.20 ± 0.20"]
 
 
 def test_learning_rates_with_the_best_and_the_one_used(made):
     text = made[0][0].split("## Learning rates tried")[1]
     assert row(text, "method", "tau") == ["lr 0.03", "lr 0.1", "lr 0.3", "used"]
-    assert row(text, "Local SGD", "2") == ["71.00 (1)", "**81.00 (1)**", "76.00 (1)", "0.1"]
+    assert row(text, "Local SGD", "2") == ["71.00", "**81.00**", "76.00", "0.1"]
 
 
 def test_what_is_left_out_is_named(made):
-    text = made[0][0]
+    text = made[0][0].split("## What was left out")[1].split("##")[0]
     assert "final/broken/record.jsonl:1: not a JSON line" in text
-    assert "2 unfinished, left out: final/cut-short, final/on-its-way" in text
-    assert "6 diverged" in text
+    assert "2 unfinished, left out: final/cut-short, final/on-its-way." in text
+    assert "84 final runs (6 diverged); 3 runs to choose learning rates." in made[0][0]
 
 
 class Checked(HTMLParser):
@@ -111,6 +114,40 @@ def test_pictures_show_every_method_in_the_colours_of_the_page(made):
         assert "#000000" not in text
 
 
+def texts(svg, *wanted):
+    """(x, y) of the texts in a picture, in points; of those wanted, or of all."""
+    found = [e for e in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+             if not wanted or "".join(e.itertext()).strip() in wanted]
+    places = [e.get("transform", "") for e in found]
+    return [tuple(float(e.get(k) or re.findall(r"translate\(([-.\d]+) ([-.\d]+)", p)[0][i]) for i, k in enumerate("xy"))
+            for e, p in zip(found, places, strict=True)]
+
+
+def test_no_name_leaves_a_picture_and_no_number_covers_another(tmp_path):
+    for label in METHODS:
+        for tau in (12, 34, 56):
+            # All in one place, as overlapped methods often are.
+            put(tmp_path, f"{label}{tau}", lines(label=label, tau=tau, lr=0.1))
+            put(tmp_path, f"{label}{tau}-lr", lines(label=label, tau=tau, lr=0.123456))
+    front = pictures.front(runs.read(tmp_path).final, "virtual seconds")
+    width = float(re.findall(r'viewBox="0 0 ([.\d]+)', front)[0])
+    assert all(0 <= x < width - 40 for x, _ in texts(front))
+    numbers = texts(front, "12", "34", "56")
+    assert len(numbers) == 3 * 6
+    assert all(abs(a[0] - b[0]) > 12 or abs(a[1] - b[1]) > 8 for a, b in itertools.combinations(numbers, 2))
+
+
+def test_a_method_has_the_same_style_in_all_reports(tmp_path):
+    for label in METHODS:
+        put(tmp_path / "all", label, lines(label=label))
+        put(tmp_path / "one" / label, "x", lines(label=label))
+    put(tmp_path / "all", "variant", lines(label="Overlap-Local-SGD", lr=0.5))
+    assert runs.labels(runs.read(tmp_path / "all").final) == {
+        "sync": 0, "Local SGD": 1, "CoCoD-SGD": 3, "Overlap-Local-SGD, lr 0.1": 5, "Overlap-Local-SGD, lr 0.5": 6}
+    alone = [runs.labels(runs.read(tmp_path / "one" / label).final)[label] for label in METHODS]
+    assert alone == [0, 1, 3, 5]
+
+
 def test_runs_of_different_configurations_are_not_mixed(tmp_path):
     for lr in (0.1, 0.2):
         for seed in (0, 1):
@@ -128,10 +165,43 @@ def test_a_partly_diverged_method_is_marked_and_not_the_best(tmp_path):
     put(tmp_path, "a", lines(accuracy=0.95))
     put(tmp_path, "b", lines(seed=1, diverged=True))
     put(tmp_path, "c", lines(label="CoCoD-SGD"))
-    text = report.write(tmp_path, tmp_path)[0].read_text()
+    put(tmp_path, "d", lines(label="CoCoD-SGD", seed=1))
+    put(tmp_path, "e", lines(label="CoCoD-SGD", seed=2))
+    text = report.write(runs.read(tmp_path), tmp_path)[0].read_text()
     assert row(text, "Local SGD") == ["95.00 (1 of 2 diverged)"]
-    assert row(text, "CoCoD-SGD") == ["**90.00 (1)**"]
+    # Methods have not the same number of seeds, so it is told.
+    assert row(text, "CoCoD-SGD") == ["**90.00 ± 0.00 (3)**"]
+    assert "over seeds, whose number is in parentheses." in text
     assert "Left out: no run here had random slow-downs." in text
+
+
+def test_experiments_that_cannot_be_compared_are_told_apart(tmp_path):
+    for data in ("digits", "fashion-mnist"):
+        for label in ("sync", "Local SGD"):
+            put(tmp_path / data, label, lines(label=label, data=data))
+    text, page = (path.read_text() for path in report.write(runs.read(tmp_path), tmp_path))
+    for data in ("digits", "fashion-mnist"):
+        assert f"## cnn-small on {data}, virtual workers: test accuracy of the averaged model" in text
+    assert text.count("| sync | **90.00** |") == 2
+    assert {path.stem for path in (tmp_path / "report-pictures").iterdir()} == {
+        f"{name}-{i}" for name in ("epochs", "seconds", "front", "times") for i in (0, 1)}
+    checked = Checked()
+    checked.feed(page)
+    assert len(set(checked.ids)) == len(checked.ids)
+
+
+def test_slow_downs_of_real_workers_are_stragglers(tmp_path):
+    for slowdown, mean_ms in (("none", 0.0), ("pareto", 20.0)):
+        made = lines(slowdown_ms=mean_ms)
+        made[0]["config"]["slowdown"] = slowdown
+        del made[0]["machines"]
+        put(tmp_path, slowdown, made)
+    found = runs.read(tmp_path)
+    assert [run.slowdown for run in found.plain] == ["none"]
+    text = report.write(found, tmp_path)[0].read_text()
+    assert row(text, "Local SGD") == ["**90.00**"]
+    assert "Seconds of real workers are those of their training steps" in text
+    assert "pareto" in (tmp_path / "report-pictures" / "stragglers.svg").read_text()
 
 
 def test_real_runs_without_worker_accuracy_or_label_are_shown(tmp_path):
@@ -140,17 +210,19 @@ def test_real_runs_without_worker_accuracy_or_label_are_shown(tmp_path):
         for name in ("label", "machines", "worker_accuracy", "diverged"):
             line.pop(name, None)
     put(tmp_path, "a", made)
-    text = report.write(tmp_path, tmp_path)[0].read_text()
-    assert row(text, "local-sgd") == ["**90.00 (1)**"]
-    assert "The records hold none." in text
+    text = report.write(runs.read(tmp_path), tmp_path)[0].read_text()
+    assert row(text, "local-sgd") == ["**90.00**"]
+    assert "Left out: these records have no accuracy of single workers." in text
 
 
 def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path):
     put(tmp_path / "in", "a", lines())
+    put(tmp_path / "in", "b", [{"kind": "start"}])
     for arguments, place in (([], "in"), (["--out", str(tmp_path / "out" / "deep")], "out/deep")):
         done = CliRunner().invoke(cli, ["report", str(tmp_path / "in"), *arguments], catch_exceptions=False)
         assert done.exit_code == 0
         assert f"{place}/report.html" in done.output
+        assert "damaged, left out: b/record.jsonl:1: a record begins with" in done.output
         assert (tmp_path / place / "report.md").exists()
 
 
@@ -160,6 +232,9 @@ def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path):
     (lambda folder: put(folder, "a", lines()[:-1]), "no finished run there; 1 unfinished, left out: a"),
     (lambda folder: put(folder, "a", [{"kind": "start", "config": {}}]), "a/record.jsonl: no algorithm, tau, seed, lr"),
     (lambda folder: put(folder, "a", [lines()[0], {"kind": "log", "step": 1}]), "a/record.jsonl: no epoch, seconds, l"),
+    (lambda folder: put(folder, "a", [lines()[0], {**lines()[-1], "seconds": None}]), "a/record.jsonl: no seconds in"),
+    (lambda folder: put(folder, "a", [{"kind": "start"}]), "a/record.jsonl:1: a record begins"),
+    (lambda folder: (folder / "a" / "record.jsonl").mkdir(parents=True), "a/record.jsonl: Is a directory"),
 ])
 def test_a_folder_without_runs_gives_one_line(tmp_path, monkeypatch, capsys, prepare, words):
     prepare(tmp_path / "nothing")
@@ -176,4 +251,4 @@ def test_a_file_in_the_way_gives_one_line(tmp_path):
     put(tmp_path, "a", lines())
     (tmp_path / "x").write_text(json.dumps(1))
     with pytest.raises(ValueError, match="x/report-pictures: Not a directory"):
-        report.write(tmp_path, tmp_path / "x")
+        report.write(runs.read(tmp_path), tmp_path / "x")

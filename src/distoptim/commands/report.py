@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from distoptim.report import report as writing
+from distoptim.report import runs
 
 
 @click.command()
@@ -15,5 +16,8 @@ from distoptim.report import report as writing
               help="Where to write.  [default: the folder of the records]")
 def report(*, folder: Path, out: Path | None) -> None:
     """Tables and figures of the runs recorded below FOLDER, as report.md and report.html."""
-    for path in writing.write(folder, out or folder):
+    found = runs.read(folder)
+    for note in found.notes:
+        click.echo(note, err=True)
+    for path in writing.write(found, out or folder):
         click.echo(f"report: {path}")

@@ -13,18 +13,26 @@ from distoptim.report.tables import Table
 MARKDOWN, HTML, PICTURES = "report.md", "report.html", "report-pictures"
 
 _CSS = """
-:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #c9c9c9; --soft: #5a5a5a; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --page: #16181c; --line: #44474d; --soft: #a8a8a8; } }
-@media print { :root { --text: #000; --page: #fff; --line: #999; --soft: #333; color-scheme: light; }
-  section, table, figure { break-inside: avoid; } body { max-width: none; } }
+:root { color-scheme: light dark; --text: #1b1b1b; --page: #ffffff; --line: #c9c9c9; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e6e6; --page: #16181c; --line: #44474d; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 72rem;
   margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; } h3 { font-size: 1rem; margin-bottom: .3rem; }
-p { max-width: 48rem; } figure { margin: 1rem 0; overflow-x: auto; } figure svg { width: 100%; height: auto;
-  min-width: 36rem; color: var(--text); } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .9rem .25rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--line); }
+p { max-width: 48rem; overflow-wrap: break-word; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure svg { width: 100%; height: auto; color: var(--text);
+  min-width: calc(var(--inches) * 4.8rem); max-width: calc(var(--inches) * 6.4rem); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem 0 .25rem 1.4rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: var(--page); }
+thead th { border-bottom: 2px solid var(--line); }
+@page { size: landscape; margin: 12mm; }
+@media print { :root { --text: #000; --page: #fff; --line: #999; color-scheme: light; }
+  body { max-width: none; margin: 0; padding: 0; font-size: 11pt; } figure, .scroll { overflow: visible; }
+  figure svg { min-width: 0; } th:first-child, td:first-child { position: static; background: none; }
+  figure, p, table, tr { break-inside: avoid; } h2, h3, p, thead { break-after: avoid; } }
 """
 _PICTURE_CSS = ("<style>svg { color: #1b1b1b } @media (prefers-color-scheme: dark) { svg { color: #e6e6e6 } }"
                 "</style>")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distoptim.report.figure import COLOURS
 from distoptim.train import records
 from distoptim.train.compare import METHODS
 from distoptim.train.config import RunConfig
@@ -30,12 +32,14 @@ class Run:
         record: its lines.
         summary: the last of them.
         tuning: made to choose the learning rate.
+        style: number of the method's colour and marker, the same in all reports for the methods of the paper.
     """
 
     label: str
     record: Record
     summary: Line
     tuning: bool = False
+    style: int = 0
 
     @property
     def method(self) -> str:
@@ -58,9 +62,20 @@ class Run:
         return bool(self.record.config["algorithm"] in (SYNCHRONOUS, POWERSGD))
 
     @property
+    def virtual(self) -> bool:
+        """Made on virtual workers: its seconds are simulated."""
+        return bool(self.record.start.get("machines"))
+
+    @property
+    def experiment(self) -> str:
+        """What only runs that have it in common can be compared."""
+        config = self.record.config
+        return f"{config.get('model')} on {config.get('data')}, {'virtual' if self.virtual else 'real'} workers"
+
+    @property
     def slowdown(self) -> str:
-        """Random slow-downs of the virtual machines, or "none"."""
-        machines = self.record.start.get("machines") or {}
+        """Random slow-downs of the machines, or "none"."""
+        machines = self.record.start.get("machines") or self.record.config
         return "trace" if machines.get("trace") else str(machines.get("slowdown", "none"))
 
     @property
@@ -135,7 +150,7 @@ def read(folder: Path) -> Runs:
     kept = _newest(found)
     if len(kept) < len(found):
         notes.append(f"{len(found) - len(kept)} superseded by a later run of the same configuration, left out")
-    return Runs(sorted(_told_apart(kept), key=_order), notes)
+    return Runs(_styled(sorted(_told_apart(kept), key=_order)), notes)
 
 
 def by(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
@@ -156,9 +171,9 @@ def taus(runs: Sequence[Run]) -> list[int]:
     return sorted({run.tau for run in runs if not run.synchronous} or {run.tau for run in runs})
 
 
-def labels(runs: Iterable[Run]) -> list[str]:
-    """Their methods, in order."""
-    return list(dict.fromkeys(run.label for run in runs))
+def labels(runs: Iterable[Run]) -> dict[str, int]:
+    """Their methods, in order, with the numbers of their styles."""
+    return {run.label: run.style for run in runs}
 
 
 def at(runs: Iterable[Run], tau: int) -> list[Run]:
@@ -170,7 +185,9 @@ def _read(place: Path) -> Run | None:
     record = records.read(place)
     found = {"start": [record.config], "log": record.logs, "summary": [record.summary] if record.summary else []}
     for kind, names in _NEEDED.items():
-        missing = [name for name in names if any(name not in line for line in found[kind])]
+        missing = [name for name in names
+                   if not all(isinstance(line.get(name), str if name == "algorithm" else int | float)
+                              for line in found[kind])]
         if missing:
             raise ValueError(f"{place / records.FILE}: no {', '.join(missing)} in its {kind}")
     if record.summary is None:
@@ -200,13 +217,29 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
     """Final runs that differ in more than seed, tau and partition get a name that says in what."""
     out = [run for run in runs if run.tuning]
     final = (run for run in runs if not run.tuning)
-    for group in by(final, lambda run: (run.label, run.tau, run.partition, run.slowdown)).values():
+    for group in by(final, lambda r: (r.experiment, r.label, r.tau, r.partition, r.slowdown)).values():
         settings = [setting(run) for run in group]
         names = [name for name in dict.fromkeys(n for s in settings for n in s)
                  if len({s.get(name) for s in settings}) > 1]
         out += [replace(run, label=", ".join([run.label, *(f"{n} {s.get(n, 'default')}" for n in names)]))
                 for run, s in zip(group, settings, strict=True)]
     return out
+
+
+def _styled(runs: Sequence[Run]) -> list[Run]:
+    """The methods of the paper have numbers of their own; others, and variants, get what is left, black at last."""
+    numbers: dict[str, int] = {}
+    final = [(run.label, run.record.config["algorithm"]) for run in runs if not run.tuning]
+    for label, name in final:
+        if name in METHODS and METHODS.index(name) not in numbers.values():
+            numbers.setdefault(label, METHODS.index(name))
+    own = set(numbers.values())
+    left = (i for i in itertools.chain(range(len(METHODS), len(COLOURS)), reversed(range(len(METHODS))),
+                                       itertools.count(len(COLOURS))) if i not in own)
+    for label, _ in final:
+        if label not in numbers:
+            numbers[label] = next(left)
+    return [replace(run, style=numbers.get(run.label, 0)) for run in runs]
 
 
 def _order(run: Run) -> tuple[int, str, int, str, int]:

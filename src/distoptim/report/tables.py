@@ -43,18 +43,21 @@ class Spread:
     diverged: int = 0
 
     @property
-    def text(self) -> str:
-        """In per cent."""
+    def seeds(self) -> int:
+        """How many there are."""
+        return len(self.values) + self.diverged
+
+    def text(self, *, counted: bool) -> str:
+        """In per cent; diverged ones are always counted, others if their number is to be told."""
         parts = []
         if self.values:
             parts.append(f"{100 * statistics.fmean(self.values):.2f}")
         if len(self.values) > 1:
             parts.append(f"± {100 * statistics.stdev(self.values):.2f}")
         if self.diverged:
-            total = len(self.values) + self.diverged
-            parts.append(f"({self.diverged} of {total} diverged)" if self.values else f"diverged ({total})")
-        elif self.values:
-            parts.append(f"({len(self.values)})")
+            parts.append(f"({self.diverged} of {self.seeds} diverged)" if self.values else f"diverged ({self.seeds})")
+        elif self.values and counted:
+            parts.append(f"({self.seeds})")
         return " ".join(parts) or NONE
 
     @property
@@ -76,16 +79,26 @@ def accuracies(runs: Sequence[Run], name: str) -> list[Table]:
         runs: those of the comparison.
         name: of the figure in the records, a share of 1.
     """
-    tables = []
-    for partition, group in grid.by(runs, lambda run: run.partition).items():
-        columns = grid.taus(runs)
-        rows = grid.by(group, lambda run: run.label)
+    tables, counted, columns = [], seeds(runs) is None, grid.taus(runs)
+    for partition in grid.partitions(runs):
+        rows = grid.by((run for run in runs if run.partition == partition), lambda run: run.label)
         spreads = [[spread(grid.at(row, tau), name) for tau in columns] for row in rows.values()]
         best = [max(column) for column in zip(*([s.rank for s in row] for row in spreads), strict=True)]
         tables.append(Table(partition, ["method", *(f"tau {tau}" for tau in columns)], [
-            [Cell(label), *(Cell(s.text, s.rank == b > -math.inf) for s, b in zip(row, best, strict=True))]
+            [Cell(label), *(_cell(s, b, counted) for s, b in zip(row, best, strict=True))]
             for label, row in zip(rows, spreads, strict=True)]))
-    return sorted(tables, key=lambda table: (table.title != "iid", table.title))
+    return tables
+
+
+def seeds(runs: Sequence[Run]) -> int | None:
+    """How many seeds every setting was run with; None if that differs."""
+    groups = grid.by(runs, lambda run: (run.label, run.tau, run.partition, run.tuning, run.record.config["lr"]))
+    counts = {len(group) for group in groups.values()}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _cell(found: Spread, best: float, counted: bool) -> Cell:
+    return Cell(found.text(counted=counted), found.rank == best > -math.inf)
 
 
 def learning_rates(tuning: Sequence[Run], final: Sequence[Run]) -> list[Table]:
@@ -95,7 +108,7 @@ def learning_rates(tuning: Sequence[Run], final: Sequence[Run]) -> list[Table]:
         tuning: the runs that chose.
         final: those that were made with what was chosen; the last column is theirs.
     """
-    tables = []
+    tables, counted = [], seeds(tuning) is None
     for partition in grid.partitions(tuning):
         group = [run for run in tuning if run.partition == partition]
         tried = sorted({run.record.config["lr"] for run in group})
@@ -106,7 +119,7 @@ def learning_rates(tuning: Sequence[Run], final: Sequence[Run]) -> list[Table]:
             used = sorted({r.record.config["lr"] for r in final
                            if (r.partition, r.tau, r.method) == (partition, tau, label)})
             rows.append([Cell(label), Cell(NONE if synchronous else str(tau)),
-                         *(Cell(s.text, s.rank == best > -math.inf) for s in spreads),
+                         *(_cell(s, best, counted) for s in spreads),
                          Cell(", ".join(f"{lr:g}" for lr in used) or NONE)])
         tables.append(Table(partition, ["method", "tau", *(f"lr {lr:g}" for lr in tried), "used"], rows))
     return tables

@@ -72,8 +72,8 @@ def read(path: Path) -> Record:
     """
     path = path / FILE if path.is_dir() else path
     lines = list(read_lines(path))
-    if not lines or lines[0]["kind"] != "start":
-        raise ValueError(f"{path}:1: a record begins with a line of kind 'start'")
+    if not lines or lines[0]["kind"] != "start" or not isinstance(lines[0].get("config"), dict):
+        raise ValueError(f"{path}:1: a record begins with a line of kind 'start' that has a 'config'")
     kinds: dict[str, list[Line]] = {}
     for line in lines:
         kinds.setdefault(line["kind"], []).append(line)
