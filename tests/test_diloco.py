@@ -236,6 +236,20 @@ def test_fragments_are_launched_and_merged_in_one_order_on_all_ranks():
     assert launched == [[12, 9, 10]] * toy.WORKERS
 
 
+def test_messages_of_one_step_leave_in_one_order_on_all_ranks():
+    """Parameters of two dtypes are one fragment in two messages, launched at the same step."""
+    mixed = [p.float() if i == 1 else p for i, p in enumerate(toy.start())]
+    workers = Cluster(partial(StreamingDiLoCo, tau=2, delay=1, lr=LR), [mixed] * toy.WORKERS)
+    left = [[] for _ in workers.optimizers]
+    for order, o in zip(left, workers.optimizers, strict=True):
+        def launch(buffer, *args, order=order, launch=o._engine.communicator.launch_mean, **options):
+            order.append(buffer.dtype)
+            return launch(buffer, *args, **options)
+        o._engine.communicator.launch_mean = launch
+    workers.run(4, toy.gradient)
+    assert left == [[torch.float64, torch.float32] * 2] * toy.WORKERS
+
+
 def test_a_tau_that_the_fragments_do_not_divide_keeps_every_period_exact():
     workers = Cluster(partial(StreamingDiLoCo, tau=4, lr=LR, fragments=3), [toy.start()] * toy.WORKERS)
     launches = [[], [], []]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distoptim import BMUF, EASGD, CoCoDSGD, DiLoCo, LocalSGD, OverlapLocalSGD, SlowMo, StreamingDiLoCo
+from distoptim import BMUF, CO2, EASGD, CoCoDSGD, DiLoCo, LocalSGD, OverlapLocalSGD, SlowMo, StreamingDiLoCo
 from tests import problem, toy
 from tests.cluster import Cluster
 
@@ -65,6 +65,11 @@ EQUAL = {
         (BMUF, {"delay": 2, "carry": True, "block_momentum": 0}, LocalSGD, {"delay": 2}),
     "SlowMo(carry) = Local(beta, carry)": (SlowMo, {"slow_momentum": 0.6, "delay": 2, "carry": True},
                                            LocalSGD, {"outer_momentum": 0.6, "delay": 2, "carry": True}),
+    "BMUF's defaults": (BMUF, {}, BMUF, {"block_momentum": 1 - 1 / toy.WORKERS, "block_lr": 1, "delay": 0}),
+    "SlowMo's defaults": (SlowMo, {}, SlowMo, {"slow_momentum": 0.7, "slow_lr": 1, "delay": 0}),
+    "Overlap's defaults": (OverlapLocalSGD, {}, OverlapLocalSGD, {"alpha": 0.6, "outer_momentum": 0.7, "delay": TAU}),
+    "EASGD's defaults": (EASGD, {}, EASGD, {"alpha": 1 / (toy.WORKERS + 1), "delay": TAU}),
+    "CO2's defaults": (CO2, {}, CO2, {"outer_lr": 1, "outer_momentum": 0.2, "clip": 1, "delay": TAU}),
     "gmf = outer_momentum": (OverlapLocalSGD, {"gmf": 0.3}, OverlapLocalSGD, {"outer_momentum": 0.3}),
     "gmf = block_momentum": (BMUF, {"gmf": 0.3}, BMUF, {"block_momentum": 0.3}),
     "gmf = slow_momentum": (SlowMo, {"gmf": 0.3}, SlowMo, {"slow_momentum": 0.3}),
