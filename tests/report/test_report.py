@@ -183,6 +183,7 @@ def test_experiments_that_cannot_be_compared_are_told_apart(tmp_path):
     for data in ("digits", "fashion-mnist"):
         assert f"## cnn-small on {data}, virtual workers: test accuracy of the averaged model" in text
     assert text.count("| sync | **90.00** |") == 2
+    assert [run.style for run in runs.read(tmp_path).ended] == [0, 1, 0, 1]
     assert {path.stem for path in (tmp_path / "report-pictures").iterdir()} == {
         f"{name}-{i}" for name in ("epochs", "seconds", "front", "times") for i in (0, 1)}
     checked = Checked()

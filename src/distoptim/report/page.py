@@ -32,7 +32,7 @@ thead th { border-bottom: 2px solid var(--line); }
 @media print { :root { --text: #000; --page: #fff; --line: #999; color-scheme: light; }
   body { max-width: none; margin: 0; padding: 0; font-size: 11pt; } figure, .scroll { overflow: visible; }
   figure svg { min-width: 0; } th:first-child, td:first-child { position: static; background: none; }
-  figure, p, table, tr { break-inside: avoid; } h2, h3, p, thead { break-after: avoid; } }
+  figure, p, table, tr { break-inside: avoid; } h2, h3, thead, p:has(+ figure) { break-after: avoid; } }
 """
 _PICTURE_CSS = ("<style>svg { color: #1b1b1b } @media (prefers-color-scheme: dark) { svg { color: #e6e6e6 } }"
                 "</style>")

@@ -96,7 +96,7 @@ class Runs:
     """What is in a folder.
 
     Attributes:
-        ended: the runs with a summary, synchronous SGD first.
+        ended: the runs with a summary, by experiment, synchronous SGD first.
         notes: one line for every record that is damaged, unfinished or superseded, naming it.
     """
 
@@ -150,7 +150,8 @@ def read(folder: Path) -> Runs:
     kept = _newest(found)
     if len(kept) < len(found):
         notes.append(f"{len(found) - len(kept)} superseded by a later run of the same configuration, left out")
-    return Runs(_styled(sorted(_told_apart(kept), key=_order)), notes)
+    groups = by(sorted(_told_apart(kept), key=_order), lambda run: run.experiment)
+    return Runs([run for group in groups.values() for run in _styled(group)], notes)
 
 
 def by(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
