@@ -168,6 +168,13 @@ def test_adacomm_follows_the_root_of_the_loss():
     assert out == [8] * 23 + [4] * 8 + [2] * 8 + [1]
 
 
+def test_adacomm_rounds_up():
+    """8 sqrt(2/4) = 5.66."""
+    rule, memory = AdaComm(8, interval=1), {}
+    rule.choose(0, 8, {"loss": 4.0, "lr": 1.0}, memory)
+    assert rule.choose(8, 8, {"loss": 2.0, "lr": 1.0}, memory)[0] == 6
+
+
 def test_adacomm_with_the_ratio_of_learning_rates():
     p = torch.nn.Parameter(torch.zeros(2))
     optimizer = LocalSGD([p], tau=AdaComm(2, interval=2, follow_lr=True), lr=1.0, communicator=SingleWorker())
