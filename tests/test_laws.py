@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from distoptim import BMUF, CO2, EASGD, CoCoDSGD, DiLoCo, LocalSGD, OverlapLocalSGD, SlowMo, StreamingDiLoCo
+from distoptim import (
+    BMUF,
+    CO2,
+    EASGD,
+    CoCoDSGD,
+    DiLoCo,
+    LocalSGD,
+    OverlapBMUF,
+    OverlapLocalSGD,
+    SlowMo,
+    StreamingDiLoCo,
+)
 from tests import problem, toy
 from tests.cluster import Cluster
 
@@ -44,6 +55,10 @@ EQUAL = {
                                       SlowMo, {"slow_momentum": 0.6, "slow_lr": 0.8}),
     "BMUF(Nesterov, beta 0) = BMUF(beta 0)": (BMUF, {"block_momentum": 0, "block_lr": 0.8, "nesterov_block": True},
                                               BMUF, {"block_momentum": 0, "block_lr": 0.8}),
+    "OverlapBMUF(gain 1, beta 0) = CoCoD": (OverlapBMUF, {"gain": 1, "block_momentum": 0}, CoCoDSGD, {}),
+    "OverlapBMUF(gain 1, delay 0) = BMUF(Nesterov)":
+        (OverlapBMUF, {"gain": 1, "block_momentum": 0.6, "delay": 0},
+         BMUF, {"block_momentum": 0.6, "nesterov_block": True}),
     "EASGD(overlapped) = EASGD(blocking)": (EASGD, {}, EASGD, {"delay": 0}),
     "EASGD(delay 2) = EASGD(blocking)": (EASGD, {"alpha": 0.3, "delay": 2}, EASGD, {"alpha": 0.3, "delay": 0}),
     "DiLoCo(outer SGD lr 1) = Local": (DiLoCo, {"outer": partial(torch.optim.SGD, lr=1.0)}, LocalSGD, {}),
@@ -123,6 +138,25 @@ def test_the_mean_of_local_sgd_is_that_of_gradient_descent_at_any_delay(delay, f
     single = Cluster(partial(LocalSGD, tau=1, **toy.OPTIONS), [toy.start()]).run(ROUNDS * TAU, mean_gradient)
     close(x.mean(1), single[:, 0])
     assert x.std(1).max() > 0.01
+
+
+@pytest.mark.parametrize("gain", [0.3, 1.0])
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_the_mean_of_overlapped_bmuf_is_that_of_blocking_bmuf(gain, fragments):
+    """Corrections cancel in the mean, and the block momentum is made of means that are known a round late."""
+    hidden = trajectory(OverlapBMUF, block_momentum=0.6, gain=gain, fragments=fragments)
+    blocking = trajectory(BMUF, block_momentum=0.6, fragments=fragments)
+    close(hidden.mean(1), blocking.mean(1))
+    assert hidden.std(1).max() > 0.01
+
+
+@pytest.mark.parametrize(("gain", "bounded"), [(1.0, False), (0.5, True)])
+def test_half_a_correction_is_stable_where_a_whole_one_swings(gain, bounded):
+    """Stiff: a round of local steps overshoots the minimum, to -0.32 of the distance; -0.32 - gain is what stays."""
+    plain = {"lr": 1.2, "momentum": 0, "nesterov": False, "tau": 1}
+    workers = cluster(OverlapBMUF, block_momentum=0, gain=gain, **plain)
+    spread = [float(x.std(0)[6:10].max()) for x in workers.run(60, toy.gradient)]
+    assert (spread[-1] < 2 * spread[0]) is bounded
 
 
 def test_overlap_without_a_pull_leaves_workers_alone():

@@ -163,7 +163,7 @@ def test_a_damaged_state_and_a_full_disk_name_the_file(tmp_path, monkeypatch):
                 tmp_path / "full", threads=1)
 
 
-@pytest.mark.parametrize("name", ["small", "stragglers", "paper", "gpu"])
+@pytest.mark.parametrize("name", ["small", "stragglers", "beyond", "paper", "gpu"])
 def test_shipped_grids_are_whole(name):
     grid = spec.read(Path(name))
     assert grid.cases()

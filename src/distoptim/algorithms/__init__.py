@@ -11,13 +11,14 @@ from distoptim.algorithms.diloco import DiLoCo
 from distoptim.algorithms.eager_diloco import EagerDiLoCo
 from distoptim.algorithms.easgd import EASGD
 from distoptim.algorithms.local_sgd import LocalSGD
+from distoptim.algorithms.overlap_bmuf import OverlapBMUF
 from distoptim.algorithms.overlap_local_sgd import OverlapLocalSGD
 from distoptim.algorithms.slowmo import SlowMo
 from distoptim.algorithms.streaming_diloco import StreamingDiLoCo
 from distoptim.optimizer import AveragingOptimizer
 
-__all__ = ["ALGORITHMS", "BMUF", "CO2", "EASGD", "CoCoDSGD", "DiLoCo", "EagerDiLoCo", "LocalSGD", "OverlapLocalSGD",
-           "SlowMo", "StreamingDiLoCo", "register"]
+__all__ = ["ALGORITHMS", "BMUF", "CO2", "EASGD", "CoCoDSGD", "DiLoCo", "EagerDiLoCo", "LocalSGD", "OverlapBMUF",
+           "OverlapLocalSGD", "SlowMo", "StreamingDiLoCo", "register"]
 
 ALGORITHMS: dict[str, Callable[..., AveragingOptimizer]] = {
     "local-sgd": LocalSGD,
@@ -26,6 +27,7 @@ ALGORITHMS: dict[str, Callable[..., AveragingOptimizer]] = {
     "bmuf": BMUF,
     "slowmo": SlowMo,
     "overlap-local-sgd": OverlapLocalSGD,
+    "overlap-bmuf": OverlapBMUF,
     "diloco": DiLoCo,
     "streaming-diloco": StreamingDiLoCo,
     "eager-diloco": EagerDiLoCo,

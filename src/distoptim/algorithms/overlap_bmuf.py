@@ -1,0 +1,67 @@
+"""BMUF with a whole round hidden: the workers' mean moves as if nothing came late."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from typing_extensions import Unpack
+
+from distoptim import checks
+from distoptim.algorithms.carry import Carry, based
+from distoptim.algorithms.rule import Mean, State
+from distoptim.algorithms.rules import Anchored
+from distoptim.fragments import Fragment
+from distoptim.optimizer import AveragingOptimizer
+from distoptim.options import Options, Params
+from distoptim.period import Tau
+
+
+@dataclass(frozen=True)
+class Correct(Carry):
+    """x <- x + gain (mean - sent) + momentum (mean - z); z <- mean."""
+
+    gain: float = 1.0
+    momentum: float = 0.0
+
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """The whole step is formed in place of what was sent, which the next launch replaces."""
+        assert isinstance(state, Anchored)
+        z, step, new = state.anchor.tensor, based(state).tensor, mean.flat.tensor[: fragment.numel]
+        step.sub_(new).mul_(-self.gain)
+        step.add_(torch.sub(new, z, out=z), alpha=self.momentum)
+        z.copy_(new)
+        fragment.add(based(state))
+
+
+class OverlapBMUF(AveragingOptimizer):
+    """Overlapped BMUF: a worker is corrected by a part of its distance to the mean of one round ago, all by its motion.
+
+    x <- x + gain (mean - sent) + block_momentum (mean - mean before), merged tau local steps after the launch.
+    Corrections cancel in the workers' mean, and the momentum needs only means that are old anyway: so the workers' mean
+    moves as under blocking BMUF, none the later (derivation: docs/hidden-momentum.md).
+
+    Args:
+        params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
+        tau: local steps in a round, >= 1, or a period object.
+        block_momentum: in [0, 1); default 0.7. It multiplies the effective learning rate by 1/(1 - block_momentum):
+            divide lr by as much.
+        gain: of the correction, in (0, 1]; default 0.5, which contracts differences between workers in stiff and in
+            flat directions alike. 1 is best in flat ones and swings in stiff ones; without momentum it is CoCoD-SGD.
+        delay: local steps from launch to merge, in [0, tau]; default tau, which hides the most. 0 with gain = 1 is
+            Nesterov's BMUF.
+        gmf: another name of `block_momentum`, from the original code.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: ours. The momentum is that of Chen & Huo, ICASSP 2016; gain = 1 that of Shen et al. 2019 (arXiv 1906.12043).
+    """
+
+    def __init__(self, params: Params, *, tau: Tau, block_momentum: float | None = None, gain: float = 0.5,
+                 delay: int | None = None, gmf: float | None = None, **options: Unpack[Options]) -> None:
+        momentum = checks.outer_momentum(block_momentum, gmf, default=0.7, name="block_momentum")
+        gain = checks.number("gain", gain, 0, 1, open_low=True)
+        when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
+        rule = Correct(1.0, 1.0, 0.0, rescale=False, gain=gain, momentum=momentum)
+        super().__init__(params, rule=rule, tau=tau, delay=when, **options)
