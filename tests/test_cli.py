@@ -37,7 +37,8 @@ def test_version_and_help(invoke):
     code, out, _ = invoke("train", "--help")
     assert code == 0
     for part in ("Training:", "Workers and network:", "Results:", "--tau INTEGER", "[default: 4]", "Gbit/s",
-                 "Of easgd, overlap-local-sgd."):
+                 "Of easgd, overlap-local-sgd.", "--carry / --no-carry", "--eager / --no-eager", "--adacomm INTEGER",
+                 "--tau-at STEP:TAU,...", "--levels PERIOD:SIZE,...", "--reset-inner / --no-reset-inner"):
         assert part in out
     assert "Other:\n  -h, --help" in out
     assert "--methods" in invoke("compare", "--help")[1]
@@ -48,6 +49,9 @@ def test_version_and_help(invoke):
     (("train", "--tau", "x"), "'x' is not a valid integer"),
     (("train", "--algorithm", "sgd"), "'sgd' is not one of 'ddp', 'local-sgd'"),
     (("train", "--algorithm", "bmuf", "--alpha", "0.5"), "bmuf takes no alpha"),
+    (("train", "--algorithm", "diloco", "--delay", "2", "--no-carry"), "delay=2 without carry"),
+    (("train", "--adacomm", "5", "--hide-communication"), "hide_communication=True with adacomm=5"),
+    (("simulate", "--levels", "2:2"), "No such option"),
     (("train", "--alpha", "3"), "alpha=3.0: allowed is a number in [0, 1]"),
     (("train", "--taux", "3"), "No such option"),
     (("trian",), "No such command 'trian'"),
@@ -97,6 +101,21 @@ def test_train_then_resume_for_longer(invoke, tmp_path):
     resumed = [line for line in records.read_lines(tmp_path / "a" / records.FILE) if line["kind"] == "resume"]
     assert resumed[0]["config"] == {**record.config, "steps": 9}
     assert record.config["options"] == {"alpha": 0.2}
+
+
+def test_train_with_flags_of_the_algorithm_a_table_of_tau_and_levels(invoke, tmp_path):
+    code, _, err = invoke("train", *TINY, "--workers", "4", "--algorithm", "diloco", "--delay", "2", "--carry",
+                          "--tau", "4", "--tau-at", "6:2", "--levels", "1:2", "--steps", "12", "--folder", "a")
+    assert (code, err) == (0, "")
+    record = records.read(tmp_path / "a")
+    assert record.config["options"] == {"delay": 2, "carry": True}
+    # Launched at 4, 8, 10 and 12, of which the last is on its way; and a mean of each pair after every step.
+    assert record.summary["syncs"] == 3 + 12
+    assert record.summary["stats"]["tau"] == 2
+    code, _, err = invoke("train", "--resume", "a", "--steps", "13", "--no-carry")
+    assert (code, err) == (2, "Error: delay=2 without carry: adopting a late anchor throws away the local steps made "
+                              "meanwhile; use delay=0, or carry=True, which keeps them, or OverlapLocalSGD, which "
+                              "pulls instead\n")
 
 
 def wait_for_steps(process, path):

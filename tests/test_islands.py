@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import warnings
 from functools import partial
 
 import pytest
@@ -12,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distoptim import CoCoDSGD, LocalSGD, OverlapLocalSGD, QuarantineWarning, SlowMo
+from distoptim import LocalSGD, OverlapLocalSGD, QuarantineWarning, SlowMo
 from distoptim.comm import SingleWorker
-from distoptim.sim import Fabric, VirtualCommunicator
 from tests.workers import run
 
 # With torch 2.6 FSDP2 asks a CPU "stream" for what it has not.
@@ -245,97 +243,6 @@ def test_what_cannot_be_averaged_is_refused():
     run(_refused, 4)
 
 
-# Two levels
-
-def _quadratic(params, rank):
-    """A step's gradient of (x - c)^2 / 2, with another c on every worker and for every element."""
-    for i, p in enumerate(params):
-        p.grad = p.detach() - rank - 10 * i - torch.arange(p.numel(), dtype=p.dtype).view(p.shape)
-
-
-def _two_levels(rank):
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    out = {}
-    for name, make in LEVELS.items():
-        params = [torch.nn.Parameter(torch.full((2,), float(rank), dtype=torch.float64)) for _ in range(2)]
-        optimizer = make(params, lr=0.1, levels={2: pairs[rank // 2]})
-        xs = []
-        for step in range(14):
-            if step == 9:
-                saved = io.BytesIO()
-                torch.save(optimizer.state_dict(), saved)
-                saved.seek(0)
-                optimizer.load_state_dict(torch.load(saved, weights_only=True))
-            _quadratic(params, rank)
-            optimizer.step()
-            optimizer.average()
-            xs.append(torch.cat([p.detach() for p in params]))
-        optimizer.flush()
-        out[name] = torch.stack(xs), torch.cat([p.detach() for p in params])
-        optimizer.close()
-    return out
-
-
-def _reference(name):
-    """[steps, workers, dimension] of the same, by a plain loop; z, v, sent are those of the algorithms' equations."""
-    x, c = torch.zeros(4, 4, dtype=torch.float64), torch.tensor([0.0, 1, 10, 11], dtype=torch.float64)
-    c = c + torch.arange(4, dtype=torch.float64)[:, None]
-    sent, z, v, out = x.clone(), x[0].clone(), torch.zeros(4, dtype=torch.float64), []
-    for step in range(1, 15):
-        x = x - 0.1 * (x - c)
-        if step % 2 == 0:
-            x = x.view(2, 2, 4).mean(1, keepdim=True).expand(2, 2, 4).reshape(4, 4)
-        if step % 4 == 0:
-            match name:
-                case "local-sgd":
-                    x = x.mean(0).expand(4, 4)
-                case "cocod-sgd":
-                    x = x + sent.mean(0) - sent
-                case "overlap":
-                    v = 0.7 * v + z - sent.mean(0)
-                    z = z - v
-                    x = 0.4 * x + 0.6 * z
-            sent = x.clone()
-        out.append(x)
-    return torch.stack(out)
-
-
-LEVELS = {
-    "local-sgd": partial(LocalSGD, tau=4),
-    "cocod-sgd": partial(CoCoDSGD, tau=4),
-    "overlap": partial(OverlapLocalSGD, tau=4),
-    "fragments": partial(LocalSGD, tau=4, fragments=2),
-}
-
-
-def test_two_levels_equal_a_plain_loop_and_resume_and_flush():
-    results = run(_two_levels, 4)
-    for name in LEVELS:
-        x = torch.stack([result[name][0] for result in results], 1)
-        if name != "fragments":
-            torch.testing.assert_close(x, _reference(name), rtol=0, atol=1e-12, msg=name)
-        flushed = torch.stack([result[name][1] for result in results])
-        assert torch.equal(flushed[0], flushed[1]), name
-        if name in ("local-sgd", "fragments"):
-            torch.testing.assert_close(flushed, x[-1].mean(0).expand(4, 4), rtol=0, atol=1e-12, msg=name)
-    # The second fragment's rounds end at steps 2, 6, ...: at those it meets all, between them its island.
-    x = torch.stack([result["fragments"][0] for result in results], 1)
-    for step in range(1, 14, 2):
-        first, second = x[step, :, :2], x[step, :, 2:]
-        everybody, pairs = (first, second) if (step + 1) % 4 == 0 else (second, first)
-        assert torch.equal(everybody, everybody[:1].expand(4, 2))
-        assert torch.equal(pairs[0], pairs[1])
-        assert not torch.equal(pairs[0], pairs[2])
-
-
-def test_alone_levels_average_nothing():
-    params = [torch.nn.Parameter(torch.ones(2))]
-    optimizer = LocalSGD(params, lr=0.1, tau=4, levels={2: None}, communicator=SingleWorker())
-    for _ in range(4):
-        optimizer.average()
-    assert params[0].tolist() == [1, 1]
-
-
 def test_torch_distributed_checkpoint_carries_the_inner_state_and_starts_a_new_run():
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -352,36 +259,3 @@ def test_torch_distributed_checkpoint_carries_the_inner_state_and_starts_a_new_r
         assert all(torch.equal(first.state[p][key], value) for key, value in second.state[p].items())
         assert second.state[p]["step"] == 3
     assert second.stats()["steps"] == 0
-
-
-def _level_of_nan(rank):
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    params = [torch.nn.Parameter(torch.full((2,), float(rank)))]
-    optimizer = LocalSGD(params, lr=0.1, tau=4, levels={2: pairs[rank // 2]})
-    with torch.no_grad():
-        params[0].fill_(rank if rank > 1 else torch.nan)
-    out = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", QuarantineWarning)
-        for _ in range(4):
-            optimizer.average()
-            out.append(params[0][0].item())
-    with pytest.raises(ValueError, match="allowed are periods of which each divides the next"):
-        LocalSGD(params, lr=0.1, tau=4, levels={3: pairs[rank // 2]})
-    with pytest.raises(ValueError, match="period of levels=4: allowed is an integer, from 1 to 3"):
-        LocalSGD(params, lr=0.1, tau=4, levels={4: pairs[rank // 2]})
-    with pytest.raises(ValueError, match="a process group that this worker is a member of"):
-        LocalSGD(params, lr=0.1, tau=4, levels={2: pairs[1 - rank // 2]})
-    with pytest.raises(ValueError, match="are not among the workers"):
-        LocalSGD(params, lr=0.1, tau=4, levels={2: dist.group.WORLD}, group=pairs[rank // 2])
-    with pytest.raises(ValueError, match="levels= beside"):
-        LocalSGD(params, lr=0.1, tau=4, levels={2: pairs[rank // 2]}, communicator=VirtualCommunicator(Fabric(1), 0))
-    optimizer.close()
-    return out
-
-
-def test_a_group_without_a_finite_worker_is_healed_at_the_next_level():
-    results = run(_level_of_nan, 4)
-    assert [result[3] for result in results] == [2.5] * 4
-    assert results[2][1] == 2.5
-    assert results[0][1] != results[0][1]

@@ -106,6 +106,22 @@ def test_a_worker_without_samples_counts_nothing():
     torch.testing.assert_close(group.x()[0], torch.cat([p.reshape(-1) for p in expected]), rtol=0, atol=1e-12)
 
 
+def test_with_another_number_of_workers_samples_are_counted_anew():
+    make = partial(LocalSGD, tau=2, lr=0.1)
+    group, smaller = Cluster(make, [toy.start()] * toy.WORKERS), Cluster(make, [toy.start()] * 2)
+    for cluster, steps in ((group, 3), (smaller, 2)):
+        for optimizer in smaller.optimizers if cluster is smaller else ():
+            optimizer.load_state_dict(group.optimizers[0].state_dict())
+        for _ in range(steps):
+            for rank, optimizer in enumerate(cluster.optimizers):
+                optimizer._engine.pace.report(None, 10 - rank)
+            cluster.step(toy.gradient)
+    # The weights are the samples of two local steps, 20 and 18, not those less what was made before.
+    assert smaller.optimizers[0]._engine.slots[0].samples == 20
+    plain = Cluster(partial(LocalSGD, tau=9, lr=0.1), [toy.start()] * 2).run(2, toy.gradient)[-1]
+    torch.testing.assert_close(smaller.x()[0], (20 * plain[0] + 18 * plain[1]) / 38, rtol=0, atol=1e-12)
+
+
 def test_an_exception_starts_no_collective():
     p = torch.nn.Parameter(torch.zeros(2))
     optimizer = toy.alone(LocalSGD, [p], tau=2, lr=0.1)

@@ -77,7 +77,8 @@ def load(engine: Engine, saved: dict[str, Any]) -> None:
             slot.coder.load(record["coder"], same_workers=same_workers)
         slot.flight = None
         slot.launched = record["launched"] if goes_on else saved["step"]
-        slot.samples, slot.seconds = record["samples"], record["seconds"]
+        slot.samples = record["samples"] if goes_on else engine.pace.samples or 0.0
+        slot.seconds = record["seconds"]
         engine.place(slot)
         if goes_on:
             slot.next_launch = record["next_launch"]

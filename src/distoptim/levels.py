@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from distoptim import checks
+from distoptim import checkpoint, checks
 from distoptim.algorithms.rules import Average
 from distoptim.comm import Communicator, ProcessGroupCommunicator, SingleWorker, connect, world_size
 from distoptim.comm.islands import Island
 from distoptim.engine import Engine
-from distoptim.period import Tau
+from distoptim.join import join
+from distoptim.period import Tau, period_of
 
 
 class Levels:
@@ -36,32 +40,67 @@ class Levels:
                       for period, communicator in communicators.items()]
         for level in self.inner:
             level.counters = engine.counters
-        self.align()
+        self._begin()
 
     def tick(self) -> None:
         """One local step is done: average inside the groups what is due, then let the algorithm do its part."""
-        for level in self.inner:
+        pace = self.engine.pace
+        before = pace.tau, pace.synchronous
+        # While the workers average after every step, groups have nothing to add.
+        for level in [] if pace.synchronous else self.inner:
+            # A worker weighs in its group what it does among all.
+            level.pace.samples, level.pace.left_at = pace.samples, pace.left_at
             try:
                 level.tick()
             except FloatingPointError:
                 # Nobody in the group is finite: the algorithm's own mean, over more workers, heals them all.
                 continue
         self.engine.tick()
+        if before[1] and not pace.synchronous:
+            self._begin()
+        elif pace.tau != before[0]:
+            self._align()
 
     def flush(self) -> None:
         """Average at all levels what was done since the last time, blocking; a new round begins at all of them."""
         for level in self.inner:
             level.flush()
         self.engine.flush()
-        self.align()
+        self._begin()
 
-    def align(self) -> None:
+    @contextlib.contextmanager
+    def join(self) -> Iterator[None]:
+        """See `AveragingOptimizer.join`."""
+        with join(self.engine, self.tick):
+            yield
+        self._begin()
+
+    def save(self) -> dict[str, Any]:
+        """Everything needed to go on bit-equal, as plain data and tensors."""
+        return {**checkpoint.save(self.engine), "levels": {
+            level.tau: [(slot.launched, slot.samples) for slot in level.slots] for level in self.inner}}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Put a state that fits (see `checkpoint.check`) into the engines."""
+        checkpoint.load(self.engine, saved)
+        self._begin()
+        for level in self.inner:
+            for slot, (launched, samples) in zip(level.slots, saved.get("levels", {}).get(level.tau, []), strict=False):
+                slot.launched, slot.samples = launched, min(samples, slot.samples)
+
+    def _begin(self) -> None:
+        """Begin rounds at all levels here, with nothing made since the last mean."""
+        for level in self.inner:
+            for slot in level.slots:
+                slot.launched, slot.samples = self.engine.step, self.engine.pace.samples or 0.0
+        self._align()
+
+    def _align(self) -> None:
         """Place the levels' means so that one comes with every launch of the algorithm; periods divide its tau."""
         step = self.engine.step
         for level in self.inner:
             for slot, main in zip(level.slots, self.engine.slots, strict=True):
                 slot.next_launch = step + (main.next_launch - step - 1) % level.tau + 1
-                slot.launched = step
             level.resume_at(step)
 
     def close(self) -> None:
@@ -70,29 +109,46 @@ class Levels:
             engine.close()
 
 
+def check_periods(periods: Iterable[object], tau: Tau) -> list[int]:
+    """The periods of levels, shortest first.
+
+    Raises:
+        ValueError: they do not divide each other and every tau that can be chosen, or that is not known before.
+    """
+    taus = period_of(tau).choices
+    if taus is None:
+        raise ValueError(f"levels= beside tau={tau!r}: it may choose a tau that the periods of levels do not divide; "
+                         "allowed are an integer, Schedule, and PostLocal with one of them")
+    if min(taus) == 1:
+        raise ValueError(f"levels= beside tau={tau!r}: all average after every local step; allowed is a tau above 1")
+    found = sorted(checks.integer("period of levels", period, 1, min(taus) - 1) for period in periods)
+    for period, longer in [*itertools.pairwise(found), *((found[-1], t) for t in sorted(taus) if found)]:
+        if longer % period:
+            raise ValueError(f"levels={found}, tau={tau}: {longer} is no multiple of {period}; allowed are periods "
+                             "of which each divides the next, and the longest tau")
+    return found
+
+
 def connect_levels(levels: Mapping[int, dist.ProcessGroup] | None, island: Island, workers: Communicator, *, tau: Tau,
                    timeout_s: float) -> dict[int, Communicator]:
     """The communicators of the levels by period, shortest first.
 
     Raises:
-        ValueError: periods that do not divide each other and tau, or a group that is none, that this rank is not in,
+        ValueError: as `check_periods`; a group that is none, that this rank is not in,
             that has other ranks than the workers, or that holds other shards of this rank's parameters.
     """
-    if not levels or isinstance(workers, SingleWorker):
+    if not levels:
         return {}
     if not isinstance(levels, Mapping):
         raise ValueError(f"levels={levels!r}: allowed is a mapping of periods to process groups")
-    if not isinstance(tau, int):
-        raise ValueError(f"levels= beside tau={tau!r}: periods of levels must divide tau; allowed is an integer")
+    periods = check_periods(levels, tau)
+    if isinstance(workers, SingleWorker):
+        return {}
     if not isinstance(workers, ProcessGroupCommunicator):
         raise ValueError(f"levels= beside {workers!r}: groups need workers in a process group to be part of")
     out: dict[int, Communicator] = {}
-    periods = sorted(checks.integer("period of levels", period, 1, tau - 1) for period in levels)
-    for period, longer in zip(periods, [*periods[1:], tau], strict=True):
+    for period in periods:
         group = levels[period]
-        if longer % period:
-            raise ValueError(f"levels={periods}, tau={tau}: {longer} is no multiple of {period}; allowed are periods "
-                             "of which each divides the next, and the longest tau")
         if group is None or world_size(group) < 1:
             raise ValueError(f"levels[{period}]={group!r}: allowed is a process group that this worker is a member of")
         if others := set(dist.get_process_group_ranks(group)) - set(workers.ranks):

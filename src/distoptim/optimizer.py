@@ -20,7 +20,6 @@ from distoptim.comm.islands import Island, averaging_group
 from distoptim.engine import Engine
 from distoptim.face import Face
 from distoptim.fragments import Fragments, build, names, partition, trainable
-from distoptim.join import join
 from distoptim.levels import Levels, connect_levels
 from distoptim.options import Params, check_size, inner_optimizer, workers
 from distoptim.pace import Pace
@@ -48,7 +47,7 @@ class AveragingOptimizer(Face):
         device_mesh: says the workers instead, as its dimension called "replicate" or "dp_replicate", or its only one;
             the ranks along the others are one worker together (DDP, FSDP2, ...) and average DTensors shard by shard.
         levels: period in local steps -> smaller group of workers that also averages inside itself, blocking, as often;
-            periods divide each other and tau. One more copy of the model each.
+            periods divide each other and every tau. One more copy of the model each.
         communicator: moves the bytes instead of torch.distributed (simulation, tests).
         fragments: in how many messages, evenly spread over the round, the parameters are averaged (1 to tau);
             or modules or lists of parameters, one per message. Must be equal on all workers.
@@ -154,7 +153,7 @@ class AveragingOptimizer(Face):
         the workers' mean, weighted by the samples (else local steps) they had in the block. Leaving it by an
         exception communicates nothing.
         """
-        return join(self._engine, self._levels.tick)
+        return self._levels.join()
 
     @contextlib.contextmanager
     def averaged(self, module: torch.nn.Module | None = None) -> Iterator[None]:
@@ -189,7 +188,7 @@ class AveragingOptimizer(Face):
         Each worker saves its own. What is in flight is waited for and saved as its mean, so a resumed run is
         bit-equal to one that never stopped.
         """
-        return {**self.inner.state_dict(), "distoptim": checkpoint.save(self._engine)}
+        return {**self.inner.state_dict(), "distoptim": self._levels.save()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()`; load the model first. A plain optimizer's state dict starts a new run.
@@ -205,8 +204,7 @@ class AveragingOptimizer(Face):
         # A mean on its way still writes into its buffer.
         self._engine.settle()
         if ours is not None:
-            checkpoint.load(self._engine, ours)
-            self._levels.align()
+            self._levels.load(ours)
         else:
             self._build_engine(introduce=False)
 
@@ -218,15 +216,14 @@ class AveragingOptimizer(Face):
         """For pickle and deepcopy: the inner optimizer, the configuration and the rounds."""
         keep = ("inner", "_rule", "_tau", "_delay", "_parts", "_timeout_s", "_average_in_step", "_reset_inner",
                 "_codec", "_communicator", "_inner_groups")
-        return {**{name: self.__dict__[name] for name in keep}, "saved": checkpoint.save(self._engine)}
+        return {**{name: self.__dict__[name] for name in keep}, "saved": self._levels.save()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the engine around the copied parameters, without talking to anybody."""
         saved = state.pop("saved")
         self.__dict__.update(state)
         self._build_engine(introduce=False)
-        checkpoint.load(self._engine, saved)
-        self._levels.align()
+        self._levels.load(saved)
         self._face()
 
     def _lr(self, group: int) -> float:

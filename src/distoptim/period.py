@@ -36,6 +36,11 @@ class Period(ABC):
         """The tau it begins with."""
         return self.smallest
 
+    @property
+    def choices(self) -> frozenset[int] | None:
+        """Every tau it can choose, if that is known before."""
+        return None
+
     def choose(self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]) -> Change:
         """The next round's tau and the reason.
 
@@ -65,6 +70,11 @@ class Fixed(Period):
     def smallest(self) -> int:
         """That."""
         return self.tau
+
+    @property
+    def choices(self) -> frozenset[int]:
+        """That."""
+        return frozenset([self.tau])
 
 
 def period_of(tau: object) -> Period:
@@ -111,6 +121,11 @@ class Schedule(Period):
         """At step 0."""
         return self.taus[0]
 
+    @property
+    def choices(self) -> frozenset[int]:
+        """Those of the table."""
+        return frozenset(self.taus.values())
+
     def choose(self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]) -> Change:
         """As the table says."""
         return self.taus[max(s for s in self.taus if s <= step)], "schedule"
@@ -148,6 +163,11 @@ class PostLocal(Period):
     def first(self) -> int:
         """Of the phase after `start`."""
         return self.then.first
+
+    @property
+    def choices(self) -> frozenset[int] | None:
+        """Of the phase after `start`."""
+        return self.then.choices
 
     def choose(self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]) -> Change:
         """As in the phase after `start`."""

@@ -8,7 +8,7 @@ import pytest
 
 from distoptim.sim import grid
 from distoptim.sim.machines import Machines
-from distoptim.sim.run import run
+from distoptim.sim.run import VirtualRun, run
 from distoptim.train import records
 from distoptim.train.config import RunConfig
 
@@ -66,11 +66,25 @@ def test_bad_machines_are_refused(bad):
 def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):
     slow = Machines(step_ms=10, latency_ms=12)
     config = dataclasses.replace(CONFIG, algorithm="overlap-local-sgd", steps=40, tau=1)
-    exposed, syncs = {}, {}
-    variants = {"fixed": {}, "hidden": {"hide_communication": True}, "post": {"post_local": 20, "tau": 10}}
+    exposed, syncs, tau = {}, {}, {}
+    variants = {"fixed": {}, "hidden": {"hide_communication": True}, "post": {"post_local": 20, "tau": 10},
+                "table": {"tau_at": "20:4"}, "loss": {"tau": 8, "adacomm": 8}}
     for name, changed in variants.items():
         run(dataclasses.replace(config, **changed), slow, tmp_path / name)
         summary = records.read(tmp_path / name).summary
         exposed[name], syncs[name] = summary["exposed_s"], summary["syncs"]
+        tau[name] = summary["stats"]["tau"]
     assert exposed["hidden"] < exposed["fixed"] / 3
     assert syncs["post"] in (21, 22)
+    assert (tau["fixed"], tau["table"]) == (1, 4)
+    assert tau["loss"] < 8
+
+
+def test_what_virtual_workers_cannot_do_is_refused():
+    with pytest.raises(ValueError, match="levels='1:2': virtual workers are in no process group"):
+        VirtualRun(dataclasses.replace(CONFIG, levels="1:2", workers=4), MACHINES)
+
+
+def test_names_of_finished_runs_stay():
+    """A name that changed would make every run of every finished grid anew."""
+    assert grid.name(RunConfig(algorithm="ddp", milestones=[3]), Machines(step_ms=20)) == "ddp-tau4-m4-seed0-85cf2ba3"

@@ -85,6 +85,19 @@ def test_all_stop_together_when_one_is_told_and_another_number_of_workers_goes_o
     assert [line["step"] for line in records.read(tmp_path).logs] == list(range(1, 11))
 
 
+def test_adacomm_is_told_the_loss(tmp_path):
+    config = dataclasses.replace(SMALL, algorithm="local-sgd", tau=4, adacomm=4, steps=20, evaluate_every=20)
+    run(trained, 2, tmp_path, config)
+    record = records.read(tmp_path)
+    # It falls with the loss, and where the loss is stuck.
+    assert record.summary["stats"]["tau"] < 4
+    assert record.config["adacomm"] == 4
+
+
+def trained(rank, folder, config):
+    train(config, folder, World())
+
+
 def on_a_slow_link(rank, folder, algorithm):
     emulate(latency_s=LINK.latency_s, bandwidth_gbit_s=LINK.bandwidth_gbit_s)
     train(dataclasses.replace(SMALL, algorithm=algorithm), folder, World())

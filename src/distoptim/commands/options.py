@@ -32,6 +32,13 @@ class Epochs(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
             self.fail(f"{value!r}: expected numbers with commas between them", param, ctx)
 
 
+class Pairs(click.types.StringParamType):
+    """Pairs of integers as text, which RunConfig checks."""
+
+    def __init__(self, pair: str) -> None:
+        self.name = f"{pair},..."
+
+
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig)}
 
 
@@ -61,7 +68,7 @@ class Sections(click.Command):
 def option(section: str, *names: str, default: Any = None, **kwargs: Any) -> Callable[[Command], Command]:
     """`click.option` in a section of the help."""
     return click.option(*names, cls=Option, section=section, default=default,
-                        show_default=default is not None and not kwargs.get("is_flag", False), **kwargs)
+                        show_default=default not in (None, "") and not kwargs.get("is_flag", False), **kwargs)
 
 
 def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Callable[[Command], Command]:
@@ -69,9 +76,12 @@ def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Cal
     training, problem, network, files = "Training", "Data and model", "Workers and network", "Results"
     rows: list[tuple[str, str, Any, str]] = [
         (training, "--tau", int, "Local steps between two syncs."),
+        (training, "--tau-at", Pairs("STEP:TAU"), "Other periods from later local steps on."),
         (training, "--post-local", int, "Synchronous steps first, before the algorithm begins."),
         (training, "--hide-communication/--no-hide-communication", None,
          "Let tau be the smallest that hides communication, as measured."),
+        (training, "--adacomm", int, "Let tau follow the loss, from --tau on; decide every so many local steps."),
+        (training, "--levels", Pairs("PERIOD:SIZE"), "Groups of neighbouring workers that average more often."),
         (training, "--optimizer", click.Choice(optimizers.INNER), "Local optimizer."),
         (training, "--lr", float, "Learning rate of the local optimizer."),
         (training, "--momentum", float, "Momentum of the local SGD."),
@@ -129,10 +139,14 @@ def algorithm_options(command: Command) -> Command:
             takers.setdefault(name, []).append(algorithm)
             types[name] = kind
     for name in reversed(takers):
+        text = f"--{name.replace('_', '-')}"
+        if types[name] is bool:
+            # None, which is neither of the two, leaves the choice to the algorithm.
+            text += f"/--no-{name.replace('_', '-')}"
         everybody = len(takers[name]) == len(ALGORITHMS)
         of = "all but ddp and powersgd" if everybody else ", ".join(takers[name])
-        command = option("Options of the algorithms (default: each one's own)", f"--{name.replace('_', '-')}", name,
-                          type=types[name], help=f"Of {of}.")(command)
+        command = option("Options of the algorithms (default: each one's own)", text, name,
+                         type=None if types[name] is bool else types[name], help=f"Of {of}.")(command)
     return command
 
 

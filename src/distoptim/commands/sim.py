@@ -26,7 +26,7 @@ from distoptim.sim.utilisation import ModelShape
 from distoptim.train import records
 
 VIRTUAL = "Virtual machines"
-_REAL = ("timeout_s", "latency_ms", "bandwidth_gbit_s", "slowdown", "slowdown_ms")
+_REAL = ("timeout_s", "latency_ms", "bandwidth_gbit_s", "slowdown", "slowdown_ms", "levels")
 
 
 @click.command(cls=Sections)

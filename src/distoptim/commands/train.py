@@ -121,7 +121,8 @@ def _resumed(folder: Path, given: dict[str, Any], *, keep_workers: bool) -> RunC
     saved = records.read(folder).config
     now = {name: value for name, value in given.items()
            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE or (name == "workers" and not keep_workers)}
-    return config_of({**saved, **saved.pop("options"), **now})
+    options = saved.pop("options")
+    return config_of({**saved, **options, **now})
 
 
 def _meeting(init: str | None, rank: int | None, size: int | None) -> Meeting | None:

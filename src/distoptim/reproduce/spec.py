@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distoptim.sim.machines import Machines
-from distoptim.train.config import RunConfig
+from distoptim.train.config import RunConfig, compared
 from distoptim.train.optimizers import SYNCHRONOUS
 
 if sys.version_info >= (3, 11):
@@ -101,7 +101,7 @@ class Spec:
                 fields = {**self.run, **dict(zip(axes, values, strict=True)), **method, **fixed}
                 if fields.get("algorithm") == SYNCHRONOUS:
                     fields["tau"] = 1
-                config = RunConfig(**fields)
+                config = compared(fields)
                 case = Case(label, config)
                 if case.setting in rates:
                     case = Case(label, dataclasses.replace(config, lr=rates[case.setting]))

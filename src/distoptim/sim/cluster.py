@@ -68,6 +68,8 @@ class Cluster:
             if self._synchronous:
                 self._average_gradients()
             list(run(self._local_step, ranks))
+            for optimizer, value in zip(self.optimizers, losses, strict=True):
+                optimizer._engine.pace.report(value, None)
         if self._compute is not None:
             for rank in ranks:
                 self.fabric.clocks[rank] += self._compute.seconds(rank, self.steps)

@@ -18,7 +18,7 @@ import torch
 from distoptim.sim.machines import Machines
 from distoptim.sim.run import run
 from distoptim.train import records
-from distoptim.train.config import RunConfig
+from distoptim.train.config import RunConfig, compared
 
 
 def combinations(config: RunConfig, axes: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
@@ -33,7 +33,7 @@ def combinations(config: RunConfig, axes: Mapping[str, Sequence[Any]]) -> list[R
     """
     found: dict[str, RunConfig] = {}
     for values in itertools.product(*axes.values()):
-        made = replace(config, **dict(zip(axes, values, strict=True)))
+        made = compared({**config.to_dict(), **dict(zip(axes, values, strict=True))})
         if made.algorithm == "ddp":
             made = replace(made, tau=1, options={})
         found.setdefault(name(made, Machines()), made)

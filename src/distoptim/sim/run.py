@@ -44,6 +44,9 @@ class VirtualRun:
                              "use `distoptim train` or `compare`")
         if config.slowdown != "none":
             raise ValueError(f"slowdown={config.slowdown!r} is for real workers; virtual ones have that of Machines")
+        if config.levels:
+            raise ValueError(f"levels={config.levels!r}: virtual workers are in no process group that could be a part; "
+                             "use `distoptim train` or `compare`")
         self.config, self.machines = config, machines
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         folder = None if config.data_dir is None else Path(config.data_dir)

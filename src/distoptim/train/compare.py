@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from distoptim.train import records
-from distoptim.train.config import RunConfig
+from distoptim.train.config import RunConfig, compared
 from distoptim.train.launch import Job, run_local
 from distoptim.train.loop import Observer
 
@@ -22,7 +21,8 @@ def variants(config: RunConfig, methods: Sequence[str]) -> list[RunConfig]:
     """
     if len(set(methods)) < len(methods) or not methods:
         raise ValueError(f"methods={', '.join(methods)!r}: allowed is a list of different methods")
-    return [replace(config, algorithm=name, options={}, checkpoint_every=0) for name in methods]
+    common = {**config.to_dict(), "options": {}, "checkpoint_every": 0}
+    return [compared({**common, "algorithm": name}) for name in methods]
 
 
 def compare(configs: Sequence[RunConfig], folder: Path, observer: Callable[[RunConfig], Observer]) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from distoptim import checks
 from distoptim.comm import Link, SingleWorker
-from distoptim.train import data, models, optimizers, partition
+from distoptim.train import data, models, optimizers, partition, rounds
 from distoptim.train.schedule import SCHEDULES, Schedule
 from distoptim.train.slowdown import SLOWDOWNS
 
@@ -25,8 +25,11 @@ class RunConfig:
     Args:
         algorithm: a name of `distoptim.ALGORITHMS`, or "ddp": DistributedDataParallel.
         tau: local steps in a round, >= 1; "ddp" has no rounds.
+        tau_at: other periods from later local steps on, such as "1000:8,4000:16".
         post_local: local steps of a synchronous phase before the algorithm begins, >= 0.
         hide_communication: let tau be the smallest that hides communication, as measured; `tau` does not count.
+        adacomm: let tau follow the loss, from `tau` on, with a decision every so many local steps; 0 does not.
+        levels: "4:2": every 4 local steps the workers of each two average among themselves; more levels behind commas.
         options: of the algorithm, by keyword, where its defaults are not wanted.
         optimizer: the (inner) one, "sgd" or "adamw".
         lr, weight_decay: of it.
@@ -60,8 +63,11 @@ class RunConfig:
 
     algorithm: str = "overlap-local-sgd"
     tau: int = 4
+    tau_at: str = ""
     post_local: int = 0
     hide_communication: bool = False
+    adacomm: int = 0
+    levels: str = ""
     options: Mapping[str, int | float | bool | str] = field(default_factory=dict)
     optimizer: str = "sgd"
     lr: float = 0.05
@@ -108,8 +114,6 @@ class RunConfig:
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(table)}")
         self._check_data()
-        checks.integer("post_local", self.post_local, 0)
-        checks.flag("hide_communication", self.hide_communication)
         if self.clip_norm is not None:
             checks.number("clip_norm", self.clip_norm, 0, math.inf, open_low=True, open_high=True)
         checks.number("slowdown_ms", self.slowdown_ms, 0, 1e9, open_low=self.slowdown != "none")
@@ -125,6 +129,7 @@ class RunConfig:
             checks.number("latency_ms", self.latency_ms, 0, math.inf, open_high=True)
         if self.bandwidth_gbit_s is not None:
             checks.number("bandwidth_gbit_s", self.bandwidth_gbit_s, 0, math.inf, open_low=True, open_high=True)
+        rounds.check(self, synchronous=self.synchronous)
         # As many as there can be fragments.
         params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(min(self.tau, 1000))]
         optimizers.build(self, params, communicator=_Rehearsal(self.workers))
@@ -142,6 +147,11 @@ class RunConfig:
             raise ValueError(f"partition={self.partition!r}: text has no classes, allowed is iid")
         elif self.augment:
             raise ValueError("augment=True: only images are moved and mirrored, allowed is False with text")
+
+    @property
+    def synchronous(self) -> bool:
+        """Gradients are averaged at every step: there are no rounds."""
+        return self.algorithm in (optimizers.SYNCHRONOUS, optimizers.POWERSGD)
 
     @property
     def link(self) -> Link | None:
@@ -164,6 +174,12 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """As plain data; `RunConfig(**config.to_dict())` is the same again."""
         return asdict(self)
+
+
+def compared(fields: Mapping[str, Any]) -> RunConfig:
+    """The run of one method of a comparison: what is said of rounds, but for tau, is left out where there are none."""
+    config = RunConfig(**{name: value for name, value in fields.items() if name not in rounds.NONE})
+    return config if config.synchronous else RunConfig(**fields)
 
 
 class _Rehearsal(SingleWorker):

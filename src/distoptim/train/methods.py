@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.train import optimizers
+from distoptim.train import optimizers, rounds
 from distoptim.train.config import DTYPES, RunConfig
 from distoptim.train.data import Dataset
 
@@ -68,7 +68,7 @@ class Averaging(Method):
     """
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
-        optimizer = optimizers.build(config, model.parameters())
+        optimizer = optimizers.build(config, model.parameters(), levels=rounds.groups(config))
         assert isinstance(optimizer, AveragingOptimizer)
         self.optimizer = self._averaging = optimizer
         self._model, self._dtype = model, DTYPES[config.dtype]
@@ -80,7 +80,7 @@ class Averaging(Method):
         self.optimizer.step()
         self.optimizer.zero_grad()
         before = time.perf_counter()
-        self._averaging.average()
+        self._averaging.average(loss=loss)
         return loss.item(), time.perf_counter() - before
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:

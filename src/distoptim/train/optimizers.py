@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distoptim import checks
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm import Communicator
 from distoptim.options import inner_optimizer
-from distoptim.periods import HideCommunication, Period, PostLocal
+from distoptim.train import rounds
 
 if TYPE_CHECKING:
     from distoptim.train.config import RunConfig
@@ -38,17 +39,18 @@ def own_options(algorithm: str) -> dict[str, type]:
     annotations = {p.name: getattr(p.annotation, "__name__", str(p.annotation)).split(" ")[0]
                    for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("tau", "gmf")}
     own = {name: types[text] for name, text in annotations.items() if text in types}
-    return {"fragments": int, **own, "codec": str}
+    return {"fragments": int, "pattern": str, **own, "reset_inner": bool, "codec": str}
 
 
-def build(config: RunConfig, params: Iterable[Tensor], *,
-          communicator: Communicator | None = None) -> torch.optim.Optimizer:
+def build(config: RunConfig, params: Iterable[Tensor], *, communicator: Communicator | None = None,
+          levels: Mapping[int, dist.ProcessGroup] | None = None) -> torch.optim.Optimizer:
     """The optimizer that `config` describes.
 
     Args:
         config: the run.
         params: what it trains.
         communicator: moves the bytes instead of torch.distributed.
+        levels: period -> this worker's group, as `rounds.groups` makes them.
 
     Raises:
         ValueError: there is no such algorithm, it has no such option, or a value is outside its range.
@@ -63,15 +65,10 @@ def build(config: RunConfig, params: Iterable[Tensor], *,
     inner = _inner(config, list(params))
     if config.algorithm == POWERSGD:
         checks.integer("approximation_rank", config.options.get("approximation_rank", 1), 1)
-    if config.algorithm in (SYNCHRONOUS, POWERSGD):
+    if config.synchronous:
         return inner
-    return ALGORITHMS[config.algorithm](inner, tau=_tau(config), communicator=communicator, timeout_s=config.timeout_s,
-                                        **config.options)
-
-
-def _tau(config: RunConfig) -> int | Period:
-    tau = HideCommunication() if config.hide_communication else config.tau
-    return PostLocal(start=config.post_local, tau=tau) if config.post_local else tau
+    return ALGORITHMS[config.algorithm](inner, tau=rounds.period_of(config), communicator=communicator, levels=levels,
+                                        timeout_s=config.timeout_s, **config.options)
 
 
 def _inner(config: RunConfig, params: list[Tensor]) -> torch.optim.Optimizer:
