@@ -64,7 +64,7 @@ def test_simulate_prints_a_table_and_goes_on(tmp_path):
 def test_timing_prints_and_draws(tmp_path):
     text = distoptim("simulate", "--timing", "--params", "1e8", "--folder", str(tmp_path)).stdout
     assert "overlap-local-sgd" in text
-    assert "streaming-diloco-delay1" in text
+    assert "layerwise-streaming-diloco-delay1" in text
     assert (tmp_path / "utilisation.png").stat().st_size > 10_000
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from distoptim import ALGORITHMS
+from distoptim.sim import Cluster, Constant
 from distoptim.sim.timing import METHODS, draw, layerwise_methods, methods, published, published_models, table
 from distoptim.sim.utilisation import GRID, Method, ModelShape, bandwidth_for, utilisation, utilisations
 from tests import problem
@@ -52,10 +55,39 @@ def test_every_algorithm_of_the_library_is_timed_at_its_default_delay():
     assert set(ALGORITHMS) < set(made)
     assert {name: made[name].delay for name in ALGORITHMS} == {
         "local-sgd": 0, "bmuf": 0, "slowmo": 0, "easgd": 12, "cocod-sgd": 12, "overlap-local-sgd": 12,
-        "diloco": 0, "streaming-diloco": 0, "eager-diloco": 12, "co2": 12}
-    # The two that are modelled layer by layer stay so.
-    assert made["diloco"].layerwise
-    assert made["streaming-diloco"].layerwise
+        "diloco": 0, "streaming-diloco": 1, "eager-diloco": 12, "co2": 12}
+    assert not any(made[name].layerwise for name in ALGORITHMS)
+    assert {name for name in ALGORITHMS if made[name].fragments is None} == {"streaming-diloco"}
+
+
+class Layers:
+    """A ring on which only whole layers count, not the element for the worker's weight."""
+
+    def __init__(self, rate_gbit_s):
+        self.rate_gbit_s = rate_gbit_s
+
+    def all_reduce_s(self, nbytes, workers):
+        return seconds(4e9 / 6 * (nbytes // 16), self.rate_gbit_s, workers, latency_s=0.01)
+
+
+@pytest.mark.parametrize("rate", [3.0, 8.0, 20.0, 40.0, 200.0])
+@pytest.mark.parametrize("tau", [1, 6, 7])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_a_formula_says_the_engine_does(name, tau, rate):
+    """Six layers of four parameters, which on the clock are a sixth of 1e9; Streaming DiLoCo in min(tau, 3) parts."""
+    parts = min(tau, 3)
+    options = {"fragments": parts, "pattern": "strided"} if name == "streaming-diloco" else {}
+    cluster = Cluster(workers=3, threads=1, compute=Constant(0.1), network=Layers(rate),
+                      model=lambda: torch.nn.ParameterList(torch.zeros(4) for _ in range(6)),
+                      optimizer=partial(ALGORITHMS[name], lr=0.1, tau=tau, **options))
+    stood = []
+    for _ in range(2):
+        for _ in range(8 * tau):
+            cluster.step()
+        stood.append(cluster.seconds())
+    shape = ModelShape(params=1e9, layers=6, step_s=0.1, fragments=parts)
+    expected = utilisation(shape, methods(tau=tau)[name], rate, latency_s=0.01, workers=3)
+    assert 8 * tau * 0.1 / (stood[1] - stood[0]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("workers", [2, 5])

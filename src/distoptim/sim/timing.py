@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
-from distoptim.algorithms import ALGORITHMS
+from distoptim.algorithms import ALGORITHMS, StreamingDiLoCo
 from distoptim.sim.utilisation import GRID, Method, ModelShape, first_reaching, utilisations
 
 TARGETS = (0.5, 0.8, 0.9, 0.95, 0.99)
@@ -35,7 +35,9 @@ class Row(TypedDict):
 
 
 def layerwise_methods(*, tau: int = 100, payload_bytes: float = 4.0, fp4_bytes: float = 0.5) -> dict[str, Method]:
-    """Data parallel, DiLoCo and Streaming DiLoCo, layer by layer: each layer is sent as its backward pass ends.
+    """Data parallel, DiLoCo and Streaming DiLoCo as in a paper: each layer is sent as its backward pass ends.
+
+    This library's optimizers send after a whole local step: see `methods`.
 
     Args:
         tau: local steps in a round of all but the first, which sends after every step; >= 1.
@@ -50,18 +52,20 @@ def layerwise_methods(*, tau: int = 100, payload_bytes: float = 4.0, fp4_bytes: 
     delay = min(1, tau)
     made = [
         Method(name="data-parallel", payload_bytes=payload_bytes, layerwise=True),
-        Method(name="diloco", payload_bytes=payload_bytes, tau=tau, layerwise=True),
-        Method(name="streaming-diloco", payload_bytes=payload_bytes, tau=tau, fragments=None, layerwise=True),
-        Method(name="streaming-diloco-delay1", payload_bytes=payload_bytes, tau=tau, delay=delay, fragments=None,
+        Method(name="layerwise-diloco", payload_bytes=payload_bytes, tau=tau, layerwise=True),
+        Method(name="layerwise-streaming-diloco", payload_bytes=payload_bytes, tau=tau, fragments=None, layerwise=True),
+        Method(name="layerwise-streaming-diloco-delay1", payload_bytes=payload_bytes, tau=tau, delay=delay, fragments=None,
                layerwise=True),
-        Method(name="streaming-diloco-delay1-fp4", payload_bytes=fp4_bytes, tau=tau, delay=delay, fragments=None,
+        Method(name="layerwise-streaming-diloco-delay1-fp4", payload_bytes=fp4_bytes, tau=tau, delay=delay, fragments=None,
                layerwise=True),
     ]
     return {method.name: method for method in made}
 
 
 def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, Method]:
-    """The methods of `layerwise_methods` and every other algorithm of `distoptim.ALGORITHMS` at its default delay.
+    """The methods of `layerwise_methods` and every algorithm of `distoptim.ALGORITHMS` at its default delay.
+
+    StreamingDiLoCo is cut into the model's fragments, all others are sent in one.
 
     Args:
         tau: local steps in a round, >= 1.
@@ -72,8 +76,8 @@ def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, Method]:
     """
     made = layerwise_methods(tau=tau, payload_bytes=payload_bytes)
     for name, algorithm in ALGORITHMS.items():
-        made.setdefault(name, Method(name=name, payload_bytes=payload_bytes, tau=tau,
-                                     delay=_default_delay(algorithm, tau)))
+        made[name] = Method(name=name, payload_bytes=payload_bytes, tau=tau, delay=_default_delay(algorithm, tau),
+                            fragments=None if algorithm is StreamingDiLoCo else 1)
     return made
 
 
