@@ -53,12 +53,11 @@ def layerwise_methods(*, tau: int = 100, payload_bytes: float = 4.0, fp4_bytes: 
     made = [
         Method(name="data-parallel", payload_bytes=payload_bytes, layerwise=True),
         Method(name="layerwise-diloco", payload_bytes=payload_bytes, tau=tau, layerwise=True),
-        Method(name="layerwise-streaming-diloco", payload_bytes=payload_bytes, tau=tau, fragments=None, layerwise=True),
-        Method(name="layerwise-streaming-diloco-delay1", payload_bytes=payload_bytes, tau=tau, delay=delay, fragments=None,
-               layerwise=True),
-        Method(name="layerwise-streaming-diloco-delay1-fp4", payload_bytes=fp4_bytes, tau=tau, delay=delay, fragments=None,
-               layerwise=True),
     ]
+    for suffix, nbytes, late in (("", payload_bytes, 0), ("-delay1", payload_bytes, delay),
+                                 ("-delay1-fp4", fp4_bytes, delay)):
+        made.append(Method(name=f"layerwise-streaming-diloco{suffix}", payload_bytes=nbytes, tau=tau, delay=late,
+                           fragments=None, layerwise=True))
     return {method.name: method for method in made}
 
 
