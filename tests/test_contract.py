@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
 
+import distoptim
+from distoptim.periods import AdaComm, HideCommunication, PostLocal, Schedule
 from tests import toy
 from tests.cluster import Cluster
 
@@ -76,7 +79,7 @@ def test_deterministic(make):
 
 def resumed(make, workers):
     """A fresh cluster that goes on from what `workers` put into files."""
-    fresh = Cluster(make, [[torch.zeros_like(p) for p in toy.start()]] * toy.WORKERS)
+    fresh = Cluster(make, [[torch.zeros_like(p) for p in workers.params[0]]] * toy.WORKERS)
     for optimizer, params, new_optimizer, new_params in zip(
             workers.optimizers, workers.params, fresh.optimizers, fresh.params, strict=True):
         file = io.BytesIO()
@@ -111,6 +114,64 @@ def test_a_copy_from_any_step_goes_on_bit_equally(make, how):
         assert torch.equal(rest, expected[step:step + 2 * toy.TAU]), f"saved after step {step}"
         # Saving changes nothing for those who are saved.
         assert torch.equal(workers.x(), expected[step - 1] if step else cluster(make).x())
+
+
+# What every algorithm takes; join and levels, for which workers must be processes, are in test_join and test_levels.
+EVERYWHERE = {
+    "codec": {"tau": 3, "codec": "int8+ef"},
+    "strided": {"tau": 3, "fragments": 2, "pattern": "strided"},
+    "reset": {"tau": 3, "reset_inner": True},
+    "samples": {"tau": 3},
+    "schedule": {"tau": Schedule({0: 2, 5: 4}), "fragments": 2},
+    "post-local": {"tau": PostLocal(start=3, tau=3), "codec": "bf16"},
+    "adacomm": {"tau": AdaComm(3, interval=3)},
+    "hide": {"tau": HideCommunication(smallest=2, largest=4), "fragments": 2},
+}
+BLOCKS = {"local-sgd", "bmuf", "slowmo", "diloco", "streaming-diloco"}
+
+
+@pytest.mark.parametrize("option", EVERYWHERE)
+@pytest.mark.parametrize("name", distoptim.ALGORITHMS)
+def test_what_all_algorithms_take_resumes_in_flight_bit_equally(name, option):
+    make = partial(distoptim.ALGORITHMS[name], **toy.OPTIONS, **EVERYWHERE[option])
+    if option == "hide" and name in BLOCKS:
+        with pytest.raises(ValueError, match="a longer round hides no more at a fixed delay"):
+            cluster(make)
+        return
+
+    def go(workers, stop):
+        out = []
+        for step in range(workers.optimizers[0]._engine.step, stop):
+            for rank, optimizer in enumerate(workers.optimizers):
+                samples = 1.0 + rank * (step % 3) if option == "samples" else None
+                optimizer._engine.pace.report(2.0 ** -step, samples)
+            workers.step(toy.gradient)
+            out.append(workers.x())
+        return out
+
+    expected = go(cluster(make, torch.float32), 13)
+    assert torch.isfinite(expected[-1]).all()
+    for stop in (4, 7, 8):
+        workers = cluster(make, torch.float32)
+        go(workers, stop)
+        assert torch.equal(torch.stack(go(resumed(make, workers), 13)), torch.stack(expected[stop:])), stop
+
+
+@pytest.mark.parametrize("name", distoptim.ALGORITHMS)
+def test_a_step_that_averages_is_a_step_and_an_average(name):
+    xs = []
+    for inside in (False, True):
+        params = [torch.nn.Parameter(p) for p in toy.start()]
+        optimizer = toy.alone(distoptim.ALGORITHMS[name], params, tau=2, average_in_step=inside, **toy.OPTIONS)
+        for _ in range(5):
+            for p, g in zip(params, toy.gradient(0, [p.detach() for p in params]), strict=True):
+                p.grad = g
+            optimizer.step()
+            if not inside:
+                optimizer.average()
+        assert optimizer.stats()["steps"] == 5
+        xs.append(torch.cat([p.detach().reshape(-1) for p in params]))
+    assert torch.equal(*xs)
 
 
 def test_counters_are_exact(make):
