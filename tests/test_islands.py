@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import runpy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tests.workers import run
 fsdp = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs a GPU")
 
 STEPS, BATCH = 10, 4
+EXAMPLE = Path(__file__).parent.parent / "examples" / "islands.py"
 METHODS = {
     "local-sgd": lambda p, **o: LocalSGD(p, lr=0.1, momentum=0.9, tau=3, **o),
     "slowmo-fragments": lambda p, **o: SlowMo(p, lr=0.1, tau=4, fragments=2, **o),
@@ -259,3 +262,17 @@ def test_torch_distributed_checkpoint_carries_the_inner_state_and_starts_a_new_r
         assert all(torch.equal(first.state[p][key], value) for key, value in second.state[p].items())
         assert second.state[p]["step"] == 3
     assert second.stats()["steps"] == 0
+
+
+def _example(rank):
+    train = runpy.run_path(str(EXAMPLE))["train"]
+    return [train(kind, 30) for kind in ("ddp", "fsdp2")]
+
+
+@fsdp
+def test_the_example_learns_and_ddp_and_fsdp_islands_are_one_thing():
+    results = run(_example, 4)
+    assert all(result == results[0] for result in results)
+    for before, after in results[0]:
+        assert after < 0.9 * before
+    assert results[0][0] == pytest.approx(results[0][1], rel=1e-4)

@@ -71,6 +71,8 @@ SHELL = {
     "distoptim partition --data digits --partition label-skew --workers 16":
         f"{PYTHON} -m distoptim.cli partition --data digits --partition label-skew --workers 16",
     "distoptim report runs/small": f"{PYTHON} -m distoptim.cli report runs/small",
+    "torchrun --nproc-per-node=4 examples/islands.py fsdp2":
+        f"{TORCHRUN.replace('node=2', 'node=4')} {ROOT}/examples/islands.py ddp",
     "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim.cli plan --probe probe.json",
 }
 # Pages whose blocks need several processes and have a test of their own.
