@@ -10,6 +10,7 @@ from distoptim.reproduce.spec import Case, Spec
 from distoptim.sim import grid
 from distoptim.sim.machines import Machines
 from distoptim.train import records
+from distoptim.train.models import TEXT_MODELS
 
 TRIALS, FINAL = "trials", "final"
 Setting = tuple[str, int, str]
@@ -32,9 +33,9 @@ def reproduce(spec: Spec, folder: Path, *, processes: int | None = None,
 
 
 def choose(trials: Sequence[Case], folders: Sequence[Path]) -> dict[Setting, float]:
-    """For each method, tau and partition the learning rate of the best validation accuracy; of equal ones the smaller.
+    """For each method, tau and partition the learning rate of the best score on the validation set.
 
-    A diverged trial counts as the worst.
+    The score is accuracy, of text the loss. Of equal ones the smaller rate; a diverged trial counts as the worst.
     """
     best: dict[Setting, tuple[float, float]] = {}
     for case, folder in zip(trials, folders, strict=True):
@@ -44,10 +45,13 @@ def choose(trials: Sequence[Case], folders: Sequence[Path]) -> dict[Setting, flo
 
 
 def _validation(folder: Path) -> float:
-    summary = records.read(folder).summary
-    if summary is None or summary["diverged"]:
-        return -1.0
-    return float(summary["validation_accuracy"])
+    """The higher the better."""
+    record = records.read(folder)
+    if record.summary is None or record.summary["diverged"]:
+        return -math.inf
+    if record.config["model"] in TEXT_MODELS:
+        return -float(record.summary["validation_loss"])
+    return float(record.summary["validation_accuracy"])
 
 
 def _run(cases: Sequence[Case], machines: Sequence[Machines], folder: Path, processes: int | None,
