@@ -51,8 +51,27 @@ def test_the_table_tells_mean_deviation_seeds_best_and_diverged(made):
     assert "<td><strong>92.20 ± 0.20</strong></td>" in page
     assert "mean ± standard deviation over 3 seeds." in text
     workers = text.split("## Test accuracy of single workers")[1]
-    assert "measured on the first 1000 test samples" in workers
+    assert "measured on the first 1000 test images or 100 windows" in workers
     assert row(workers, "Local SGD") == ["80.20 ± 0.20", "77.20 ± 0.20"]
+
+
+def test_text_is_judged_by_its_loss(tmp_path):
+    for tau, losses in ((2, (2.1, 2.2)), (8, (2.4, 2.5))):
+        for seed, loss in enumerate(losses):
+            for label, more in (("Local SGD", 0), ("CoCoD-SGD", 0.05)):
+                made = lines(label=label, tau=tau, seed=seed, model="gpt-small", data="plays")
+                made[-1]["test_loss"] = loss + more
+                put(tmp_path / "final", f"{label}-{tau}-{seed}", made)
+    for lr, loss, accuracy in ((0.03, 2.2, 0.5), (0.1, 2.1, 0.4)):
+        made = lines(lr=lr, model="gpt-small", data="plays")
+        made[-1] |= {"validation_loss": loss, "validation_accuracy": accuracy}
+        put(tmp_path / "trials", f"t{lr}", made)
+    text = report.write(runs.read(tmp_path), tmp_path / "out")[0].read_text()
+    assert "Loss on the whole test set in nats per byte, mean ± standard deviation over 2 seeds." in text
+    quality, tried = text.split("## Test loss of the averaged model")[1].split("## Learning rates tried")
+    assert row(quality, "Local SGD") == ["**2.150 ± 0.071**", "**2.450 ± 0.071**"]
+    assert row(quality, "CoCoD-SGD") == ["2.200 ± 0.071", "2.500 ± 0.071"]
+    assert row(tried, "Local SGD", "2") == ["2.200", "**2.100**", "0.1"]
 
 
 def test_learning_rates_with_the_best_and_the_one_used(made):

@@ -76,6 +76,21 @@ def test_a_list_under_machines_is_an_axis_of_the_grid(tmp_path):
     assert told[-1] == ("runs", 24, 24)
 
 
+def test_rates_for_text_are_chosen_by_loss(tmp_path):
+    text = GRID.replace('"synthetic"', '"plays"').replace('"mlp"', '"gpt-small"').replace("1e6", "0.02")
+    trials = spec.read(written(tmp_path, text)).trials()
+    for i, case in enumerate(trials):
+        # The more accurate one has the larger loss.
+        score = {"validation_loss": 2 + case.config.lr, "validation_accuracy": case.config.lr, "diverged": False}
+        writer = records.RecordWriter(tmp_path / f"{i}.jsonl")
+        writer.write({"kind": "start", "config": case.config.to_dict()})
+        writer.write({"kind": "summary", **score})
+        writer.close()
+    rates = run.choose(trials, [tmp_path / f"{i}.jsonl" for i in range(len(trials))])
+    assert set(rates.values()) == {0.01}
+    assert len(rates) == 3
+
+
 class Killed(Exception):
     """Stands for SIGKILL."""
 
@@ -163,10 +178,10 @@ def test_a_damaged_state_and_a_full_disk_name_the_file(tmp_path, monkeypatch):
                 tmp_path / "full", threads=1)
 
 
-@pytest.mark.parametrize("name", ["small", "stragglers", "beyond", "paper", "gpu"])
+@pytest.mark.parametrize("name", ["small", "stragglers", "beyond", "shakespeare", "paper", "gpu"])
 def test_shipped_grids_are_whole(name):
     grid = spec.read(Path(name))
     assert grid.cases()
-    assert {case.config.workers for case in grid.cases()} == {16}
+    assert {case.config.workers for case in grid.cases()} == {4 if name == "shakespeare" else 16}
     if name in ("paper", "gpu"):
         assert {case.config.tau for case in grid.cases()} == {1, 2, 8, 24}

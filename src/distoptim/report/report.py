@@ -10,6 +10,7 @@ from distoptim.report import page, pictures, tables
 from distoptim.report import runs as grid
 from distoptim.report.page import Picture, Section
 from distoptim.report.runs import Run, Runs
+from distoptim.train.models import TEXT_MODELS
 
 _BEST = ("The best mean of each column is in bold; a method of which a run diverged is no candidate, and its mean is "
          "over the others.")
@@ -61,11 +62,13 @@ def _part(found: Runs) -> list[Section]:
     plain = found.plain
     out = [Section("What was run", _overview(found))]
     if plain:
-        out += [_accuracy(plain), _single_workers(plain)]
+        out += [_quality(plain), _single_workers(plain)]
     if found.tuning:
-        text = (f"{_spread(found.tuning, 'Accuracy on the validation set')} The best of each row is in bold. The last "
-                "column is the learning rate that the final runs were made with.")
-        out.append(Section("Learning rates tried", [text, *tables.learning_rates(found.tuning, found.final)]))
+        score = _score(found.tuning)
+        text = (f"{_spread(found.tuning, f'{score.capitalize()} on the validation set')} The best of each row is in "
+                "bold. The last column is the learning rate that the final runs were made with.")
+        rates = tables.learning_rates(found.tuning, found.final, f"validation_{score}")
+        out.append(Section("Learning rates tried", [text, *rates]))
     return out + ([*_figures(plain), _stragglers(found.final)] if plain else [])
 
 
@@ -101,16 +104,23 @@ def _common(runs: Sequence[Run]) -> str:
 def _spread(runs: Sequence[Run], what: str) -> str:
     """How the figures of a table were made."""
     seeds = tables.seeds(runs)
+    unit = "nats per byte" if what.startswith("Loss") else "per cent"
     if seeds == 1:
-        return f"{what} in per cent, one seed each."
+        return f"{what} in {unit}, one seed each."
     told = "seeds, whose number is in parentheses" if seeds is None else f"{seeds} seeds"
-    return f"{what} in per cent, mean ± standard deviation over {told}."
+    return f"{what} in {unit}, mean ± standard deviation over {told}."
 
 
-def _accuracy(runs: Sequence[Run]) -> Section:
-    told = [f"{_spread(runs, 'Accuracy on the whole test set')} {_BEST}"]
+def _score(runs: Sequence[Run]) -> str:
+    """What tells good models from bad ones."""
+    return "loss" if all(run.record.config.get("model") in TEXT_MODELS for run in runs) else "accuracy"
+
+
+def _quality(runs: Sequence[Run]) -> Section:
+    score = _score(runs)
+    told = [f"{_spread(runs, f'{score.capitalize()} on the whole test set')} {_BEST}"]
     told += [_SYNCHRONOUS] * any(run.synchronous for run in runs)
-    return Section("Test accuracy of the averaged model", [*told, *tables.accuracies(runs, "test_accuracy")])
+    return Section(f"Test {score} of the averaged model", [*told, *tables.scores(runs, f"test_{score}")])
 
 
 def _single_workers(runs: Sequence[Run]) -> Section:
@@ -118,9 +128,9 @@ def _single_workers(runs: Sequence[Run]) -> Section:
     if all(run.value("worker_accuracy") is None for run in runs):
         return Section(heading, ["Left out: these records have no accuracy of single workers."])
     return Section(heading, [
-        "What each worker's own model reaches at the end without averaging, as a mean over the workers; otherwise as "
-        "above. It is measured on the first 1000 test samples only: where the test set has more, it cannot be compared "
-        "with the table above.", *tables.accuracies(runs, "worker_accuracy")])
+        "What each worker's own model reaches at the end without averaging, as a mean over the workers, in per cent; "
+        "otherwise as above. It is measured on the first 1000 test images or 100 windows of text only: where the test "
+        "set has more, it cannot be compared with the table above.", *tables.scores(runs, "worker_accuracy")])
 
 
 def _figures(runs: Sequence[Run]) -> list[Section]:

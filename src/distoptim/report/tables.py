@@ -1,4 +1,4 @@
-"""The tables of a report: accuracies, and the learning rates that were tried."""
+"""The tables of a report: accuracies or losses, and the learning rates that were tried."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ class Spread:
     """Mean and standard deviation over seeds.
 
     Attributes:
-        values: one per seed that did not diverge.
+        values: one per seed that did not diverge: shares of 1, the more the better, or losses.
         diverged: how many did.
+        loss: in nats, the less the better.
     """
 
     values: list[float]
     diverged: int = 0
+    loss: bool = False
 
     @property
     def seeds(self) -> int:
@@ -48,12 +50,13 @@ class Spread:
         return len(self.values) + self.diverged
 
     def text(self, *, counted: bool) -> str:
-        """In per cent; diverged ones are always counted, others if their number is to be told."""
+        """In per cent, or nats; diverged ones are always counted, others if their number is to be told."""
+        scale, digits = self._print
         parts = []
         if self.values:
-            parts.append(f"{100 * statistics.fmean(self.values):.2f}")
+            parts.append(f"{scale * statistics.fmean(self.values):.{digits}f}")
         if len(self.values) > 1:
-            parts.append(f"± {100 * statistics.stdev(self.values):.2f}")
+            parts.append(f"± {scale * statistics.stdev(self.values):.{digits}f}")
         if self.diverged:
             parts.append(f"({self.diverged} of {self.seeds} diverged)" if self.values else f"diverged ({self.seeds})")
         elif self.values and counted:
@@ -62,22 +65,30 @@ class Spread:
 
     @property
     def rank(self) -> float:
-        """The mean as it is printed; with a diverged run among them no candidate for the best."""
-        return round(100 * statistics.fmean(self.values), 2) if self.values and not self.diverged else -math.inf
+        """The mean as it is printed, of losses times -1; with a diverged run among them no candidate for the best."""
+        scale, digits = self._print
+        if not self.values or self.diverged:
+            return -math.inf
+        return round((-scale if self.loss else scale) * statistics.fmean(self.values), digits)
+
+    @property
+    def _print(self) -> tuple[int, int]:
+        """Factor and decimals."""
+        return (1, 3) if self.loss else (100, 2)
 
 
 def spread(runs: Sequence[Run], name: str) -> Spread:
     """A figure of the summaries over seeds."""
     values = [run.value(name) for run in runs if not run.diverged]
-    return Spread([v for v in values if v is not None], sum(run.diverged for run in runs))
+    return Spread([v for v in values if v is not None], sum(run.diverged for run in runs), name.endswith("_loss"))
 
 
-def accuracies(runs: Sequence[Run], name: str) -> list[Table]:
+def scores(runs: Sequence[Run], name: str) -> list[Table]:
     """One table per partition: methods x tau, the best of each column in bold.
 
     Args:
         runs: those of the comparison.
-        name: of the figure in the records, a share of 1.
+        name: of the figure in the records, a share of 1 or a loss.
     """
     tables, counted, columns = [], seeds(runs) is None, grid.taus(runs)
     for partition in grid.partitions(runs):
@@ -101,12 +112,13 @@ def _cell(found: Spread, best: float, counted: bool) -> Cell:
     return Cell(found.text(counted=counted), found.rank == best > -math.inf)
 
 
-def learning_rates(tuning: Sequence[Run], final: Sequence[Run]) -> list[Table]:
-    """One table per partition: methods and tau x learning rate -> accuracy on the validation set, best in bold.
+def learning_rates(tuning: Sequence[Run], final: Sequence[Run], name: str) -> list[Table]:
+    """One table per partition: methods and tau x learning rate -> score on the validation set, best in bold.
 
     Args:
         tuning: the runs that chose.
         final: those that were made with what was chosen; the last column is theirs.
+        name: of the score in the records.
     """
     tables, counted = [], seeds(tuning) is None
     for partition in grid.partitions(tuning):
@@ -114,7 +126,7 @@ def learning_rates(tuning: Sequence[Run], final: Sequence[Run]) -> list[Table]:
         tried = sorted({run.record.config["lr"] for run in group})
         rows = []
         for (label, tau, synchronous), row in grid.by(group, lambda r: (r.label, r.tau, r.synchronous)).items():
-            spreads = [spread([r for r in row if r.record.config["lr"] == lr], "validation_accuracy") for lr in tried]
+            spreads = [spread([r for r in row if r.record.config["lr"] == lr], name) for lr in tried]
             best = max(s.rank for s in spreads)
             used = sorted({r.record.config["lr"] for r in final
                            if (r.partition, r.tau, r.method) == (partition, tau, label)})

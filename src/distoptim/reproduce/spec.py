@@ -112,7 +112,8 @@ class Spec:
 
 
 def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Spec:
-    """The grid in a file, or of a name that is shipped ("small", "paper", "gpu", "stragglers", "beyond").
+    """The grid in a file, or of a name that is shipped ("small", "paper", "gpu", "stragglers", "beyond",
+    "shakespeare").
 
     Args:
         path: of the file.
