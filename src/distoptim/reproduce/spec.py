@@ -52,7 +52,8 @@ class Spec:
         methods: label -> fields of `RunConfig` that make the method: algorithm, options, perhaps its own grid of tau.
         grid: field of `RunConfig` -> its values; every combination is run.
         tune: "lr", the learning rates that every method is tried with for each tau and partition, and other fields of
-            `RunConfig` for these shorter runs; the best validation accuracy decides. Empty: no tuning.
+            `RunConfig` for these shorter runs; the best accuracy on the validation set decides, of text the loss.
+            Empty: no tuning.
         machines: the virtual machines; the grid is run on each of them, learning rates are chosen on the first.
 
     Raises:
@@ -79,7 +80,7 @@ class Spec:
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ValueError(f"{name}={values!r}: expected a list of values, not empty")
         if self.tune and not self.run.get("validation"):
-            raise ValueError("[tune] chooses by validation accuracy: [run] needs validation, the share held out for it")
+            raise ValueError("[tune] chooses on a validation set: [run] needs validation, the share held out for it")
         self.cases()
         self.trials()
 
@@ -112,8 +113,7 @@ class Spec:
 
 
 def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Spec:
-    """The grid in a file, or of a name that is shipped ("small", "paper", "gpu", "stragglers", "beyond",
-    "shakespeare").
+    """The grid in a file, or one of those that are shipped, by its name: the TOML files beside this module.
 
     Args:
         path: of the file.
