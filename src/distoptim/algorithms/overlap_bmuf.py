@@ -44,7 +44,7 @@ class OverlapBMUF(AveragingOptimizer):
     Args:
         params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
         tau: local steps in a round, >= 1, or a period object.
-        block_momentum: in [0, 1); default 0.5, the best on a validation set in results/beyond. It multiplies the effective
+        block_momentum: in [0, 1); default 0.5, the best in results/beyond. It multiplies the effective
             learning rate by 1/(1 - block_momentum): divide lr by as much.
         gain: of the correction, in (0, 1]; default 0.5, which contracts differences between workers in stiff and in
             flat directions alike. 1 is best in flat ones and swings in stiff ones; without momentum it is CoCoD-SGD.
