@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -81,7 +82,7 @@ def run_all(configs: Sequence[RunConfig], machines: Machines, folder: Path, *, p
 
 def _in_processes(left: Sequence[tuple[RunConfig, Path, str]], machines: Machines, processes: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
         pending = {pool.submit(run, config, machines, target, label=label, threads=1) for config, target, label in left}
         try:
             while pending:
@@ -92,3 +93,19 @@ def _in_processes(left: Sequence[tuple[RunConfig, Path, str]], machines: Machine
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _begin() -> None:
+    """In a process of the pool: one thread computes, and nothing outlives whoever asked for it, however that ended.
+
+    The next call goes on with the same runs, and would meet whoever still writes their records.
+    """
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
