@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-CHUNK = 256 * BLOCK
+# Numbers worked on at a time: few enough for a core's caches, many enough that calling torch costs little.
+CHUNK = 1024 * BLOCK
 # What is larger counts as this: a little under the largest float32, so that rounding up does not overflow.
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, 3e38
+_BELOW_512 = 512 * (1 - 2**-24)
 
 
 class Codec(ABC):
@@ -116,49 +118,48 @@ class E3M0(Codec):
     """4 bits: a sign and one of 0, 2^-6, ..., 1/2, 1, times a power of two, the block's largest |x| rounded.
 
     Powers of two change at 1.5 times the lower one, the middle; below 3/4 of the smallest comes 0. One bit pattern
-    per sign is the zero, so that what has no exponent costs none. Two numbers of a block share a byte, 128 places
-    apart, which keeps memory contiguous.
+    per sign is the zero, so that what has no exponent costs none. Neighbours share a byte.
     """
 
     bits, scale_bytes = 4, 1
 
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
-        raw, work = x.view(torch.int32), _integers(len(x))
-        torch.bitwise_and(raw, 0x7FFFFFFF, out=work)
-        # Half of the mantissa's range carries into the exponent: rounding.
-        work.clamp_(max=0x7F7FFFFF).add_(0x400000).bitwise_right_shift_(23).clamp_(max=254)
-        top = work.amax(1, keepdim=True).clamp_(min=7)
+        work, sign = _floats(len(x)), _integers(len(x))
+        # The exponent of 4/3 |x| is that of |x| rounded.
+        largest = torch.abs(x, out=work).amax(1, keepdim=True)
+        top = largest.mul_(4 / 3).view(torch.int32).bitwise_right_shift_(23).clamp_(8, 254)
         scales.copy_(top)
-        work.sub_(top.sub_(7)).clamp_(min=0)
-        work.add_(torch.bitwise_right_shift(raw, 31, out=_integers(len(x), 1)), alpha=-8)
-        numbers.copy_(torch.add(work[:, :128], work[:, 128:], alpha=16))
+        # Times 4/3 and the power of two that makes 2^8 of the top: exponents from 128 on, whose low bits are the code.
+        work.mul_((0x2AAAAB + (262 << 23) - (top << 23)).view(torch.float32)).clamp_(2.0, _BELOW_512)
+        codes = work.view(torch.int32).bitwise_right_shift_(23)
+        codes.add_(torch.bitwise_right_shift(x.view(torch.int32), 31, out=sign), alpha=-8)
+        pairs = _bytes(len(x)).copy_(codes).view(torch.int16).bitwise_and_(0x0F0F)
+        numbers.view(torch.int8).copy_(pairs.add_(pairs >> 4))
 
     def _add(self, scales: Tensor, numbers: Tensor, out: Tensor, weight: float) -> None:
-        # Of 16 values, k < 8: 0 or 2^(k - 7), the others negative.
-        unit = torch.bitwise_left_shift(scales.to(torch.int32), 23).view(torch.float32).mul_(weight)
-        _look_up(numbers, _E3M0, out, unit, 4)
+        unit = (scales.to(torch.int32) << 23).view(torch.float32)
+        _look_up(numbers, _E3M0, out, unit.mul_(weight))
 
 
 @dataclass(frozen=True)
 class TwoBit(Codec):
     """2 bits: -1.5, -0.5, 0.5 or 1.5 times scale = 1.25 mean |x|, near the best uniform four levels of a normal law.
 
-    Zero is coded exactly only where the whole block is zero; use it with `ErrorFeedback`.
+    Zero is coded exactly only where the whole block is zero; use it with `ErrorFeedback`. Neighbours share a byte.
     """
 
     bits, scale_bytes = 2, 4
 
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
         work, scale = _floats(len(x)), scales.view(torch.float32)
-        torch.abs(x, out=work).clamp_(max=_HUGE).mul_(1.25 / BLOCK)
-        torch.sum(work, 1, keepdim=True, out=scale)
-        torch.mul(x, scale.clamp(min=_TINY).reciprocal_(), out=work).floor_().clamp_(-2, 1).add_(2)
-        four = work.view(-1, 4, BLOCK // 4)
-        packed = four[:, 0] + four[:, 1] * 4
-        numbers.copy_(packed.add_(four[:, 2], alpha=16).add_(four[:, 3], alpha=64))
+        torch.sum(torch.abs(x, out=work), 1, keepdim=True, out=scale).mul_(1.25 / BLOCK).clamp_(max=_HUGE)
+        torch.mul(x, scale.clamp(min=_TINY).reciprocal_(), out=work).floor_().clamp_(-2, 1)
+        fours = _bytes(len(x)).copy_(work).view(torch.int32).bitwise_and_(0x03030303)
+        fours.add_(fours >> 6)
+        numbers.view(torch.int8).copy_(fours.add_(fours >> 12))
 
     def _add(self, scales: Tensor, numbers: Tensor, out: Tensor, weight: float) -> None:
-        _look_up(numbers, _TWO_BIT, out, scales.view(torch.float32) * weight, 2)
+        _look_up(numbers, _TWO_BIT, out, scales.view(torch.float32) * weight)
 
 
 @dataclass(frozen=True)
@@ -175,31 +176,39 @@ class ErrorFeedback:
 Coding = Codec | ErrorFeedback
 
 
-def _look_up(numbers: Tensor, table: Tensor, out: Tensor, unit: Tensor, bits: int) -> None:
-    """Out <- out + unit table[number]; the numbers of a byte lie in equal parts of the block."""
-    width = numbers.shape[1]
-    bytes_ = numbers.to(torch.int32)
-    for i in range(8 // bits):
-        index = (bytes_ >> (i * bits)).bitwise_and_(2**bits - 1)
-        values = table.index_select(0, index.view(-1)).view(index.shape)
-        out[:, i * width: (i + 1) * width].addcmul_(values, unit)
+def _look_up(numbers: Tensor, table: Tensor, out: Tensor, unit: Tensor) -> None:
+    """Out <- out + unit table[byte], whose entry is all the numbers of a byte, side by side in one wide number."""
+    index = _integers(len(out)).view(-1)[: numbers.numel()].copy_(numbers.view(-1))
+    values = _floats(len(out))
+    torch.index_select(table, 0, index, out=values.view(table.dtype).view(-1))
+    out.addcmul_(values, unit)
+
+
+def _table(values: list[float], bits: int, wide: torch.dtype) -> Tensor:
+    """All bytes' numbers, the lowest bits first, as one wide number each."""
+    index = [[byte >> shift & 2**bits - 1 for shift in range(0, 8, bits)] for byte in range(256)]
+    return torch.tensor(values)[torch.tensor(index)].view(wide).view(-1)
 
 
 @cache
-def _scratch(slot: int, dtype: torch.dtype) -> Tensor:
+def _scratch(dtype: torch.dtype) -> Tensor:
     return torch.empty(CHUNK // BLOCK, BLOCK, dtype=dtype)
 
 
 def _floats(blocks: int) -> Tensor:
-    return _scratch(0, torch.float32)[:blocks]
+    return _scratch(torch.float32)[:blocks]
 
 
-def _integers(blocks: int, slot: int = 0) -> Tensor:
-    return _scratch(slot, torch.int32)[:blocks]
+def _integers(blocks: int) -> Tensor:
+    return _scratch(torch.int32)[:blocks]
 
 
-_E3M0 = torch.tensor([sign * (2.0 ** (k - 7) if k else 0.0) for sign in (1, -1) for k in range(8)])
-_TWO_BIT = torch.tensor([-1.5, -0.5, 0.5, 1.5])
+def _bytes(blocks: int) -> Tensor:
+    return _scratch(torch.int8)[:blocks]
+
+
+_E3M0 = _table([sign * (2.0 ** (k - 7) if k else 0.0) for sign in (1, -1) for k in range(8)], 4, torch.float64)
+_TWO_BIT = _table([0.5, 1.5, -1.5, -0.5], 2, torch.complex128)
 CODECS: dict[str, Codec] = {"bf16": BF16(), "int8": Int8(), "e3m0": E3M0(), "2bit": TwoBit()}
 
 
