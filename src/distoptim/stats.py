@@ -48,6 +48,7 @@ class Counters:
                 unknown.append(handle)
                 continue
             self.exposed_s += handle.waited_s
+            self.overhead_s += handle.worked_s
             if handle.finished_at is not None:
                 self.hidden_s += max(0.0, handle.finished_at - handle.launched_at - handle.waited_s)
         self.unread = unknown

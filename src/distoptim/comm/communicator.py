@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from distoptim.comm.relay import Relay
 
 
 class CommunicationError(RuntimeError):
@@ -23,6 +26,7 @@ class Handle:
         launched_at: when it was launched, in seconds of the communicator's clock.
         finished_at: when the mean was there, late by up to a local step; None while it is not known to be.
         waited_s: how long the worker's computation stood still for it; None while that is not known.
+        worked_s: how long the worker computed for it after the launch (codes).
     """
 
     def __init__(self, buffer: Tensor, *, now: float = 0.0) -> None:
@@ -30,6 +34,7 @@ class Handle:
         self.launched_at = now
         self.finished_at: float | None = None
         self.waited_s: float | None = None
+        self.worked_s = 0.0
 
     def poll(self) -> None:
         """Do what can be done without waiting; comes with every local step."""
@@ -104,6 +109,9 @@ class Gathering(Communicator, Protocol):
     def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
         """Start filling all_[rank] with every worker's `own`; nobody may touch either meanwhile."""
 
+    def launch_relay(self, relay: Relay) -> Handle:
+        """Start both stages, one after the other; nobody may touch the relay's tensors meanwhile."""
+
 
 class SingleWorker:
     """The communicator of one worker: the mean is its own value."""
@@ -123,6 +131,13 @@ class SingleWorker:
         """The own code."""
         all_[0].copy_(own)
         return Handle(all_)
+
+    def launch_relay(self, relay: Relay) -> Handle:
+        """The own part there and back."""
+        relay.received.copy_(relay.parts)
+        relay.between()
+        relay.all_[0].copy_(relay.own)
+        return Handle(relay.all_)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Nothing to receive."""

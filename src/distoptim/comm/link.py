@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import math
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distoptim import checks
+from distoptim.comm import cable
+from distoptim.comm.cable import TimedWork
 
 BACKEND = "emulated"
-EXIT_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,9 @@ class Link:
 def emulate(*, latency_s: float, bandwidth_gbit_s: float) -> str:
     """Set up the backend "emulated" and return its name, to be passed to `init_process_group`.
 
-    All-reduce, all-gather and broadcast take the time of `Link`, from the arrival of the last worker on, one after the
-    other per worker as on one cable, and without using the processor meanwhile; results appear when that time
-    is over. Other collectives run at gloo's own speed. DDP, comm hooks and new groups work on top. A second
+    All-reduce, all-gather, all-to-all and broadcast take the time of `Link`, from the arrival of the last worker on,
+    one after the other per worker as on one cable, and without using the processor meanwhile; results appear when that
+    time is over. Other collectives run at gloo's own speed. DDP, comm hooks and new groups work on top. A second
     call changes the link of a running job. Workers must be on one machine, since they compare clocks.
 
     Args:
@@ -105,14 +103,14 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._gloo)
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         self._timeout = timeout
-        self._latest: deque[_TimedWork] = deque(maxlen=8)
+        self._items = cable.serve(self)
+        self._latest: deque[TimedWork] = deque(maxlen=8)
 
     def getBackendName(self) -> str:
         """The name under which torch.distributed knows it."""
         return BACKEND
 
     allreduce_coalesced = _by_gloo("allreduce_coalesced")
-    alltoall_base = _by_gloo("alltoall_base")
     barrier = _by_gloo("barrier")
     reduce_scatter = _by_gloo("reduce_scatter")
     send = _by_gloo("send")
@@ -128,6 +126,11 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
         return self._send(outputs[0], lambda t: self._timed.allgather([t], inputs),
                           lambda nbytes, workers: _link.broadcast_s(nbytes / workers, workers))
 
+    def alltoall_base(self, output: Tensor, given: Tensor, *splits_and_options: Any) -> dist.Work:
+        """All-to-all of rows in the time of the link: everybody sends all but the own one."""
+        return self._send([output], lambda t: self._timed.alltoall_base(t[0], given, *splits_and_options),
+                          lambda nbytes, workers: _link.broadcast_s(nbytes / workers, workers))
+
     def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         """Broadcast in place, in the time of the link."""
         return self._send(tensors, lambda t: self._timed.broadcast(t, opts), _link.broadcast_s)
@@ -135,94 +138,27 @@ class EmulatedGroup(_c10d.ProcessGroup):  # type: ignore[misc]  # see above
     def _send(self, tensors: list[Tensor], collective: Callable[[list[Tensor]], dist.Work],
               seconds: Callable[[float, int], float]) -> dist.Work:
         nbytes = sum(t.numel() * t.element_size() for t in tensors)
-        work = _TimedWork(self._timeout)
+        work = TimedWork(self._timeout)
 
         def run() -> None:
-            # The latest worker's clock starts the transfer for all.
-            start = torch.tensor([time.monotonic()], dtype=torch.float64)
-            latest = _c10d.AllreduceOptions()
-            latest.reduceOp = dist.ReduceOp.MAX
-            self._timed.allreduce([start], latest).wait()
+            arrived = self._latest_of(time.monotonic())
             # On copies: nobody is to see the result before the link could have brought it.
             copies = [t.detach().clone() for t in tensors]
             collective(copies).wait()
-            time.sleep(max(0.0, start.item() + seconds(nbytes, self.size()) - time.monotonic()))
+            over = self._latest_of(cable.book(arrived, seconds(nbytes, self.size())))
+            time.sleep(max(0.0, over - time.monotonic()))
             with torch.no_grad():
                 torch._foreach_copy_(tensors, copies)
 
         # DDP waits for it in C++, where torch 2.6 does not hold the Python object: a crash or a hang.
         self._latest.append(work)
-        _cable().put((work, run, tensors))
+        self._items.put((work, run, tensors))
         return work
 
-
-class _TimedWork(_c10d.Work):  # type: ignore[misc]  # as above
-    """A collective on the emulated link."""
-
-    def __init__(self, timeout: timedelta) -> None:
-        super().__init__()
-        self._timeout = timeout
-        self._over = threading.Event()
-        self._error: str | None = None
-        self._future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
-
-    def end(self, tensors: list[Tensor], error: str | None) -> None:
-        """Tell those who wait."""
-        self._error = error
-        self._over.set()
-        if error is None:
-            self._future.set_result(tensors)
-        else:
-            self._future.set_exception(RuntimeError(error))  # type: ignore[arg-type]  # torch takes any exception
-
-    def is_completed(self) -> bool:
-        """Whether it ended, well or not."""
-        return self._over.is_set()
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        """Block until it ended; raises RuntimeError if it failed or did not end in time."""
-        limit = timeout if timeout else self._timeout
-        if not self._over.wait(limit.total_seconds()):
-            raise RuntimeError(f"collective on the emulated link timed out after {limit.total_seconds():g} s")
-        if self._error is not None:
-            raise RuntimeError(self._error)
-        return True
-
-    def get_future(self) -> torch.futures.Future[list[Tensor]]:
-        """Completed by the link's thread."""
-        return self._future
-
-
-_Item = tuple[_TimedWork, Callable[[], None], list[Tensor]] | None
-_queue: queue.SimpleQueue[_Item] | None = None
-
-
-def _cable() -> queue.SimpleQueue[_Item]:
-    """This worker's end of the cable: first in, first out, served by a thread that mostly sleeps."""
-    global _queue
-    if _queue is None:
-        items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
-        _queue = items
-        server = threading.Thread(target=_serve, args=(items,), name="emulated-link", daemon=True)
-        server.start()
-
-        @atexit.register
-        def drain() -> None:
-            # Exiting in the middle of a gloo operation would abort the process.
-            items.put(None)
-            server.join(EXIT_WAIT_S)
-
-    return _queue
-
-
-def _serve(items: queue.SimpleQueue[_Item]) -> None:
-    while (item := items.get()) is not None:
-        work, run, tensors = item
-        error: str | None = None
-        try:
-            run()
-        except Exception as failure:
-            error = str(failure)
-        work.end(tensors, error)
-        # Peers hear of a failure only when nobody holds the group any more.
-        del item, work, run, tensors
+    def _latest_of(self, moment: float) -> float:
+        """The latest of all workers' moments."""
+        latest = torch.tensor([moment], dtype=torch.float64)
+        options = _c10d.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX
+        self._timed.allreduce([latest], options).wait()
+        return latest.item()

@@ -7,6 +7,7 @@ import contextlib
 import time
 import weakref
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distoptim.comm.communicator import Handle, RealHandle
+from distoptim.comm.relay import Relay, Relays
 
 if TYPE_CHECKING:
     from distoptim.comm.cuda import Staging
@@ -67,10 +69,10 @@ class WorkHandle(RealHandle):
 
 
 class ProcessGroupCommunicator:
-    """Two private groups over the ranks of `group`: one for parameters, one (gloo) for small messages.
+    """Private groups over the ranks of `group`: one for parameters, one (gloo) for small messages, one for relays.
 
-    Two, because a small message behind large ones in the same gloo group waits for them. They are made at
-    the first use, which is a collective call.
+    A small message behind large ones in the same gloo group waits for them; second stages of relays have an order of
+    their own. The first two are made at the first use, the third at the first relay; these calls are collective.
 
     Args:
         group: the workers; None means all.
@@ -83,7 +85,8 @@ class ProcessGroupCommunicator:
         # A group made without naming a backend has one for each kind of device.
         self._nccl = "nccl" in str(dist.get_backend_config(group))
         self._timeout = timedelta(seconds=timeout_s)
-        self._groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+        self._groups: list[dist.ProcessGroup] = []
+        self._relays: Relays | None = None
         self._averages: dict[torch.device, bool] = {}
         self._staging: Staging | None = None
         self.rank = dist.get_rank(group)
@@ -113,9 +116,16 @@ class ProcessGroupCommunicator:
     def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
         """Start the all-gather of `own` into the rows of `all_`; host memory only."""
         group, _ = self._connect()
-        work = dist.all_gather(list(all_), own, group=group, async_op=True)
-        assert work is not None
-        return WorkHandle(work, all_)
+        return _gather(own, all_, group)
+
+    def launch_relay(self, relay: Relay) -> Handle:
+        """Start the all-to-all of the parts, which an all-gather is to follow; host memory only."""
+        group, _ = self._connect()
+        if self._relays is None:
+            second = self._private(self._backend)
+            self._groups.append(second)
+            self._relays = Relays(partial(_swap, group=group), partial(_gather, group=second))
+        return self._relays.launch(relay)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Replace `buffer` by that of the group's rank 0."""
@@ -133,14 +143,14 @@ class ProcessGroupCommunicator:
         return messages
 
     def close(self) -> None:
-        """Leave both groups; gloo then ends what is in flight, or gives it up at the timeout."""
-        groups, self._groups = self._groups, None
+        """Leave the groups; gloo then ends what is in flight, or gives it up at the timeout."""
+        groups, self._groups, self._relays = self._groups, [], None
         _open.discard(self)
         if groups:
             # Let gloo's threads drop the tensors of what has just ended. They need the interpreter lock for it, and
             # the group's destructor waits for them with the lock held: a deadlock, seen with torch 2.6.
             time.sleep(0.02)
-        for group in groups or ():
+        for group in groups:
             global _left
             _left += self._ranks is not None
             # The program may have destroyed all groups before us: ours are gone with them.
@@ -161,20 +171,19 @@ class ProcessGroupCommunicator:
         return connect, (None, self._timeout.total_seconds())
 
     def _connect(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-        if self._groups is None:
-            # Local synchronisation: only the members of an island call this, not the whole world.
-            local = self._ranks is not None
-
-            def private(backend: str) -> dist.ProcessGroup:
-                group: dist.ProcessGroup = dist.new_group(self._ranks, timeout=self._timeout, backend=backend,
-                                                          use_local_synchronization=local)
-                return group
-
-            if local:
-                _keep_names_apart()
-            self._groups = private(self._backend), private("gloo")
+        if not self._groups:
+            self._groups = [self._private(self._backend), self._private("gloo")]
             _open.add(self)
-        return self._groups
+        return self._groups[0], self._groups[1]
+
+    def _private(self, backend: str) -> dist.ProcessGroup:
+        # Local synchronisation: only the members of an island call this, not the whole world.
+        local = self._ranks is not None
+        if local:
+            _keep_names_apart()
+        group: dist.ProcessGroup = dist.new_group(self._ranks, timeout=self._timeout, backend=backend,
+                                                  use_local_synchronization=local)
+        return group
 
     def _all_reduce(self, buffer: Tensor, handle: type[WorkHandle]) -> WorkHandle:
         group, _ = self._connect()
@@ -185,6 +194,18 @@ class ProcessGroupCommunicator:
         work = dist.all_reduce(buffer, op=op, group=group, async_op=True)
         assert work is not None
         return handle(work, buffer, 1 if average else self.size)
+
+
+def _gather(own: Tensor, all_: Tensor, group: dist.ProcessGroup) -> WorkHandle:
+    work = dist.all_gather(list(all_), own, group=group, async_op=True)
+    assert work is not None
+    return WorkHandle(work, all_)
+
+
+def _swap(parts: Tensor, received: Tensor, group: dist.ProcessGroup) -> WorkHandle:
+    work = dist.all_to_all_single(received, parts, group=group, async_op=True)
+    assert work is not None
+    return WorkHandle(work, received)
 
 
 def _can_average(group: dist.ProcessGroup, like: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distoptim import checks
+from distoptim.coder import CodedHandle
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.sim.compute import Compute
 from distoptim.sim.fabric import Fabric, VirtualCommunicator, VirtualHandle
@@ -157,10 +158,13 @@ def _counters(optimizer: AveragingOptimizer) -> dict[str, Any]:
 
 def _times(flight: Flight | None) -> tuple[float, float] | None:
     """Launch and end of a mean in flight; None for one that took no time."""
-    if flight is None or not isinstance(flight.handle, VirtualHandle):
+    handle = None if flight is None else flight.handle
+    if isinstance(handle, CodedHandle):
+        handle = handle.carried
+    if not isinstance(handle, VirtualHandle):
         return None
-    assert flight.handle.ends_at is not None
-    return flight.handle.launched_at, flight.handle.ends_at
+    assert handle.ends_at is not None
+    return handle.launched_at, handle.ends_at
 
 
 def _tensors(module: torch.nn.Module) -> list[Tensor]:

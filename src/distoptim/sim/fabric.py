@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distoptim.comm import Handle
+from distoptim.comm.relay import Relay
 from distoptim.sim.network import Network
 
 
 @dataclass
 class Collective:
-    """One mean: who has arrived with what, and when it ends (None before the last has arrived)."""
+    """What all join: who has brought what, and when it ends (None before the last has arrived)."""
 
-    buffers: list[Tensor] = field(default_factory=list)
-    codes: dict[int, Tensor] = field(default_factory=dict)
+    brought: dict[int, Any] = field(default_factory=dict)
     arrived_at: float = 0.0
     ends_at: float | None = None
 
@@ -46,20 +48,29 @@ class Fabric:
         self._launched = [0] * workers
         self._broadcasts: list[Tensor] = []
 
-    def arrive(self, rank: int, buffer: Tensor, code: Tensor | None = None) -> VirtualHandle:
-        """Worker `rank` joins its next collective: a mean, or with a code the gathering of all into `buffer`."""
+    def arrive(self, rank: int, brought: Any, buffer: Tensor, move: Callable[[list[Any]], float]) -> VirtualHandle:
+        """Worker `rank` joins its next collective.
+
+        Args:
+            rank: the worker.
+            brought: what it comes with.
+            buffer: what its handle will hold.
+            move: called with what all have brought, in rank order; moves it, and says of how many bytes an all-reduce
+                would send as much.
+        """
         index = self._launched[rank]
         self._launched[rank] += 1
         if index == len(self._collectives):
             self._collectives.append(Collective())
         collective = self._collectives[index]
         assert collective is not None
-        collective.buffers.append(buffer)
-        if code is not None:
-            collective.codes[rank] = code
+        collective.brought[rank] = brought
         collective.arrived_at = max(collective.arrived_at, self.clocks[rank])
-        if len(collective.buffers) == self.workers:
-            self._complete(collective)
+        if len(collective.brought) == self.workers:
+            nbytes = move([collective.brought[r] for r in range(self.workers)])
+            cost = self._network.all_reduce_s(nbytes * self._scale, self.workers) if self._network is not None else 0.0
+            self.free_at = collective.ends_at = max(collective.arrived_at, self.free_at) + cost
+            collective.brought = {}
             self._collectives[index] = None
         return VirtualHandle(self, rank, buffer, collective)
 
@@ -75,23 +86,29 @@ class Fabric:
             self._broadcasts.append(buffer.clone())
         buffer.copy_(self._broadcasts[count])
 
-    def _complete(self, collective: Collective) -> None:
-        buffers = collective.buffers
-        if collective.codes:
-            total = torch.stack([code for _, code in sorted(collective.codes.items())])
-        else:
-            total = buffers[0].clone()
-            for buffer in buffers[1:]:
-                total.add_(buffer)
-            total.div_(self.workers)
-        torch._foreach_copy_(buffers, [total] * self.workers)
-        nbytes = total.numel() * total.element_size() * self._scale
-        if collective.codes:
-            # On a ring an all-gather of n codes sends the bytes of an all-reduce of half of them together.
-            nbytes /= 2
-        cost = self._network.all_reduce_s(nbytes, self.workers) if self._network is not None else 0.0
-        self.free_at = collective.ends_at = max(collective.arrived_at, self.free_at) + cost
-        collective.buffers, collective.codes = [], {}
+
+def _average(buffers: list[Tensor]) -> float:
+    total = buffers[0].clone()
+    for buffer in buffers[1:]:
+        total.add_(buffer)
+    total.div_(len(buffers))
+    torch._foreach_copy_(buffers, [total] * len(buffers))
+    return total.nbytes
+
+
+def _gather(brought: list[tuple[Tensor, Tensor]]) -> float:
+    rows = torch.stack([own for own, _ in brought])
+    torch._foreach_copy_([all_ for _, all_ in brought], [rows] * len(brought))
+    # On a ring an all-gather of n codes sends the bytes of an all-reduce of half of them together.
+    return rows.nbytes / 2
+
+
+def _relay(relays: list[Relay]) -> float:
+    for rank, relay in enumerate(relays):
+        relay.received.copy_(torch.stack([other.parts[rank] for other in relays]))
+    for relay in relays:
+        relay.between()
+    return _gather([(relay.own, relay.all_) for relay in relays]) + relays[0].parts.nbytes / 2
 
 
 class VirtualHandle(Handle):
@@ -133,11 +150,15 @@ class VirtualCommunicator:
 
     def launch_mean(self, buffer: Tensor) -> Handle:
         """Join the next collective."""
-        return self._fabric.arrive(self.rank, buffer)
+        return self._fabric.arrive(self.rank, buffer, buffer, _average)
 
     def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
         """Join the next collective with a code."""
-        return self._fabric.arrive(self.rank, all_, own)
+        return self._fabric.arrive(self.rank, (own, all_), all_, _gather)
+
+    def launch_relay(self, relay: Relay) -> Handle:
+        """Join the next collective with codes; its second stage begins when the first ends."""
+        return self._fabric.arrive(self.rank, relay, relay.all_, _relay)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Take what worker 0 left."""
