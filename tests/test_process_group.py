@@ -294,6 +294,16 @@ def _collectives(rank):
     # Tensors that gloo's thread frees, for which it needs the interpreter, while the next collective starts.
     for _ in range(500):
         dist.all_gather([torch.zeros(1)[:] for _ in range(size)], torch.ones(1)[:])
+    # Rows for everybody, over two groups, in another order on each rank.
+    groups = [dist.new_group() for _ in range(2)]
+    emulate(latency_s=0.02, bandwidth_gbit_s=1.0)
+    got = [torch.zeros(size, 1000) for _ in groups]
+    start = time.monotonic()
+    works = [dist.all_to_all_single(got[i], torch.full((size, 1000), float(rank)), group=groups[i], async_op=True)
+             for i in ((0, 1) if rank % 2 else (1, 0))]
+    for work in works:
+        work.wait()
+    out["crossed"] = time.monotonic() - start, [rows.mean(1).tolist() for rows in got]
     emulate(latency_s=0.0, bandwidth_gbit_s=1000.0)
     pair = dist.new_group([0, 1]) if size > 1 else None
     if rank < 2:
@@ -320,6 +330,9 @@ def test_collectives_on_the_emulated_link():
         assert seconds >= predicted
         assert (total, gathered) == (6.0, [0, 1, 2, 3])
         assert result["mixed"] == [(6.0, [0, 1, 2, 3])] * 20
+        seconds, got = result["crossed"]
+        assert seconds >= 2 * Link(0.02, 1.0).broadcast_s(4000, 4), "one after the other on one cable"
+        assert got == [[0.0, 1.0, 2.0, 3.0]] * 2
         assert result.get("pair", 2.0) == 2.0
         assert result["mesh"] == (1.0 if rank < 2 else 5.0)
 
