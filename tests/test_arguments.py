@@ -40,6 +40,7 @@ OWN = {
     "bmuf": {"block_momentum": UNIT, "block_lr": UNIT, "nesterov_block": FLAG, "delay": TAU, "carry": FLAG},
     "slowmo": {"slow_momentum": UNIT, "slow_lr": UNIT, "delay": TAU, "carry": FLAG},
     "overlap-local-sgd": {"delay": TAU, "alpha": UNIT, "outer_momentum": UNIT},
+    "overlap-bmuf": {"block_momentum": UNIT, "gain": UNIT, "delay": TAU},
     "diloco": {**OUTER, "outer": FACTORY, "carry": FLAG, "local_weight": UNIT},
     "streaming-diloco": {**OUTER, "outer": FACTORY, "local_weight": UNIT},
     "eager-diloco": {**OUTER, "eager": FLAG},

@@ -55,7 +55,8 @@ def test_every_algorithm_of_the_library_is_timed_at_its_default_delay():
     assert set(ALGORITHMS) < set(made)
     assert {name: made[name].delay for name in ALGORITHMS} == {
         "local-sgd": 0, "bmuf": 0, "slowmo": 0, "easgd": 12, "cocod-sgd": 12, "overlap-local-sgd": 12,
-        "diloco": 0, "streaming-diloco": 1, "eager-diloco": 12, "co2": 12}
+        "diloco": 0, "streaming-diloco": 1, "eager-diloco": 12, "co2": 12,
+        "overlap-bmuf": 12}
     assert not any(made[name].layerwise for name in ALGORITHMS)
     assert {name for name in ALGORITHMS if made[name].fragments is None} == {"streaming-diloco"}
 
