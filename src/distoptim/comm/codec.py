@@ -145,7 +145,8 @@ class E3M0(Codec):
 class TwoBit(Codec):
     """2 bits: -1.5, -0.5, 0.5 or 1.5 times scale = 1.25 mean |x|, near the best uniform four levels of a normal law.
 
-    Zero is coded exactly only where the whole block is zero; use it with `ErrorFeedback`. Neighbours share a byte.
+    Zero is coded exactly only where the whole block is zero. Use it with `ErrorFeedback`, but not under an outer
+    momentum of 0.9 (docs/compression.md). Neighbours share a byte.
     """
 
     bits, scale_bytes = 2, 4
