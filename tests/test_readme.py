@@ -68,6 +68,11 @@ SHELL = {
     "distoptim reproduce small --data-dir /path/to/fashion-mnist":
         f"{PYTHON} -c 'from pathlib import Path; from distoptim.reproduce import spec; spec.read(Path(\"small\"))' && "
         f"{PYTHON} -m distoptim.cli simulate --methods ddp,easgd --taus 2 --folder runs/small {SMALL}",
+    "distoptim reproduce shakespeare":
+        f"{PYTHON} -c 'from pathlib import Path; from distoptim.reproduce import spec; "
+        "spec.read(Path(\"shakespeare\"))'",
+    "distoptim report runs/shakespeare": f"{PYTHON} -m distoptim.cli simulate --methods ddp --folder runs/shakespeare "
+                                         f"{SMALL} && {PYTHON} -m distoptim.cli report runs/shakespeare",
     "distoptim partition --data digits --partition label-skew --workers 16":
         f"{PYTHON} -m distoptim.cli partition --data digits --partition label-skew --workers 16",
     "distoptim report runs/small": f"{PYTHON} -m distoptim.cli report runs/small",
