@@ -1,9 +1,9 @@
 #!/bin/bash
 # Two "hosts" on one machine: network namespaces with an address each, joined by a cable of 1 Gbit/s. Needs root.
-# Usage: docs/two_hosts.sh torchrun | tcp | restart
+# Usage: docs/two_hosts.sh torchrun | tcp | restart | lost
 set -euo pipefail
 
-what=${1:?torchrun, tcp or restart}
+what=${1:?torchrun, tcp, restart or lost}
 folder=$(mktemp -d)
 train="--data synthetic --model mlp --tau 4 --steps 400 --log-every 100 --evaluate-every 200 --folder $folder/run"
 export OMP_NUM_THREADS=1
@@ -40,6 +40,11 @@ agent() {
         -m distoptim.cli train $train --checkpoint-every 20 --auto-resume "${@:2}"
 }
 
+checkpoint() {
+    until [ -e "$folder/run/checkpoints/latest" ]; do sleep 0.1; done
+    cat "$folder/run/checkpoints/latest"
+}
+
 case $what in
 torchrun) agent 2 & agent 1 ;;
 tcp)
@@ -48,7 +53,7 @@ tcp)
     ;;
 restart)
     agent 2 --latency-ms 20 & agent 1 --latency-ms 20 &
-    until [ -e "$folder/run/checkpoints/latest" ]; do sleep 0.1; done
+    checkpoint >/dev/null
     # The worker on host 2 is the process there that has a rank.
     victim=$(for pid in $(ip netns pids distoptim2); do
         if grep -qz '^RANK=' "/proc/$pid/environ"; then echo "$pid"; fi
@@ -56,7 +61,22 @@ restart)
     echo "after $(cat "$folder/run/checkpoints/latest"): kill -9 of the worker on host 2"
     kill -9 "$victim"
     ;;
-*) echo "$what: allowed is torchrun, tcp or restart" >&2; exit 2 ;;
+lost)
+    # The cable is cut before the processes die, so that nobody says goodbye: host 1 must notice by itself.
+    agent 2 --latency-ms 20 &
+    lost=$!
+    agent 1 --latency-ms 20 --timeout-s 20 &
+    checkpoint >/dev/null
+    ip -n distoptim2 link set cable2 down
+    echo "$(date +%T) after $(checkpoint): host 2 is lost, kill -9 of its agent and worker"
+    ip netns pids distoptim2 | xargs kill -9
+    wait "$lost" || true
+    sleep 45
+    echo "$(date +%T) a new agent on host 2; on host 1 $(ip netns pids distoptim1 | wc -l) process is left, $(checkpoint)"
+    ip -n distoptim2 link set cable2 up
+    agent 2 --latency-ms 20 &
+    ;;
+*) echo "$what: allowed is torchrun, tcp, restart or lost" >&2; exit 2 ;;
 esac
 for job in $(jobs -p); do wait "$job"; done
 echo "bytes over the cable, host 1: $(ip netns exec distoptim1 cat /sys/class/net/cable1/statistics/tx_bytes)"

@@ -75,7 +75,10 @@ def train(*, folder: Path | None, resume: Path | None, auto_resume: bool, tensor
         go_on = f"go on with: distoptim train --resume {job.folder}"
         print(f"Stopped; {go_on if checkpoint.exists(job.folder) else 'no checkpoint yet'}", file=sys.stderr)
     elif speaks:
-        console.print(table([records.read(job.folder)]))
+        record = records.read(job.folder)
+        console.print(table([record]))
+        if record.summary and record.summary["diverged"]:
+            console.print(f"diverged after {record.summary['step']} steps")
         console.print(f"record: {job.folder / records.FILE}", soft_wrap=True, highlight=False)
     return 128 + signum if signum else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -21,7 +22,8 @@ def table(runs: Sequence[Record]) -> Table:
         s = run.summary
         assert s is not None
         out.add_row(run.config["algorithm"], *(str(run.config.get(key)) for key in told),
-                    f"{s['test_accuracy']:.2%}", f"{s['test_loss']:.3f}", f"{s['seconds']:.1f}",
+                    f"{s.get('test_accuracy', math.nan):.2%}", f"{s.get('test_loss', math.nan):.3f}",
+                    f"{s['seconds']:.1f}",
                     f"{s['exposed_share']:.1%}", f"{s['bytes'] / 1e6:.1f}", str(s["syncs"]))
     return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 
 from distoptim.sim.machines import Machines
 from distoptim.train.config import RunConfig, compared
-from distoptim.train.optimizers import SYNCHRONOUS
+from distoptim.train.optimizers import POWERSGD, SYNCHRONOUS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -100,7 +101,7 @@ class Spec:
         for values in itertools.product(*axes.values()):
             for label, method in self.methods.items():
                 fields = {**self.run, **dict(zip(axes, values, strict=True)), **method, **fixed}
-                if fields.get("algorithm") == SYNCHRONOUS:
+                if fields.get("algorithm") in (SYNCHRONOUS, POWERSGD):
                     fields["tau"] = 1
                 config = compared(fields)
                 case = Case(label, config)
@@ -117,7 +118,8 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Spec:
 
     Args:
         path: of the file.
-        overrides: fields of `RunConfig` that replace those of [run], such as where the data are.
+        overrides: "TABLE.KEY", "TABLE" or "KEY" -> what replaces it; a KEY alone is one of [grid] if it is there,
+            else of [run].
 
     Raises:
         ValueError: naming the file, and the key or value that is wrong.
@@ -130,15 +132,43 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Spec:
         raise ValueError(f"{path}: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
+    for key, value in (overrides or {}).items():
+        _override(content, key, value)
     for key in content:
         if key not in _TABLES:
             raise ValueError(f"{path}: no key {key!r} is known there; allowed are {', '.join(sorted(_TABLES))}")
     try:
         machines = _machines(content.pop("machines", {}))
         return Spec(title=content.pop("title", path.stem), machines=machines,
-                    run={**content.pop("run", {}), **(overrides or {})}, methods=content.pop("methods", {}), **content)
+                    run=content.pop("run", {}), methods=content.pop("methods", {}), **content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, with VALUE in TOML's syntax; a bare word is a string.
+
+    Raises:
+        ValueError: it is no such thing.
+    """
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not key or not equals:
+        raise ValueError(f"{text!r}: expected KEY=VALUE")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        if re.fullmatch(r"[A-Za-z][\w./:-]*", value):
+            return key, value
+        raise ValueError(f"{text!r}: the value is not TOML: {error}") from error
+
+
+def _override(content: dict[str, Any], key: str, value: Any) -> None:
+    table, dot, name = key.rpartition(".")
+    if not dot and name in _TABLES:
+        content[name] = value
+    else:
+        table = table or ("grid" if name in content.get("grid", {}) else "run")
+        content.setdefault(table, {})[name] = value
 
 
 def _machines(table: Mapping[str, Any]) -> list[Machines]:

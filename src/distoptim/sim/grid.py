@@ -41,12 +41,12 @@ def combinations(config: RunConfig, axes: Mapping[str, Sequence[Any]]) -> list[R
     return list(found.values())
 
 
-def name(config: RunConfig, machines: Machines) -> str:
-    """A folder's name: readable, and different for every different run, wherever its data are."""
+def name(config: RunConfig, machines: Machines | None) -> str:
+    """A folder's name: readable, and different for every different run, wherever its data are; None: real machines."""
     # Fields at their default are left out, so that a new field does not make every finished run another one.
     plain = RunConfig().to_dict()
     changed = {key: value for key, value in replace(config, data_dir=None).to_dict().items() if value != plain[key]}
-    text = json.dumps([changed, machines.to_dict()], sort_keys=True)
+    text = json.dumps([changed, machines and machines.to_dict()], sort_keys=True)
     short = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{config.algorithm}-tau{config.tau}-m{config.workers}-seed{config.seed}-{short}"
 
@@ -68,7 +68,7 @@ def run_all(configs: Sequence[RunConfig], machines: Machines, folder: Path, *, p
     """
     folders = [folder / name(config, machines) for config in configs]
     names = labels or [config.algorithm for config in configs]
-    left = [run for run in zip(configs, folders, names, strict=True) if not (run[1] / records.FILE).exists()]
+    left = [run for run in zip(configs, folders, names, strict=True) if not records.finished(run[1])]
     done(len(configs) - len(left), len(configs))
     if len(left) == 1 or processes == 1:
         for i, (config, target, label) in enumerate(left, 1):

@@ -65,8 +65,7 @@ class VirtualRun:
         self.cluster = Cluster(workers=config.workers, model=model, optimizer=self._optimizer, threads=threads,
                                synchronous=config.algorithm == optimizers.SYNCHRONOUS,
                                compute=machines.compute(seed=config.seed), network=machines.network())
-        self.steps_per_epoch = max(1, len(loaded.train_labels) // (config.workers * config.batch_size))
-        self.steps = config.steps or config.epochs * self.steps_per_epoch
+        self.steps_per_epoch, self.steps = config.length(len(loaded.train_labels), config.workers)
         self._schedule = config.learning_rate(steps=self.steps, steps_per_epoch=self.steps_per_epoch)
         self._losses: list[float] = []
         self._score: dict[str, float] = {}

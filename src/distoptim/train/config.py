@@ -171,6 +171,11 @@ class RunConfig:
         return Schedule(self.schedule, steps, round(self.warmup_epochs * steps_per_epoch), self.workers,
                         [round(m * steps_per_epoch) for m in self.milestones], self.decay)
 
+    def length(self, samples: int, workers: int) -> tuple[int, int]:
+        """Local steps in an epoch, and in the whole run, of so many training samples on so many workers."""
+        epoch = max(1, samples // (workers * self.batch_size))
+        return epoch, self.steps or self.epochs * epoch
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data; `RunConfig(**config.to_dict())` is the same again."""
         return asdict(self)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not marked so
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 
 from distoptim.train.config import RunConfig
 from distoptim.train.loop import Observer, Run
@@ -37,21 +37,24 @@ class Job:
         folder: for record, checkpoints and tracebacks.
         resume: go on from the latest checkpoint there.
         tensorboard: also log for TensorBoard, in that folder.
+        label: the run's name in tables; default its algorithm.
     """
 
     config: RunConfig
     folder: Path
     resume: bool = False
     tensorboard: bool = False
+    label: str | None = None
 
 
-def run_worker(job: Job, meeting: Meeting, observers: Sequence[Observer] = ()) -> int:
+def run_worker(job: Job, meeting: Meeting, observers: Sequence[Observer] = (), *, store: Store | None = None) -> int:
     """Be one worker, to the end; returns the signal that stopped the run, or 0.
 
     Args:
         job: what all workers are told.
         meeting: where they meet.
         observers: get every line of the record, on rank 0.
+        store: of the meeting, if there is a connection already.
     """
     torch.set_num_threads(1)
     observers = list(observers)
@@ -60,10 +63,10 @@ def run_worker(job: Job, meeting: Meeting, observers: Sequence[Observer] = ()) -
         from distoptim.train.tensorboard import TensorBoard
 
         observers.append(TensorBoard(job.folder / "tensorboard"))
-    with StopSignals() as signals, joined(meeting, job.config) as world:
+    with StopSignals() as signals, joined(meeting, job.config, store) as world:
         # Under torchrun every rank has made up a name of its own.
         job = replace(job, folder=world.gather(job.folder)[0])
-        run = Run(job.config, world, job.folder, observers=observers, resume=job.resume)
+        run = Run(job.config, world, job.folder, observers=observers, resume=job.resume, label=job.label)
         signum = run.train(signals)
         run.close()
         world.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,11 +50,12 @@ class Run:
         folder: for record and checkpoints.
         observers: get every line of the record, on rank 0.
         resume: go on from the latest checkpoint in `folder`.
+        label: the run's name in tables; default its algorithm.
     """
 
     def __init__(self, config: RunConfig, world: World, folder: Path, *, observers: Sequence[Observer] = (),
-                 resume: bool = False) -> None:
-        self.config, self.world, self.folder = config, world, folder
+                 resume: bool = False, label: str | None = None) -> None:
+        self.config, self.world, self.folder, self.label = config, world, folder, label or config.algorithm
         self._data = data.load(config.data, None if config.data_dir is None else Path(config.data_dir),
                                validation=config.validation)
         shard = partition.partition(config.partition, self._data.train_labels, workers=world.size,
@@ -65,8 +67,8 @@ class Run:
         self.model = models.build(config.model, self._data.train_images.shape[1:], self._data.classes)
         self._method = methods.build(self.model, config)
         self._place = Place()
-        self.steps_per_epoch = max(1, len(self._data.train_labels) // (world.size * config.batch_size))
-        self.steps = config.steps or config.epochs * self.steps_per_epoch
+        self._score: dict[str, float] = {}
+        self.steps_per_epoch, self.steps = config.length(len(self._data.train_labels), world.size)
         self._schedule = config.learning_rate(steps=self.steps, steps_per_epoch=self.steps_per_epoch)
         if resume:
             self._load()
@@ -77,31 +79,43 @@ class Run:
             self._observers.insert(0, self._record.write)
 
     def train(self, signals: StopSignals) -> int:
-        """All steps that are left; returns the signal that stopped them early, after a checkpoint, or 0."""
+        """All steps that are left; returns the signal that stopped them early, after a checkpoint, or 0.
+
+        A run that diverges ends early too, once no worker's loss is finite or no worker has finite parameters.
+        """
         self._introduce()
-        every = self.config.evaluate_every or self.steps_per_epoch
-        save_every = self.steps_per_epoch if self.config.checkpoint_every is None else self.config.checkpoint_every
         vote = StopVote(self.world, signals)
-        first = self._place.step
         self.model.train()
         self.world.barrier()
+        try:
+            signum = self._steps(vote)
+        except FloatingPointError:
+            # Raised on all workers at the same step.
+            signum = 0
+        if not signum:
+            self._summarise()
+            # Too late to stop: what is told now is only read, so that nothing stays in flight.
+            vote.close()
+        return signum
+
+    def _steps(self, vote: StopVote) -> int:
+        every = self.config.evaluate_every or self.steps_per_epoch
+        save_every = self.steps_per_epoch if self.config.checkpoint_every is None else self.config.checkpoint_every
+        first = self._place.step
         if first >= self.steps:
             self._evaluate()
         while self._place.step < self.steps:
             step_s = self._step()
-            step = self._place.step
+            step, loss = self._place.step, self._place.losses[-1]
             if step % self.config.log_every == 0 or step == self.steps:
                 self._log()
             if step % every == 0 or step == self.steps:
                 self._evaluate()
-            signum = vote.verdict(step - first, step_s)
+            signum = vote.verdict(step - first, step_s, loss)
             if signum or step == self.steps or (save_every and step % save_every == 0):
                 self._save()
             if signum:
                 return signum
-        self._summarise()
-        # Too late to stop: what is told now is only read, so that nothing stays in flight.
-        vote.close()
         return 0
 
     def close(self) -> None:
@@ -146,8 +160,8 @@ class Run:
         if self._place.step:
             self._tell("resume", **records.surroundings(), steps=self.steps, config=self.config.to_dict())
         else:
-            self._tell("start", config=self.config.to_dict(), **records.surroundings(), workers=self.world.size,
-                       steps=self.steps, steps_per_epoch=self.steps_per_epoch,
+            self._tell("start", label=self.label, config=self.config.to_dict(), **records.surroundings(),
+                       workers=self.world.size, steps=self.steps, steps_per_epoch=self.steps_per_epoch,
                        parameters=sum(p.numel() for p in self.model.parameters()))
 
     def _log(self) -> None:
@@ -167,12 +181,16 @@ class Run:
         self.world.barrier()
 
     def _summarise(self) -> None:
-        """Seconds are means over the workers; bytes and syncs are each worker's."""
+        """Seconds are means over the workers; bytes and syncs are each worker's.
+
+        Diverged: ended early, or no better than guessing.
+        """
         totals = self.world.gather(vars(self._totals()))
         mean = {key: sum(t[key] for t in totals) / len(totals) for key in ("seconds", "exposed_s")}
         if self.world.rank == 0:
             computation = mean["seconds"] - mean["exposed_s"]
-            self._tell("summary", **self._score, **mean, computation_s=computation,
+            diverged = self._place.step < self.steps or not self._score["test_loss"] < math.log(self._data.classes)
+            self._tell("summary", **self._score, diverged=diverged, **mean, computation_s=computation,
                        exposed_share=mean["exposed_s"] / computation, bytes=totals[0]["bytes"],
                        syncs=totals[0]["syncs"], stats=self._method.stats())
 

@@ -82,6 +82,16 @@ def read(path: Path) -> Record:
                   summaries[-1] if summaries else None)
 
 
+def finished(folder: Path) -> bool:
+    """Whether there is a whole record in a run's folder, diverged or not.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    path = folder / FILE
+    return path.exists() and any(line["kind"] == "summary" for line in read_lines(path))
+
+
 def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a record, without a last one that was cut off.
 

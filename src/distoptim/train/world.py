@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -39,6 +40,12 @@ class Meeting:
     size: int
     prefix: str = ""
     hosted: bool = True
+
+    def connect(self, timeout_s: float) -> Store:
+        """The store; it may be used for one run after another, with a prefix for each."""
+        store: Store = TCPStore(self.host, self.port, self.size, timeout=timedelta(seconds=timeout_s),
+                                is_master=not self.hosted and self.rank == 0, wait_for_workers=False)
+        return PrefixStore(self.prefix, store) if self.prefix else store
 
 
 def from_torchrun() -> Meeting | None:
@@ -79,13 +86,16 @@ class World:
 
 
 @contextlib.contextmanager
-def joined(meeting: Meeting, config: RunConfig) -> Iterator[World]:
-    """Within the block torch.distributed runs, over the emulated link if the run has one."""
+def joined(meeting: Meeting, config: RunConfig, store: Store | None = None) -> Iterator[World]:
+    """Within the block torch.distributed runs, over the emulated link if the run has one.
+
+    Args:
+        meeting: where the workers find each other.
+        config: the run.
+        store: of the meeting, if there is a connection already; nothing of an earlier run may be in it.
+    """
     timeout = timedelta(seconds=config.timeout_s)
-    store: Store = TCPStore(meeting.host, meeting.port, meeting.size, timeout=timeout,
-                            is_master=not meeting.hosted and meeting.rank == 0, wait_for_workers=False)
-    if meeting.prefix:
-        store = PrefixStore(meeting.prefix, store)
+    store = meeting.connect(config.timeout_s) if store is None else store
     link = config.link
     backend = "gloo" if link is None else emulate(latency_s=link.latency_s, bandwidth_gbit_s=link.bandwidth_gbit_s)
     dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout)
@@ -117,8 +127,8 @@ class StopSignals:
 class StopVote:
     """Lets all workers stop after the same step when one was told to.
 
-    An all-reduce (maximum) of [signal, seconds per step] travels in the background and is read some steps
-    later, about four times a second at the slowest worker's pace: nobody waits for it.
+    An all-reduce (maximum) of [signal, seconds per step, whether the loss is finite] travels in the background and is
+    read some steps later, about four times a second at the slowest worker's pace: nobody waits for it.
     """
 
     def __init__(self, world: World, signals: StopSignals) -> None:
@@ -127,20 +137,26 @@ class StopVote:
         self._ballot: torch.Tensor | None = None
         self._work: Any = None
 
-    def verdict(self, steps: int, step_s: float) -> int:
+    def verdict(self, steps: int, step_s: float, loss: float) -> int:
         """The signal for which all stop now, or 0.
 
         Args:
             steps: local steps made since the start of this process, equal on all workers.
             step_s: seconds a step takes here.
+            loss: of the last step here.
+
+        Raises:
+            FloatingPointError: on all workers: no one's loss is finite.
         """
         if steps < self._due:
             return 0
-        signum, pace = self._read()
+        signum, pace, finite = self._read()
         if signum:
             return signum
+        if not finite:
+            raise FloatingPointError("no worker's loss is finite")
         self._due = steps + (max(1, min(1000, round(0.25 / pace))) if pace else 1)
-        self._ballot = torch.tensor([self._signals.received, step_s], dtype=torch.float64)
+        self._ballot = torch.tensor([self._signals.received, step_s, math.isfinite(loss)], dtype=torch.float64)
         self._work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, self._world.control, async_op=True)
         return 0
 
@@ -148,9 +164,9 @@ class StopVote:
         """Read the last vote, so that nothing is in flight; returns its signal."""
         return self._read()[0]
 
-    def _read(self) -> tuple[int, float]:
+    def _read(self) -> tuple[int, float, bool]:
         if self._work is None or self._ballot is None:
-            return 0, 0.0
+            return 0, 0.0, True
         self._work.wait()
         self._work = None
-        return int(self._ballot[0]), float(self._ballot[1])
+        return int(self._ballot[0]), float(self._ballot[1]), bool(self._ballot[2])
