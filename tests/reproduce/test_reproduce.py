@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 
+from distoptim.commands import cli
 from distoptim.reproduce import run, spec
 from distoptim.sim.run import STATE, VirtualRun
 from distoptim.sim.run import run as run_one
-from distoptim.train import records
+from distoptim.train import cifar, records
 from distoptim.train.config import RunConfig
 
 GRID = """
@@ -184,3 +189,59 @@ def test_shipped_grids_are_whole(name):
     assert {case.config.workers for case in grid.cases()} == {4 if name == "shakespeare" else 16}
     if name in ("paper", "gpu"):
         assert {case.config.tau for case in grid.cases()} == {1, 2, 8, 24}
+
+
+def write_cifar10(folder, records_each):
+    """CIFAR-10's binary files with random pixels; all classes in turn."""
+    g = torch.Generator().manual_seed(0)
+    for name in (*cifar.LAYOUTS["cifar10"].train, cifar.LAYOUTS["cifar10"].test):
+        rows = torch.randint(256, (records_each, 3073), dtype=torch.uint8, generator=g)
+        rows[:, 0] = torch.arange(records_each) % 10
+        (folder / name).write_bytes(rows.numpy().tobytes())
+
+
+@pytest.mark.parametrize("name", ["paper", "gpu"])
+def test_shipped_grids_of_cifar10_run_with_every_method_and_partition(tmp_path, monkeypatch, name):
+    layout = dataclasses.replace(cifar.LAYOUTS["cifar10"], train_records=40, test_records=40)
+    monkeypatch.setitem(cifar.LAYOUTS, "cifar10", layout)
+    write_cifar10(tmp_path, 40)
+    changes = ["seed=[0]", "tau=[2]", "steps=2", "model=mlp", "batch_size=2", "log_every=1"]
+    changes += ["tune.lr=[0.1]", "tune.epochs=1"] if name == "gpu" else []
+    result = CliRunner().invoke(cli, ["reproduce", name, "--data-dir", str(tmp_path), "--folder", str(tmp_path / "out"),
+                                      "--processes", "1", *(word for text in changes for word in ("--set", text))],
+                                catch_exceptions=False)
+    assert result.exit_code == 0
+    made = [records.read(path.parent) for path in (tmp_path / "out" / run.FINAL).glob(f"*/{records.FILE}")]
+    assert {(r.start["label"], r.config["partition"]) for r in made} == {
+        (label, partition) for partition in ("iid", "label-skew")
+        for label in ("sync", "Local SGD", "BMUF", "CoCoD-SGD", "EAMSGD", "Overlap-Local-SGD")}
+    assert len(made) == 12
+    assert {r.summary["step"] for r in made} == {2}
+
+
+def test_what_is_left_is_shown_and_nothing_is_run(tmp_path):
+    path = written(tmp_path)
+    out = tmp_path / "out"
+    command = ["reproduce", str(path), "--folder", str(out), "--processes", "1", "--set", "steps=2", "--set", "lr=0.5"]
+    assert CliRunner().invoke(cli, [*command, "--set", "tune={}"], catch_exceptions=False).exit_code == 0
+    shown = CliRunner().invoke(cli, [*command, "--set", "tune={}", "--set", "seed=[1, 2]", "--dry-run"],
+                               catch_exceptions=False).output.splitlines()
+    # Of three settings with two seeds each those with seed 1 are done.
+    assert len(shown) == 7
+    assert sum(line.startswith("done  runs: ") for line in shown) == 3
+    assert "to do  runs: overlap, tau 4, iid, seed 2, lr 0.5" in shown
+    assert shown[-1].startswith("3 to do, about 0:00:0")
+    assert len(list(out.rglob(records.FILE))) == 6
+
+
+@pytest.mark.parametrize(("text", "made"), [
+    ("steps=2", ("steps", 2)), ("seed = [0, 1]", ("seed", [0, 1])), ("model=cnn-small", ("model", "cnn-small")),
+    ('tune.x="a b"', ("tune.x", "a b")), ("tune={}", ("tune", {})), ("scale_lr=true", ("scale_lr", True))])
+def test_assignments_are_typed_as_in_toml(text, made):
+    assert spec.assignment(text) == made
+
+
+@pytest.mark.parametrize("text", ["steps", "=2", "seed=[0", "steps=", "a=1.2.3"])
+def test_a_wrong_assignment_is_named(text):
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
+        spec.assignment(text)

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Runner(ABC):
-    """Makes the runs of a grid. `done` is told how many are finished, with a share of the one on its way; and of all."""
+    """Makes the runs of a grid; `done` is told how many are finished (with a share of the one on its way), of all."""
 
     @abstractmethod
     def places(self, cases: Sequence[Case], folder: Path) -> list[tuple[Case, Path]]:
