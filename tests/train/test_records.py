@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -55,6 +56,14 @@ def test_resuming_drops_the_lines_of_steps_that_are_made_again(tmp_path):
     writer.write(log(3))
     writer.close()
     assert records.read(path).logs == [log(1), log(2), log(3)]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_names_the_file(tmp_path):
+    writer = records.RecordWriter(tmp_path / records.FILE)
+    writer._file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(ValueError, match=r"record\.jsonl: cannot be written: No space left"):
+        writer.write(START)
 
 
 def test_surroundings_name_versions_and_machine_but_no_host():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -150,9 +151,13 @@ def _main(job: Job, meeting: Meeting, sender: Connection) -> None:
         sender.send(("interrupted", int(signal.SIGINT)))
         os._exit(1)
     except BaseException as error:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        path = job.folder / f"traceback-rank-{meeting.rank}.txt"
-        path.write_text(traceback.format_exc())
-        sender.send(("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} ({path})"))
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        # A full disk may be what is wrong.
+        with contextlib.suppress(OSError):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            path = job.folder / f"traceback-rank-{meeting.rank}.txt"
+            path.write_text(traceback.format_exc())
+            said += f" ({path})"
+        sender.send(("failed", said))
         # No farewell to the peers: they may wait for this worker in a collective.
         os._exit(1)

@@ -30,6 +30,9 @@ class RecordWriter:
     Args:
         path: of the file.
         after_step: on resume, lines of later steps are dropped: those steps are made again. None begins a new file.
+
+    Raises:
+        ValueError: naming the file, if it cannot be written, here or in `write`.
     """
 
     def __init__(self, path: Path, *, after_step: int | None = None) -> None:
@@ -37,19 +40,28 @@ class RecordWriter:
         if after_step is not None and path.exists():
             kept = [line for line in read_lines(path)
                     if line.get("step", 0) <= after_step and line["kind"] != "summary"]
-        draft = path.with_suffix(".draft")
-        draft.write_text("".join(_text(line) for line in kept))
-        os.replace(draft, path)
-        self._file = path.open("a")
+        draft, self._path = path.with_suffix(".draft"), path
+        try:
+            draft.write_text("".join(_text(line) for line in kept))
+            os.replace(draft, path)
+            self._file = path.open("a")
+        except OSError as error:
+            raise self._failed(error) from error
 
     def write(self, line: Line) -> None:
         """Append one line."""
-        self._file.write(_text(line))
-        self._file.flush()
+        try:
+            self._file.write(_text(line))
+            self._file.flush()
+        except OSError as error:
+            raise self._failed(error) from error
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _failed(self, error: OSError) -> ValueError:
+        return ValueError(f"{self._path}: cannot be written: {error.strerror}")
 
 
 @dataclass(frozen=True)
