@@ -75,7 +75,8 @@ def test_it_goes_back_to_the_anchor(make):
         expected = expected.lerp(workers.anchors()[SICK], engine.rule.alpha)
     if engine.delay and hasattr(engine.slots[0].state, "own"):
         # Eager DiLoCo: less its share of what its own momentum does without it.
-        expected = expected - engine.slots[0].state.own.tensor * rule.outer_lr * rule.outer_momentum / toy.WORKERS
+        expected = expected - (
+            engine.slots[0].state.own.tensor * engine.rule.outer_lr * engine.rule.outer_momentum / toy.WORKERS)
     torch.testing.assert_close(workers.x()[SICK], expected, rtol=0, atol=1e-12)
 
 
