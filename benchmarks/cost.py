@@ -38,6 +38,7 @@ ALGORITHMS: dict[str, tuple[Callable[..., Any], int]] = {
     "SlowMo": (distoptim.SlowMo, 3),
     "EASGD": (distoptim.EASGD, 2),
     "CoCoDSGD": (distoptim.CoCoDSGD, 2),
+    "OverlapBMUF": (distoptim.OverlapBMUF, 3),
     "OverlapLocalSGD": (distoptim.OverlapLocalSGD, 3),
     "DiLoCo": (distoptim.DiLoCo, 3),
     "DiLoCo carrying": (lambda *a, tau, **k: distoptim.DiLoCo(*a, tau=tau, delay=tau, carry=True, **k), 4),
