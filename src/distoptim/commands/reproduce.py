@@ -21,7 +21,8 @@ from distoptim.train.world import Meeting, from_torchrun
 
 
 @click.command
-@click.argument("file", metavar="FILE.toml|small|beyond|stragglers|shakespeare|paper|gpu", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE.toml|small|beyond|stragglers|shakespeare|paper|gpu",
+                type=click.Path(path_type=Path))
 @click.option("--data-dir", type=click.Path(), metavar="FOLDER", help="Where the files of the data set are.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where records go.  [default: runs/NAME]")
 @click.option("--processes", type=int, help="Runs on virtual workers at the same time.  [default: one per core]")
