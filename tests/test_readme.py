@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PYTHON = sys.executable
 TORCHRUN = f"{PYTHON} -m torch.distributed.run --nproc-per-node=2 --master-port={{port}}"
 SMALL = "--data synthetic --model mlp --steps 4"
+SHORT = "--set workers=2 --set steps=1 --set seed=[0] --set tau=[2] --set 'partition=[\"iid\"]' --set 'tune={{}}'"
 
 # What stands in a page -> what the test runs: smaller, and on this machine alone. A line that is in neither
 # column of this table fails the test below.
@@ -76,6 +77,11 @@ SHELL = {
     "distoptim partition --data digits --partition label-skew --workers 16":
         f"{PYTHON} -m distoptim.cli partition --data digits --partition label-skew --workers 16",
     "distoptim report runs/small": f"{PYTHON} -m distoptim.cli report runs/small",
+    "distoptim reproduce paper --data-dir /path/to/cifar --folder runs/short --set seed=[0] --set steps=2 --dry-run":
+        f"{PYTHON} -m distoptim.cli reproduce grid.toml --folder runs/short --set seed=[0] --set steps=2 --dry-run",
+    "torchrun --nproc-per-node=4 -m distoptim.cli reproduce grid.toml":
+        f"{TORCHRUN} -m distoptim.cli reproduce grid.toml {SHORT}",
+    "distoptim reproduce grid.toml --real": f"{PYTHON} -m distoptim.cli reproduce grid.toml --real {SHORT}",
     "torchrun --nproc-per-node=4 examples/islands.py fsdp2":
         f"{TORCHRUN.replace('node=2', 'node=4')} {ROOT}/examples/islands.py ddp",
     "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim.cli plan --probe probe.json",
@@ -118,6 +124,7 @@ def test_shell_lines(page, tmp_path):
     (tmp_path / "mycode.py").write_text("import torch\n\ndef prepare():\n    return torch.nn.Linear(3, 3), lambda: 0\n")
     folder = tmp_path / "here"
     folder.mkdir()
+    (folder / "grid.toml").write_text("".join(blocks(page, "toml")))
     for line in [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]:
         assert line in SHELL, f"{page.name}: nothing runs {line!r}"
         command = SHELL[line].format(folder=tmp_path, port=free_port())
