@@ -89,9 +89,9 @@ class Fragment:
         """X <- value."""
         torch._foreach_copy_(self.local(), value.views)
 
-    def add(self, value: Flat) -> None:
-        """X <- x + value."""
-        torch._foreach_add_(self.local(), value.views)
+    def add(self, value: Flat, *, weight: float = 1.0) -> None:
+        """X <- x + weight value."""
+        torch._foreach_add_(self.local(), value.views, alpha=weight)
 
     def pull(self, towards: Flat, weight: float) -> None:
         """X <- (1 - weight) x + weight towards."""

@@ -25,13 +25,14 @@ class Correct(Carry):
     momentum: float = 0.0
 
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
-        """The whole step is formed in place of what was sent, which the next launch replaces."""
+        """The whole step, over the gain, is formed in place of what was sent, which the next launch replaces."""
         assert isinstance(state, Anchored)
         z, step, new = state.anchor.tensor, based(state).tensor, mean.flat.tensor[: fragment.numel]
-        step.sub_(new).mul_(-self.gain)
-        step.add_(torch.sub(new, z, out=z), alpha=self.momentum)
+        torch.sub(new, step, out=step)
+        if self.momentum:
+            step.add_(torch.sub(new, z, out=z), alpha=self.momentum / self.gain)
         z.copy_(new)
-        fragment.add(based(state))
+        fragment.add(based(state), weight=self.gain)
 
 
 class OverlapBMUF(AveragingOptimizer):
