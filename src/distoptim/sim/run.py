@@ -134,10 +134,9 @@ class VirtualRun:
                 "parameters": sum(p.numel() for p in self.cluster.models[0].parameters())}
 
     def _summary(self) -> records.Line:
-        """Diverged: ended early, or no better than guessing."""
         stats = self.cluster.stats()
         computation = stats["seconds"] - stats["exposed_s"]
-        diverged = self.cluster.steps < self.steps or not self._score["test_loss"] < math.log(self._data.classes)
+        diverged = methods.diverged(self._score, self._data.classes, whole=self.cluster.steps >= self.steps)
         return {"kind": "summary", "step": self.cluster.steps, **self._score, "diverged": diverged,
                 "seconds": stats["seconds"], "exposed_s": stats["exposed_s"], "computation_s": computation,
                 "exposed_share": stats["exposed_s"] / computation, "bytes": int(stats["bytes"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -181,15 +180,12 @@ class Run:
         self.world.barrier()
 
     def _summarise(self) -> None:
-        """Seconds are means over the workers; bytes and syncs are each worker's.
-
-        Diverged: ended early, or no better than guessing.
-        """
+        """Seconds are means over the workers; bytes and syncs are each worker's."""
         totals = self.world.gather(vars(self._totals()))
         mean = {key: sum(t[key] for t in totals) / len(totals) for key in ("seconds", "exposed_s")}
         if self.world.rank == 0:
             computation = mean["seconds"] - mean["exposed_s"]
-            diverged = self._place.step < self.steps or not self._score["test_loss"] < math.log(self._data.classes)
+            diverged = methods.diverged(self._score, self._data.classes, whole=self._place.step >= self.steps)
             self._tell("summary", **self._score, diverged=diverged, **mean, computation_s=computation,
                        exposed_share=mean["exposed_s"] / computation, bytes=totals[0]["bytes"],
                        syncs=totals[0]["syncs"], stats=self._method.stats())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -166,6 +167,11 @@ def score(model: nn.Module, data: Dataset) -> dict[str, float]:
     """`evaluate` on the test set, and on the validation set if there is one."""
     found = evaluate(model, data.test_images, data.test_labels)
     return {**found, **evaluate(model, *data.validation, part="validation")} if data.validation else found
+
+
+def diverged(found: Mapping[str, float], classes: int, *, whole: bool) -> bool:
+    """Whether a run ended early (not `whole`), or with a `score` no better than guessing."""
+    return not whole or not found["test_loss"] < math.log(classes)
 
 
 def worker_accuracy(model: nn.Module, data: Dataset) -> float:
