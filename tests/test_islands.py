@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import runpy
 from functools import partial
@@ -210,6 +211,41 @@ def _saved(rank):
 def test_an_fsdp_island_resumes_in_flight_bit_for_bit():
     for stopped, resumed in run(_saved, 4):
         assert torch.equal(stopped, resumed)
+
+
+def _apart(rank):
+    """An island, or one shard of all islands, is a round ahead of the others."""
+    mesh = mesh_2d()
+    out = []
+    for ahead in ((2, 3), (1, 3)):
+        model = shard(network(rank // 2), mesh["shard"])
+        optimizer = METHODS["overlap"](model.parameters(), device_mesh=mesh)
+        states = []
+        for steps in (3, 2):
+            train(model, optimizer, rank // 2, rank % 2, steps=steps)
+            states.append(copy.deepcopy((model.state_dict(), optimizer.state_dict())))
+        saved = states[rank in ahead]
+        optimizer.close()
+        model = shard(network(5), mesh["shard"])
+        optimizer = METHODS["overlap"](model.parameters(), device_mesh=mesh)
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        loaded = whole(model)
+        train(model, optimizer, rank // 2, rank % 2, steps=4)
+        with optimizer.averaged(model):
+            out.append((optimizer._engine.step, loaded, whole(model)))
+        optimizer.close()
+    return out
+
+
+@fsdp
+def test_islands_that_are_a_round_apart_resume_together():
+    for case in zip(*run(_apart, 4), strict=True):
+        steps, loaded, means = zip(*case, strict=True)
+        assert steps == (9, 9, 9, 9)
+        for x in (loaded, means):
+            assert all(torch.equal(x[0], other) for other in x)
+        assert means[0].isfinite().all()
 
 
 def _refused(rank):

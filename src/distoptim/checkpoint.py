@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,27 @@ from distoptim.engine import Engine
 from distoptim.slot import Flight, Slot
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in its rounds a worker was saved; equal on all workers that go on together.
+
+    Attributes:
+        step: local steps made.
+        tau: of the present round.
+        fragments: of each, how many means were merged, the steps of the last and of the next launch, and at which step
+            the mean in flight is due.
+    """
+
+    step: int
+    tau: int
+    fragments: tuple[tuple[int, int, int, int | None], ...]
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Grows with every merge, which all workers make in one order, and every local step."""
+        return sum(merges for merges, *_ in self.fragments), self.step
 
 
 def save(engine: Engine) -> dict[str, Any]:
@@ -31,7 +53,7 @@ def save(engine: Engine) -> dict[str, Any]:
         "step": engine.step,
         "fragments": [
             {"signature": slot.fragment.signature(), "next_launch": slot.next_launch, "launched": slot.launched,
-             "samples": slot.samples, "seconds": slot.seconds, "state": rule.save(slot.state),
+             "merges": slot.merges, "samples": slot.samples, "seconds": slot.seconds, "state": rule.save(slot.state),
              "flight": _save_flight(slot), "coder": None if slot.coder is None else slot.coder.save()}
             for slot in engine.slots],
     }
@@ -78,7 +100,7 @@ def load(engine: Engine, saved: dict[str, Any]) -> None:
         slot.flight = None
         slot.launched = record["launched"] if goes_on else saved["step"]
         slot.samples = record["samples"] if goes_on else engine.pace.samples or 0.0
-        slot.seconds = record["seconds"]
+        slot.seconds, slot.merges = record["seconds"], _merges(record)
         engine.place(slot)
         if goes_on:
             slot.next_launch = record["next_launch"]
@@ -87,6 +109,18 @@ def load(engine: Engine, saved: dict[str, Any]) -> None:
         if not same_workers and isinstance(slot.state, Anchored):
             slot.fragment.write(slot.state.anchor)
     engine.resume_at(saved["step"])
+
+
+def place(saved: dict[str, Any]) -> Place:
+    """Of a saved state."""
+    return Place(saved["step"], saved["tau"], tuple(
+        (_merges(f), f["launched"], f["next_launch"], None if f["flight"] is None else f["flight"]["due"])
+        for f in saved["fragments"]))
+
+
+def _merges(record: dict[str, Any]) -> int:
+    """How many means of a fragment were merged; not counted in states saved before this was."""
+    return int(record.get("merges", 0))
 
 
 def _coding(saved: dict[str, Any] | None) -> str:

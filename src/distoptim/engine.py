@@ -90,9 +90,8 @@ class Engine(Collectives):
         for slot in self.slots:
             self.place(slot)
             if self.delay == self.tau:
-                launched = slot.next_launch - self.tau
                 finite = self._pack(slot, start=True)
-                self._take_off(slot, Handle(slot.buffer.tensor), finite, launched=launched)
+                self._take_off(slot, Handle(slot.buffer.tensor), finite, launched=slot.next_launch - self.tau)
         self._plan()
 
     def place(self, slot: Slot) -> None:
@@ -245,6 +244,7 @@ class Engine(Collectives):
             # Weights by samples are no numbers of workers.
             workers = min(weight, 1.0) * self.communicator.size
             self._active.merge(slot.fragment, slot.state, Mean(slot.buffer, workers, flight.lr))
+            slot.merges += 1
             if self._reset_inner and not self.pace.synchronous:
                 self._forget(slot.fragment.params)
         self.counters.merged(self.step - slot.launched, time.perf_counter() - start)

@@ -1,15 +1,21 @@
-"""All workers agree before the first step, or all fail with a message that names both sides."""
+"""All workers agree before the first step and before they resume, or all fail with a message that names both sides."""
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
+from distoptim import checkpoint
 from distoptim.comm.communicator import Communicator
 from distoptim.comm.islands import Island, describe
 from distoptim.fragments import Fragment
+
+logger = logging.getLogger("distoptim")
 
 Facts = dict[str, object]
 
@@ -47,6 +53,50 @@ def introduce(communicator: Communicator, facts: Facts, fragments: Sequence[Frag
         f.read(start)
         communicator.broadcast(start.tensor)
         f.write(start)
+
+
+@torch.no_grad()
+def reunite(communicator: Communicator, params: Sequence[Tensor],
+            saved: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What this worker is to resume from, so that all resume from the same round; blocking and collective.
+
+    A mean that is cut off by a failure may be there on some workers and lost on others, whose saved anchors and outer
+    states then are a round apart. Where places differ, everybody gets the state of the worker that is furthest, as one
+    of nobody's: what was in flight is dropped, workers start from the anchor, and a new round begins.
+
+    Args:
+        communicator: to the other workers.
+        params: all that are averaged; the ranks of an island resume at one local step too.
+        saved: by `checkpoint.save`; None for a plain optimizer's state, which starts a new run.
+
+    Raises:
+        ValueError: on every worker, if only some have rounds to resume.
+    """
+    own = None if saved is None else checkpoint.place(saved)
+    messages = cast("list[tuple[list[checkpoint.Place | None], checkpoint.Place | None]]",
+                    communicator.exchange((Island(params).exchange(own), own)))
+    everybody = [place for island, _ in messages for place in island]
+    places = [place for _, place in messages if place is not None]
+    compare([{"what to resume": "a plain optimizer" if place is None else "rounds"} for place in everybody])
+    if saved is None or all(place == own for place in everybody):
+        return saved
+    furthest = places.index(max(places, key=lambda place: place.progress))
+    steps = [place.step for place in everybody if place is not None]
+    logger.warning("workers saved different rounds (local steps %d to %d): all go on from rank %d's, at a new round",
+                   min(steps), max(steps), furthest)
+    return {**_share(communicator, saved, furthest), "step": max(steps), "workers": 0}
+
+
+def _share(communicator: Communicator, saved: dict[str, Any], source: int) -> dict[str, Any]:
+    """Rank `source`'s saved state, on the CPU."""
+    file = io.BytesIO()
+    if communicator.rank == source:
+        torch.save(saved, file)
+    nbytes = cast("list[int]", communicator.exchange(file.tell()))[source]
+    message = torch.frombuffer(bytearray(file.getvalue() or nbytes), dtype=torch.uint8)
+    communicator.broadcast(message, source)
+    theirs: dict[str, Any] = torch.load(io.BytesIO(message.numpy().tobytes()), map_location="cpu", weights_only=True)
+    return theirs
 
 
 def compare(everybody: Sequence[Facts]) -> None:

@@ -195,16 +195,22 @@ class AveragingOptimizer(Face):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()`; load the model first. A plain optimizer's state dict starts a new run.
 
+        Collective: all workers load, each what it saved. Where a failure has left them a round apart, all go on from
+        the one that is furthest: from its anchor, if there is one. After a failure or `close()` nobody is asked.
+
         Raises:
-            ValueError: it is of another algorithm or of other parameters.
+            ValueError: it is of another algorithm or of other parameters, or a plain optimizer's on some workers only.
         """
         inner = dict(state_dict)
         ours = inner.pop("distoptim", None)
         if ours is not None:
             checkpoint.check(self._engine, ours)
-        self.inner.load_state_dict(inner)
         # A mean on its way still writes into its buffer.
         self._engine.settle()
+        if self._engine.failure is None:
+            params, _ = trainable(self.inner.param_groups)
+            ours = handshake.reunite(self._communicator, params, ours)
+        self.inner.load_state_dict(inner)
         if ours is not None:
             self._levels.load(ours)
         else:

@@ -35,7 +35,7 @@ class Flight:
 
 @dataclass
 class Slot:
-    """A fragment, its algorithm's state, its communication buffer, the steps of its launches and its flight.
+    """A fragment, its algorithm's state, its communication buffer, its launches, merges and flight.
 
     The buffer has one element more than the fragment, the worker's weight, so that mean = sum of weighted payloads /
     sum of weights; before it, in the first slot, what the worker has measured for the period.
@@ -48,6 +48,7 @@ class Slot:
     next_launch: int
     extra: int = 0
     launched: int = 0
+    merges: int = 0
     seconds: float = 0.0
     samples: float = 0.0
     flight: Flight | None = None

@@ -92,8 +92,8 @@ class Communicator(Protocol):
     def launch_mean(self, buffer: Tensor) -> Handle:
         """Start replacing `buffer` by its mean over the workers; nobody may touch the buffer meanwhile."""
 
-    def broadcast(self, buffer: Tensor) -> None:
-        """Replace `buffer` by rank 0's. Blocks."""
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """Replace `buffer` by that of rank `source`. Blocks."""
 
     def exchange(self, message: object) -> list[object]:
         """Everybody's message, in rank order; small control data. Blocks."""
@@ -139,7 +139,7 @@ class SingleWorker:
         relay.all_[0].copy_(relay.own)
         return Handle(relay.all_)
 
-    def broadcast(self, buffer: Tensor) -> None:
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Nothing to receive."""
 
     def exchange(self, message: object) -> list[object]:

@@ -127,11 +127,13 @@ class ProcessGroupCommunicator:
             self._relays = Relays(partial(_swap, group=group), partial(_gather, group=second))
         return self._relays.launch(relay)
 
-    def broadcast(self, buffer: Tensor) -> None:
-        """Replace `buffer` by that of the group's rank 0."""
-        group, _ = self._connect()
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """Replace `buffer` by that of the group's rank `source`; host memory goes over gloo always."""
+        group, control = self._connect()
+        if self._nccl and not buffer.is_cuda:
+            group = control
         host = buffer.cpu() if buffer.is_cuda and not self._nccl else buffer
-        dist.broadcast(host, src=dist.get_global_rank(group, 0), group=group)
+        dist.broadcast(host, src=dist.get_global_rank(group, source), group=group)
         if host is not buffer:
             buffer.copy_(host)
 

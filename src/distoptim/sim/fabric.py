@@ -160,8 +160,8 @@ class VirtualCommunicator:
         """Join the next collective with codes; its second stage begins when the first ends."""
         return self._fabric.arrive(self.rank, relay, relay.all_, _relay)
 
-    def broadcast(self, buffer: Tensor) -> None:
-        """Take what worker 0 left."""
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """Take what worker 0 left; another source is never asked for, see `exchange`."""
         self._fabric.broadcast(self.rank, self._broadcasts, buffer)
         self._broadcasts += 1
 
