@@ -31,12 +31,15 @@ class Cluster:
 
     def step(self, gradient: Gradient, before_launch: Callable[[], object] = lambda: None) -> None:
         """One local step of every worker with gradient(rank, its parameters), then average()."""
+        self.local_step(gradient)
+        self.average(before_launch)
+
+    def local_step(self, gradient: Gradient) -> None:
         for rank, (optimizer, params) in enumerate(zip(self.optimizers, self.params, strict=True)):
             for p, g in zip(params, gradient(rank, [p.detach() for p in params]), strict=True):
                 p.grad = g
             optimizer.step()
             optimizer.zero_grad()
-        self.average(before_launch)
 
     def average(self, before_launch: Callable[[], object] = lambda: None) -> None:
         engines = [o._engine for o in self.optimizers]

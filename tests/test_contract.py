@@ -116,7 +116,7 @@ def test_a_copy_from_any_step_goes_on_bit_equally(make, how):
         assert torch.equal(workers.x(), expected[step - 1] if step else cluster(make).x())
 
 
-# What every algorithm takes; join and levels, for which workers must be processes, are in test_join and test_levels.
+# What every algorithm takes; join and levels need processes: test_join, test_levels_contract.
 EVERYWHERE = {
     "codec": {"tau": 3, "codec": "int8+ef"},
     "strided": {"tau": 3, "fragments": 2, "pattern": "strided"},

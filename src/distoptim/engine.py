@@ -53,10 +53,9 @@ class Engine(Collectives):
                  codec: Coding | None = None) -> None:
         super().__init__(communicator, timeout_s)
         self.rule, self.pace = rule, Pace(tau, delay)
-        self.step = 0
-        self.counters = Counters()
+        self.step, self.counters = 0, Counters()
         self._inner_lr, self._forget, self._reset_inner = inner_lr, forget, reset_inner
-        self.ended = False
+        self.ended = self.may_be_empty = False
         self.slots = [
             Slot(i, f, rule.start(f), f.flat(extra=1 + extra), 0, extra=extra) for i, f in enumerate(fragments)
             for extra in [0 if i else len(self.pace.period.measures)]]
@@ -231,7 +230,8 @@ class Engine(Collectives):
         start = time.perf_counter()
         with record_function("distoptim::merge"):
             buffer = slot.buffer.tensor
-            weight = packing.normalise(buffer, flight.handle, packing.name_of(slot), self.pace.left_at is not None)
+            weight = packing.normalise(buffer, flight.handle, packing.name_of(slot),
+                                       self.may_be_empty or self.pace.left_at is not None)
             if weight == 0:
                 self.ended = True
                 return

@@ -40,6 +40,8 @@ class Levels:
                       for period, communicator in communicators.items()]
         for level in self.inner:
             level.counters = engine.counters
+            # Where nobody in a group is finite, the algorithm's own mean, over more workers, heals them all.
+            level.may_be_empty = True
         self._begin()
 
     def tick(self) -> None:
@@ -50,11 +52,7 @@ class Levels:
         for level in [] if pace.synchronous else self.inner:
             # A worker weighs in its group what it does among all.
             level.pace.samples, level.pace.left_at = pace.samples, pace.left_at
-            try:
-                level.tick()
-            except FloatingPointError:
-                # Nobody in the group is finite: the algorithm's own mean, over more workers, heals them all.
-                continue
+            level.tick()
         self.engine.tick()
         if before[1] and not pace.synchronous:
             self._begin()
