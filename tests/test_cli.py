@@ -38,7 +38,8 @@ def test_version_and_help(invoke):
     assert code == 0
     for part in ("Training:", "Workers and network:", "Results:", "--tau INTEGER", "[default: 4]", "Gbit/s",
                  "Of easgd, overlap-local-sgd.", "--carry / --no-carry", "--eager / --no-eager", "--adacomm INTEGER",
-                 "--tau-at STEP:TAU,...", "--levels PERIOD:SIZE,...", "--reset-inner / --no-reset-inner"):
+                 "--tau-at STEP:TAU,...", "--levels PERIOD:SIZE,...", "--island-size INTEGER",
+                 "--island-kind [ddp|fsdp2]", "--reset-inner / --no-reset-inner"):
         assert part in out
     assert "Other:\n  -h, --help" in out
     assert "--methods" in invoke("compare", "--help")[1]
@@ -52,6 +53,10 @@ def test_version_and_help(invoke):
     (("train", "--algorithm", "diloco", "--delay", "2", "--no-carry"), "delay=2 without carry"),
     (("train", "--adacomm", "5", "--hide-communication"), "hide_communication=True with adacomm=5"),
     (("simulate", "--levels", "2:2"), "No such option"),
+    (("simulate", "--island-size", "2"), "No such option"),
+    (("train", "--island-size", "5"), "batch_size=32 with island_size=5"),
+    (("train", "--init", "tcp://localhost:1", "--rank", "0", "--world-size", "3", "--island-size", "2"),
+     "island_size=2 with 3 ranks: allowed is a number that divides it"),
     (("train", "--alpha", "3"), "alpha=3.0: allowed is a number in [0, 1]"),
     (("train", "--taux", "3"), "No such option"),
     (("trian",), "No such command 'trian'"),

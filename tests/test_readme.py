@@ -84,6 +84,8 @@ SHELL = {
     "distoptim reproduce grid.toml --real": f"{PYTHON} -m distoptim.cli reproduce grid.toml --real {SHORT}",
     "torchrun --nproc-per-node=4 examples/islands.py fsdp2":
         f"{TORCHRUN.replace('node=2', 'node=4')} {ROOT}/examples/islands.py ddp",
+    "torchrun --nproc-per-node=4 -m distoptim.cli train --island-size 2":
+        f"{TORCHRUN.replace('node=2', 'node=4')} -m distoptim.cli train --island-size 2 {SMALL}",
     "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim.cli plan --probe probe.json",
 }
 # Pages whose blocks need several processes and have a test of their own.

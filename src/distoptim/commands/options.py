@@ -13,7 +13,7 @@ import click
 
 from distoptim.algorithms import ALGORITHMS
 from distoptim.train import data, models, optimizers
-from distoptim.train.config import DTYPES, RunConfig
+from distoptim.train.config import DDP, DTYPES, FSDP2, RunConfig
 from distoptim.train.schedule import SCHEDULES
 from distoptim.train.slowdown import SLOWDOWNS
 
@@ -105,7 +105,10 @@ def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Cal
         (problem, "--validation", float, "Share of the training set to hold out and evaluate beside the test set."),
         (problem, "--augment/--no-augment", None, "Move and mirror the training images at random."),
         (problem, "--model", click.Choice(list(models.MODELS)), "What is trained."),
-        (network, "--workers", int, "Processes on this machine."),
+        (network, "--workers", int, "Workers to start on this machine."),
+        (network, "--island-size", int, "Ranks (processes) of each worker, which share its batches."),
+        (network, "--island-kind", click.Choice((DDP, FSDP2)),
+         "With several: each has the whole model (ddp), or a shard of it (fsdp2)."),
         (network, "--latency-ms", float, "Emulate a link: milliseconds one message takes."),
         (network, "--bandwidth-gbit-s", float, "Emulate a link: each worker's rate, in Gbit/s."),
         (network, "--slowdown", click.Choice(list(SLOWDOWNS)), "Random delay of every worker's steps."),

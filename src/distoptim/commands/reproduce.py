@@ -65,8 +65,9 @@ def reproduce(*, file: Path, data_dir: str | None, folder: Path | None, processe
 
 def _runner(file: Path, configs: Sequence[RunConfig], meeting: Meeting) -> Worker:
     for config in configs:
-        if config.workers != meeting.size:
-            raise ValueError(f"{file}: workers={config.workers}, but torchrun has started {meeting.size} processes")
+        if config.ranks != meeting.size:
+            of = f" of {config.island_size} ranks" if config.island_size > 1 else ""
+            raise ValueError(f"{file}: workers={config.workers}{of}, but torchrun has started {meeting.size} processes")
     return Worker(meeting, max(config.timeout_s for config in configs))
 
 

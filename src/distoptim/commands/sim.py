@@ -26,7 +26,8 @@ from distoptim.sim.utilisation import ModelShape
 from distoptim.train import records
 
 VIRTUAL = "Virtual machines"
-_REAL = ("timeout_s", "latency_ms", "bandwidth_gbit_s", "slowdown", "slowdown_ms", "levels")
+_REAL = ("timeout_s", "latency_ms", "bandwidth_gbit_s", "slowdown", "slowdown_ms", "levels", "island_size",
+         "island_kind")
 
 
 @click.command(cls=Sections)

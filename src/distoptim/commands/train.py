@@ -25,9 +25,8 @@ from distoptim.report.progress import LiveProgress
 from distoptim.report.table import note, table
 from distoptim.train import checkpoint, optimizers, records
 from distoptim.train import compare as comparison
-from distoptim.train.config import RunConfig
 from distoptim.train.launch import Job, run_local, run_worker
-from distoptim.train.world import Meeting, from_torchrun
+from distoptim.train.world import Meeting, from_torchrun, workers_of
 
 # Fast enough for two cores, and a link over which an all-reduce takes about as long as a training step.
 DEMO = {**DEFAULTS, "epochs": 36, "lr": 0.01, "batch_size": 48, "latency_ms": 3.0, "bandwidth_gbit_s": 0.5,
@@ -46,24 +45,26 @@ DEMO = {**DEFAULTS, "epochs": 36, "lr": 0.01, "batch_size": 48, "latency_ms": 3.
          help="Go on with the run in --folder if it has a checkpoint, else begin; for torchrun --max-restarts.")
 @option("Results", "--tensorboard", is_flag=True, default=False, help="Log for TensorBoard too.")
 @option("Workers and network", "--init", metavar="tcp://HOST:PORT",
-         help="Be one of several workers; rank 0 listens there. Not needed under torchrun.")
-@option("Workers and network", "--rank", type=int, help="With --init: this worker's number, from 0.")
-@option("Workers and network", "--world-size", type=int, help="With --init: how many workers there are.")
+         help="Be one of several processes; rank 0 listens there. Not needed under torchrun.")
+@option("Workers and network", "--rank", type=int, help="With --init: this process's number, from 0.")
+@option("Workers and network", "--world-size", type=int, help="With --init: how many processes there are.")
 @algorithm_options
 def train(*, folder: Path | None, resume: Path | None, auto_resume: bool, tensorboard: bool, init: str | None,
           rank: int | None, world_size: int | None, **given: Any) -> int:
     """Train a model with one method.
 
-    Starts --workers processes on this machine, or is one worker under torchrun or with --init.
+    Starts --workers processes on this machine, or is one worker under torchrun or with --init; with --island-size N
+    there are N times as many processes, and each is one of the ranks of a worker.
     """
     meeting = _meeting(init, rank, world_size) or from_torchrun()
-    if meeting is not None:
-        given["workers"] = meeting.size
     if auto_resume:
         resume = _found(folder, resume)
     if resume is not None:
         checkpoint.latest(resume)
-    config = config_of(given) if resume is None else _resumed(resume, given, keep_workers=meeting is None)
+    fields = given if resume is None else _resumed(resume, given)
+    if meeting is not None:
+        fields = {**fields, "workers": workers_of(meeting.size, fields.get("island_size", 1))}
+    config = config_of(fields)
     check_files(config, tensorboard)
     job = Job(config, folder or resume or new_folder(config.algorithm), resume is not None, tensorboard)
     speaks = meeting is None or meeting.rank == 0
@@ -118,14 +119,14 @@ def _found(folder: Path | None, resume: Path | None) -> Path | None:
     return folder if checkpoint.exists(folder) else None
 
 
-def _resumed(folder: Path, given: dict[str, Any], *, keep_workers: bool) -> RunConfig:
-    """The configuration of a recorded run, with what is given on the command line now."""
+def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a recorded run, with what is given on the command line now."""
     ctx = click.get_current_context()
     saved = records.read(folder).config
     now = {name: value for name, value in given.items()
-           if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE or (name == "workers" and not keep_workers)}
+           if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     options = saved.pop("options")
-    return config_of({**saved, **options, **now})
+    return {**saved, **options, **now}
 
 
 def _meeting(init: str | None, rank: int | None, size: int | None) -> Meeting | None:

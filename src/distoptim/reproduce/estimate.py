@@ -13,7 +13,7 @@ from distoptim.train.config import DTYPES, RunConfig
 
 
 def seconds(configs: Sequence[RunConfig], *, virtual: bool) -> float:
-    """Of all runs one after the other: their steps, without evaluation and communication, on one core a worker.
+    """Of all runs one after the other: their steps, without evaluation and communication, on one core a rank.
 
     Virtual workers share a core.
 
@@ -29,7 +29,8 @@ def seconds(configs: Sequence[RunConfig], *, virtual: bool) -> float:
         if kind not in kinds:
             kinds[kind] = _measure(config)
         samples, step_s = kinds[kind]
-        total += config.length(samples, config.workers)[1] * step_s * (config.workers if virtual else 1)
+        at_a_time = config.workers if virtual else 1 / config.island_size
+        total += config.length(samples, config.workers)[1] * step_s * at_a_time
     return total
 
 

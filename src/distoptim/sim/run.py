@@ -47,6 +47,9 @@ class VirtualRun:
         if config.levels:
             raise ValueError(f"levels={config.levels!r}: virtual workers are in no process group that could be a part; "
                              "use `distoptim train` or `compare`")
+        if config.island_size > 1:
+            raise ValueError(f"island_size={config.island_size}: a virtual worker is one machine; use "
+                             "`distoptim train` or `compare`")
         self.config, self.machines = config, machines
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         folder = None if config.data_dir is None else Path(config.data_dir)

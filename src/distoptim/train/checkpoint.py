@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file a worker, in a folder that becomes the latest only when all have written theirs."""
+"""Checkpoints of a run: one file a rank, in a folder that becomes the latest only when all have written theirs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ _LATEST = "latest"
 
 
 def save(folder: Path, *, world: World, step: int, state: dict[str, Any]) -> Path:
-    """Write every worker's state and make it the latest; collective. Killed at any moment, an older one stays.
+    """Write every rank's state and make it the latest; collective. Killed at any moment, an older one stays.
 
     Args:
         folder: the run's.
         world: the workers.
         step: local steps made; names the checkpoint.
-        state: this worker's; tensors and plain data, readable with torch.load(weights_only=True).
+        state: this rank's; tensors and plain data, readable with torch.load(weights_only=True).
     """
     target = folder / FOLDER / f"step-{step}"
     target.mkdir(parents=True, exist_ok=True)
-    replace(target / f"rank-{world.rank}.pt", {**state, "step": step, "workers": world.size})
+    whole = {**state, "step": step, "workers": world.workers, "island_size": world.island_size}
+    replace(target / f"rank-{world.rank}.pt", whole)
     world.barrier()
     # All write it, since on several machines each has a folder of its own.
     draft = target.parent / f"{_LATEST}-{world.rank}.draft"
@@ -56,19 +57,20 @@ def latest(folder: Path) -> Path:
 
 
 def load(folder: Path, *, world: World) -> tuple[dict[str, Any], bool]:
-    """This worker's state of the latest checkpoint, and whether it is really this worker's.
+    """This rank's state of the latest checkpoint, and whether it is really its worker's.
 
     At another number of workers, those for whom there is no state of their own get one of another's; none of
-    them can then go on where it was.
+    them can then go on where it was. At another size of islands ranks get that of their worker's first rank.
 
     Raises:
         ValueError: there is no checkpoint, or its file is damaged.
     """
     source = latest(folder)
     saved = read(source / "rank-0.pt")
-    if saved["workers"] == world.size:
-        return read(source / f"rank-{world.rank}.pt"), True
-    return read(source / f"rank-{world.rank % saved['workers']}.pt"), False
+    size = saved.get("island_size", 1)
+    place = world.place if size == world.island_size else 0
+    state = read(source / f"rank-{world.worker % saved['workers'] * size + place}.pt")
+    return state, saved["workers"] == world.workers
 
 
 def read(path: Path) -> dict[str, Any]:

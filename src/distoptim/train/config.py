@@ -15,6 +15,7 @@ from distoptim.train import data, models, optimizers, partition, rounds
 from distoptim.train.schedule import SCHEDULES, Schedule
 from distoptim.train.slowdown import SLOWDOWNS
 
+DDP, FSDP2 = "ddp", "fsdp2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,6 +49,9 @@ class RunConfig:
         validation: share of the training set held out and evaluated beside the test set, in [0, 1).
         augment: move and mirror the training images at random; not for text.
         workers: how many, >= 1.
+        island_size: ranks of each worker, which share its batches, >= 1.
+        island_kind: what they are together, if there are several: "ddp", each with the whole model, or "fsdp2", each
+            with a shard of it.
         latency_ms: of one message over the emulated link, >= 0; None leaves the network as it is.
         bandwidth_gbit_s: of the emulated link, > 0; None means that only latency counts.
         slowdown, slowdown_ms: random delay of every local step, "none", "exponential" or "pareto" (shape 2.5), and
@@ -91,6 +95,8 @@ class RunConfig:
     augment: bool = False
     model: str = "cnn"
     workers: int = 4
+    island_size: int = 1
+    island_kind: str = DDP
     latency_ms: float | None = None
     bandwidth_gbit_s: float | None = None
     slowdown: str = "none"
@@ -103,14 +109,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check all values."""
-        for name in ("tau", "batch_size", "epochs", "workers", "log_every"):
+        for name in ("tau", "batch_size", "epochs", "workers", "island_size", "log_every"):
             checks.integer(name, getattr(self, name), 1)
         for name, low in (("steps", 1), ("evaluate_every", 1), ("checkpoint_every", 0)):
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), low)
         checks.integer("seed", self.seed, 0, 2**31 - 1)
         for name, table in (("model", models.MODELS), ("dtype", DTYPES), ("optimizer", optimizers.INNER),
-                            ("schedule", SCHEDULES), ("slowdown", SLOWDOWNS)):
+                            ("schedule", SCHEDULES), ("island_kind", (DDP, FSDP2)), ("slowdown", SLOWDOWNS)):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(table)}")
         self._check_data()
@@ -130,6 +136,7 @@ class RunConfig:
         if self.bandwidth_gbit_s is not None:
             checks.number("bandwidth_gbit_s", self.bandwidth_gbit_s, 0, math.inf, open_low=True, open_high=True)
         rounds.check(self, synchronous=self.synchronous)
+        self._check_islands()
         # As many as there can be fragments.
         params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(min(self.tau, 1000))]
         optimizers.build(self, params, communicator=_Rehearsal(self.workers))
@@ -147,6 +154,31 @@ class RunConfig:
             raise ValueError(f"partition={self.partition!r}: text has no classes, allowed is iid")
         elif self.augment:
             raise ValueError("augment=True: only images are moved and mirrored, allowed is False with text")
+
+    def _check_islands(self) -> None:
+        """Workers of several ranks, and what goes with them."""
+        several = f"island_size={self.island_size!r}"
+        if self.island_size == 1:
+            if self.island_kind == FSDP2:
+                raise ValueError(f"island_kind='fsdp2' with {several}: one rank has nothing to shard, allowed is ddp")
+            return
+        if self.synchronous:
+            raise ValueError(f"{several}: {self.algorithm} averages the gradients of all ranks at every step, allowed "
+                             "is 1")
+        if self.batch_size % self.island_size:
+            raise ValueError(f"batch_size={self.batch_size} with {several}: a worker's ranks share its batch, allowed "
+                             "are multiples")
+        for name in ("hide_communication", "adacomm"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} with {several}: each rank of a worker would choose "
+                                 "tau by what it measures itself; give tau or tau_at")
+        if self.island_kind == FSDP2 and not hasattr(torch.cpu.Stream, "record_event"):
+            raise ValueError(f"island_kind='fsdp2': FSDP2 of torch {torch.__version__} needs GPUs, allowed is ddp")
+
+    @property
+    def ranks(self) -> int:
+        """Processes of all workers."""
+        return self.workers * self.island_size
 
     @property
     def synchronous(self) -> bool:

@@ -49,7 +49,7 @@ class Job:
 
 
 def run_worker(job: Job, meeting: Meeting, observers: Sequence[Observer] = (), *, store: Store | None = None) -> int:
-    """Be one worker, to the end; returns the signal that stopped the run, or 0.
+    """Be one rank, to the end; returns the signal that stopped the run, or 0.
 
     Args:
         job: what all workers are told.
@@ -75,7 +75,7 @@ def run_worker(job: Job, meeting: Meeting, observers: Sequence[Observer] = (), *
 
 
 def run_local(job: Job, observers: Sequence[Observer] = ()) -> int:
-    """Run with `config.workers` processes on this machine; returns the signal that stopped the run, or 0.
+    """Run with `config.ranks` processes on this machine; returns the signal that stopped the run, or 0.
 
     SIGINT and SIGTERM are passed on: the workers leave a checkpoint and end. The second one kills them.
 
@@ -88,21 +88,22 @@ def run_local(job: Job, observers: Sequence[Observer] = ()) -> int:
     workers: list[tuple[Any, Connection]] = []
     with StopSignals() as signals:
         try:
-            for rank in range(job.config.workers):
+            for rank in range(job.config.ranks):
                 receiver, sender = context.Pipe(duplex=False)
-                meeting = Meeting("127.0.0.1", store.port, rank, job.config.workers)
+                meeting = Meeting("127.0.0.1", store.port, rank, job.config.ranks)
                 process = context.Process(target=_main, args=(job, meeting, sender), daemon=True)
                 process.start()
                 sender.close()
                 workers.append((process, receiver))
-            return _watch(workers, signals, observers)
+            return _watch(workers, signals, observers, job.config.island_size)
         finally:
             for process, _ in workers:
                 process.kill()
                 process.join()
 
 
-def _watch(workers: list[tuple[Any, Connection]], signals: StopSignals, observers: Sequence[Observer]) -> int:
+def _watch(workers: list[tuple[Any, Connection]], signals: StopSignals, observers: Sequence[Observer],
+           island_size: int) -> int:
     """Pass lines on to the observers and signals to the workers, until all workers have ended."""
     pending = {receiver: rank for rank, (_, receiver) in enumerate(workers)}
     signum = passed_on = 0
@@ -114,12 +115,12 @@ def _watch(workers: list[tuple[Any, Connection]], signals: StopSignals, observer
                 kind, value = receiver.recv()
             except EOFError:
                 workers[rank][0].join(5)
-                raise WorkerError(f"worker {rank} died: {_cause(workers[rank][0].exitcode)}") from None
+                raise WorkerError(f"{_name(rank, island_size)} died: {_cause(workers[rank][0].exitcode)}") from None
             if kind == "line":
                 for observer in observers:
                     observer(value)
             elif kind == "failed":
-                raise WorkerError(f"worker {rank} failed: {value}")
+                raise WorkerError(f"{_name(rank, island_size)} failed: {value}")
             elif kind == "interrupted":
                 return int(value)
             else:
@@ -135,6 +136,10 @@ def _watch(workers: list[tuple[Any, Connection]], signals: StopSignals, observer
     for process, _ in workers:
         process.join(10)
     return signum
+
+
+def _name(rank: int, island_size: int) -> str:
+    return f"worker {rank}" if island_size == 1 else f"rank {rank} (worker {rank // island_size})"
 
 
 def _cause(exitcode: int | None) -> str:

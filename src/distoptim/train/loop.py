@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distoptim.train import checkpoint, data, methods, models, partition, records, slowdown
+from distoptim.train import checkpoint, data, islands, methods, models, partition, records, slowdown
 from distoptim.train.config import RunConfig
 from distoptim.train.world import StopSignals, StopVote, World
 
@@ -38,7 +38,7 @@ class Place:
 
 
 class Run:
-    """One worker's part of a run; making it and all of its methods are collective.
+    """One rank's part of a run; making it and all of its methods are collective.
 
     The clock of a training step covers everything from fetching the batch to the end of `average()`. Evaluation
     and checkpoints lie outside of it, between barriers, so that no worker's waiting for them is counted.
@@ -57,17 +57,17 @@ class Run:
         self.config, self.world, self.folder, self.label = config, world, folder, label or config.algorithm
         self._data = data.load(config.data, None if config.data_dir is None else Path(config.data_dir),
                                validation=config.validation)
-        shard = partition.partition(config.partition, self._data.train_labels, workers=world.size,
-                               seed=config.seed)[world.rank]
+        shard = partition.partition(config.partition, self._data.train_labels, workers=world.workers,
+                               seed=config.seed)[world.worker]
         self._batches = data.Batches(self._data.train_images[shard], self._data.train_labels[shard],
-                                     batch_size=config.batch_size, seed=config.seed + 1 + world.rank,
+                                     batch_size=config.batch_size, seed=config.seed + 1 + world.worker,
                                      augment=config.augment)
         torch.manual_seed(config.seed)
         self.model = models.build(config.model, self._data.train_images.shape[1:], self._data.classes)
         self._method = methods.build(self.model, config)
         self._place = Place()
         self._score: dict[str, float] = {}
-        self.steps_per_epoch, self.steps = config.length(len(self._data.train_labels), world.size)
+        self.steps_per_epoch, self.steps = config.length(len(self._data.train_labels), world.workers)
         self._schedule = config.learning_rate(steps=self.steps, steps_per_epoch=self.steps_per_epoch)
         if resume:
             self._load()
@@ -139,7 +139,7 @@ class Run:
     def _delay(self) -> None:
         config = self.config
         late_s = slowdown.seconds(config.slowdown, mean_ms=config.slowdown_ms, seed=config.seed,
-                                  rank=self.world.rank, step=self._place.step)
+                                  rank=self.world.worker, step=self._place.step)
         if late_s:
             time.sleep(late_s)
 
@@ -160,7 +160,7 @@ class Run:
             self._tell("resume", **records.surroundings(), steps=self.steps, config=self.config.to_dict())
         else:
             self._tell("start", label=self.label, config=self.config.to_dict(), **records.surroundings(),
-                       workers=self.world.size, steps=self.steps, steps_per_epoch=self.steps_per_epoch,
+                       workers=self.world.workers, steps=self.steps, steps_per_epoch=self.steps_per_epoch,
                        parameters=sum(p.numel() for p in self.model.parameters()))
 
     def _log(self) -> None:
@@ -172,7 +172,8 @@ class Run:
     def _evaluate(self) -> None:
         workers = self.world.gather(methods.worker_accuracy(self.model, self._data))
         with self._method.averaged():
-            if self.world.rank == 0:
+            # All ranks of a worker, since FSDP2 gathers parameters from all of them.
+            if self.world.worker == 0:
                 score = {**methods.score(self.model, self._data), "worker_accuracy": sum(workers) / len(workers)}
                 self._tell("evaluation", epoch=self._place.step / self.steps_per_epoch,
                            seconds=self._totals().seconds, **score)
@@ -180,28 +181,27 @@ class Run:
         self.world.barrier()
 
     def _summarise(self) -> None:
-        """Seconds are means over the workers; bytes and syncs are each worker's."""
+        """Seconds are means over the ranks, bytes are each worker's, of all its ranks; syncs and stats are rank 0's."""
         totals = self.world.gather(vars(self._totals()))
         mean = {key: sum(t[key] for t in totals) / len(totals) for key in ("seconds", "exposed_s")}
         if self.world.rank == 0:
             computation = mean["seconds"] - mean["exposed_s"]
             diverged = methods.diverged(self._score, self._data.classes, whole=self._place.step >= self.steps)
             self._tell("summary", **self._score, diverged=diverged, **mean, computation_s=computation,
-                       exposed_share=mean["exposed_s"] / computation, bytes=totals[0]["bytes"],
-                       syncs=totals[0]["syncs"], stats=self._method.stats())
+                       exposed_share=mean["exposed_s"] / computation, syncs=totals[0]["syncs"],
+                       bytes=sum(t["bytes"] for t in totals[:self.world.island_size]), stats=self._method.stats())
 
     def _save(self) -> None:
         place = self._place
         path = checkpoint.save(self.folder, world=self.world, step=place.step, state={
-            "model": self.model.state_dict(), "optimizer": self._method.optimizer.state_dict(),
+            **islands.state_dict(self.model, self._method.optimizer, self.config),
             "method": self._method.state_dict(), "batches": self._batches.state_dict(), "rng": torch.get_rng_state(),
             "losses": place.losses, "totals": vars(self._totals())})
         self._tell("checkpoint", path=str(path.relative_to(self.folder)))
 
     def _load(self) -> None:
         state, mine = checkpoint.load(self.folder, world=self.world)
-        self.model.load_state_dict(state["model"])
-        self._method.optimizer.load_state_dict(state["optimizer"])
+        islands.load_state_dict(self.model, self._method.optimizer, self.config, state)
         self._place.step, self._place.before = state["step"], Totals(**state["totals"])
         torch.set_rng_state(state["rng"])
         if mine:

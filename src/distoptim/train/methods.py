@@ -22,7 +22,7 @@ from distoptim.train.data import Dataset
 
 # torch 2.13 renamed the argument.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 class Method(ABC):
@@ -66,17 +66,24 @@ class Averaging(Method):
 
     Exposed communication is the time inside `optimizer.average()`: the waits, and the merging too, so it is an
     upper bound of what `optimizer.stats()["exposed_s"]` counts.
+
+    Args:
+        model: what is trained in place.
+        config: the run.
+        module: what the forward pass goes through, where it is another one around `model`.
+        group: with whom to average; None means all.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig) -> None:
-        optimizer = optimizers.build(config, model.parameters(), levels=rounds.groups(config))
+    def __init__(self, model: nn.Module, config: RunConfig, *, module: nn.Module | None = None,
+                 group: dist.ProcessGroup | None = None) -> None:
+        optimizer = optimizers.build(config, model.parameters(), group=group, levels=rounds.groups(config))
         assert isinstance(optimizer, AveragingOptimizer)
         self.optimizer = self._averaging = optimizer
-        self._model, self._dtype = model, DTYPES[config.dtype]
+        self._model, self._module, self._dtype = model, module or model, DTYPES[config.dtype]
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """Forward, backward, local step, average."""
-        loss = batch_loss(self._model, images, labels, self._dtype)
+        loss = batch_loss(self._module, images, labels, self._dtype)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -114,7 +121,7 @@ class Synchronous(Method):
     def __init__(self, model: nn.Module, config: RunConfig, **ddp_options: Any) -> None:
         self.optimizer = optimizers.build(config, model.parameters())
         self._model, self._dtype = model, DTYPES[config.dtype]
-        self._ddp = DistributedDataParallel(model, **_NO_BUFFER_SYNC, **ddp_options)
+        self._ddp = DistributedDataParallel(model, **NO_BUFFER_SYNC, **ddp_options)
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._last_gradient = 0.0
         for p in self._params:
@@ -156,10 +163,14 @@ class Synchronous(Method):
 def build(model: nn.Module, config: RunConfig) -> Method:
     """The method that `config` names, training `model` in place. Collective."""
     if config.algorithm == optimizers.POWERSGD:
-        # It derives from what is defined here.
+        # These derive from what is defined here.
         from distoptim.train.powersgd import PowerSGD
 
         return PowerSGD(model, config)
+    if config.island_size > 1:
+        from distoptim.train.islands import IslandAveraging
+
+        return IslandAveraging(model, config)
     return Synchronous(model, config) if config.algorithm == optimizers.SYNCHRONOUS else Averaging(model, config)
 
 

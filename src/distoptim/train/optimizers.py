@@ -43,6 +43,7 @@ def own_options(algorithm: str) -> dict[str, type]:
 
 
 def build(config: RunConfig, params: Iterable[Tensor], *, communicator: Communicator | None = None,
+          group: dist.ProcessGroup | None = None,
           levels: Mapping[int, dist.ProcessGroup] | None = None) -> torch.optim.Optimizer:
     """The optimizer that `config` describes.
 
@@ -50,6 +51,7 @@ def build(config: RunConfig, params: Iterable[Tensor], *, communicator: Communic
         config: the run.
         params: what it trains.
         communicator: moves the bytes instead of torch.distributed.
+        group: with whom this rank averages; None means all.
         levels: period -> this worker's group, as `rounds.groups` makes them.
 
     Raises:
@@ -67,8 +69,8 @@ def build(config: RunConfig, params: Iterable[Tensor], *, communicator: Communic
         checks.integer("approximation_rank", config.options.get("approximation_rank", 1), 1)
     if config.synchronous:
         return inner
-    return ALGORITHMS[config.algorithm](inner, tau=rounds.period_of(config), communicator=communicator, levels=levels,
-                                        timeout_s=config.timeout_s, **config.options)
+    return ALGORITHMS[config.algorithm](inner, tau=rounds.period_of(config), communicator=communicator, group=group,
+                                        levels=levels, timeout_s=config.timeout_s, **config.options)
 
 
 def _inner(config: RunConfig, params: list[Tensor]) -> torch.optim.Optimizer:

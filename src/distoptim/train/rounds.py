@@ -77,6 +77,8 @@ def period_of(config: RunConfig) -> int | Period:
 
 
 def groups(config: RunConfig) -> Mapping[int, dist.ProcessGroup]:
-    """This worker's group at each level; collective. The emulated link does not slow them: neighbours are near."""
-    return {period: dist.new_subgroups(size, backend="gloo")[0]  # type: ignore[no-untyped-call]  # torch has no types
-            for period, size in pairs("levels", config.levels).items()}
+    """This rank's group at each level; collective. The emulated link does not slow them: neighbours are near."""
+    return {period: dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]  # torch has no types
+        [range(first + place, first + size * config.island_size, config.island_size)
+         for first in range(0, config.ranks, size * config.island_size) for place in range(config.island_size)],
+        backend="gloo")[0] for period, size in pairs("levels", config.levels).items()}

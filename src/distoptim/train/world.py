@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 
+from distoptim import checks
 from distoptim.comm import emulate
 from distoptim.train.config import RunConfig
 
@@ -67,11 +68,30 @@ def from_torchrun() -> Meeting | None:
     return Meeting(host, port, rank, size, attempt, hosted)
 
 
-class World:
-    """This worker's place, and a private gloo group for small messages that the emulated link does not slow down."""
+def workers_of(ranks: int, island_size: int) -> int:
+    """How many workers so many ranks are.
 
-    def __init__(self) -> None:
+    Raises:
+        ValueError: the size of an island does not divide their number.
+    """
+    if ranks % checks.integer("island_size", island_size, 1):
+        raise ValueError(f"island_size={island_size} with {ranks} ranks: allowed is a number that divides it")
+    return ranks // island_size
+
+
+class World:
+    """This rank's place, and a private gloo group for small messages that the emulated link does not slow down.
+
+    Attributes:
+        rank, size: among all ranks.
+        worker, workers: which worker this rank is, or is part of, and how many there are.
+        place, island_size: among the ranks of its worker.
+    """
+
+    def __init__(self, island_size: int = 1) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.workers, self.island_size = workers_of(self.size, island_size), island_size
+        self.worker, self.place = divmod(self.rank, island_size)
         self.control = dist.new_group(backend="gloo")
 
     def barrier(self) -> None:
@@ -99,7 +119,7 @@ def joined(meeting: Meeting, config: RunConfig, store: Store | None = None) -> I
     link = config.link
     backend = "gloo" if link is None else emulate(latency_s=link.latency_s, bandwidth_gbit_s=link.bandwidth_gbit_s)
     dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout)
-    yield World()
+    yield World(config.island_size)
     # Not after an exception: peers may be anywhere, and this process is about to end.
     dist.destroy_process_group()
 
