@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distoptim import LocalSGD, OverlapLocalSGD, QuarantineWarning, SlowMo
 from distoptim.comm import SingleWorker
+from distoptim.periods import AdaComm
 from tests.workers import run
 
 # With torch 2.6 FSDP2 asks a CPU "stream" for what it has not.
@@ -255,7 +256,9 @@ def _refused(rank):
     everywhere = init_device_mesh("cpu", (4,))
     unnamed = init_device_mesh("cpu", (2, 2))
     sharded = partial(LocalSGD, list(model.parameters()), lr=0.1, tau=2)
+    follows = partial(LocalSGD, list(model.parameters()), lr=0.1, tau=AdaComm(2))
     cases = [
+        (follows, {"device_mesh": mesh}, "tau follows loss and lr: each rank of an island would choose"),
         (sharded, {}, "DTensor, whose shards lie on several ranks"),
         (sharded, {"group": dist.group.WORLD}, rf"ranks \[{rank ^ 1}\] share DTensors with this rank"),
         (sharded, {"device_mesh": mesh["shard"]}, "ranks of other islands"),

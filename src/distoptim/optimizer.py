@@ -84,7 +84,7 @@ class AveragingOptimizer(Face):
         check_size(size, workers({"group": group, "device_mesh": device_mesh, "communicator": communicator}))
         group = averaging_group(group, device_mesh, communicator)
         if communicator is None:
-            Island(members).check(group)
+            Island(members).check(group, pace.period.measures)
         self._rule, self._tau, self._delay, self._parts = rule, tau, delay, parts
         self._codec = find_codec(codec)
         self._timeout_s, self._average_in_step, self._reset_inner = timeout_s, average_in_step, reset_inner

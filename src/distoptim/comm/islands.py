@@ -90,14 +90,18 @@ class Island:
             messages = [m for part in parts for m in part]
         return messages
 
-    def check(self, group: dist.ProcessGroup | None) -> None:
-        """Whether `group` leads to other islands only.
+    def check(self, group: dist.ProcessGroup | None, measures: Sequence[str] = ()) -> None:
+        """Whether `group` leads to other islands only, and the ranks of this one will launch together.
 
         Raises:
-            ValueError: there is no group, or it holds another rank of this island.
+            ValueError: there is no group, it holds another rank of this island, or tau follows what each rank measures.
         """
         if not self._meshes:
             return
+        if measures and any(mesh.size() > 1 for mesh in self._meshes):
+            raise ValueError(f"a parameter is a DTensor, and tau follows {' and '.join(measures)}: each rank of an "
+                             "island would choose a tau of its own; allowed are an integer, Schedule, and PostLocal "
+                             "with one of them")
         if group is None:
             raise ValueError("a parameter is a DTensor, whose shards lie on several ranks: with whom to average is "
                              "said by device_mesh= (of which the replicate dimension is taken) or group=")
