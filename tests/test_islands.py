@@ -267,6 +267,7 @@ def _refused(rank):
         (partial(LocalSGD, plain, tau=2), {"device_mesh": "replicate"}, "allowed is a torch.distributed DeviceMesh"),
         (partial(LocalSGD, plain, tau=2), {"device_mesh": mesh, "group": dist.group.WORLD}, "give one"),
         (partial(LocalSGD, plain, tau=2), {"device_mesh": mesh, "communicator": SingleWorker()}, "give one"),
+        (partial(LocalSGD, plain, tau=2), {"group": dist.group.WORLD, "communicator": SingleWorker()}, "give one"),
         (sharded, {"device_mesh": mesh, "size": 4}, "size=4, but the process group has 2 workers"),
     ]
     for make, options, message in cases:

@@ -135,3 +135,26 @@ def test_samples_out_of_range():
     optimizer = toy.alone(LocalSGD, [torch.nn.Parameter(torch.zeros(2))], tau=2, lr=0.1)
     with pytest.raises(ValueError, match="samples=-1"):
         optimizer.average(samples=-1)
+
+
+def test_samples_on_some_steps_only_are_refused():
+    for first, second in ((4, None), (None, 4)):
+        optimizer = toy.alone(LocalSGD, [torch.nn.Parameter(torch.zeros(2))], tau=2, lr=0.1)
+        optimizer.average(samples=first)
+        with pytest.raises(ValueError, match=r"samples= after steps with.*every step or never"):
+            optimizer.average(samples=second)
+
+
+def test_samples_on_some_steps_only_are_refused_after_a_resume():
+    optimizer, resumed = (toy.alone(LocalSGD, [torch.nn.Parameter(torch.zeros(2))], tau=2, lr=0.1) for _ in range(2))
+    optimizer.average(samples=4)
+    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="without samples= after steps with"):
+        resumed.average()
+
+
+def test_samples_on_some_workers_only_are_refused_by_the_others():
+    group = Cluster(partial(LocalSGD, tau=1, lr=0.1), [toy.start()] * toy.WORKERS)
+    group.optimizers[0]._engine.pace.report(None, 32)
+    with pytest.raises(ValueError, match="another worker calls average"):
+        group.step(toy.gradient)

@@ -251,3 +251,19 @@ def disagree(rank):
 def test_workers_agree_on_the_period():
     for message in workers_.run(disagree, 2):
         assert message.startswith("workers disagree on tau: rank 0 has Schedule(taus={0: 2, 5: 1})"), message
+
+
+def test_a_mapping_is_a_schedule():
+    taus = {0: 2, 3: 4}
+    for make in (OverlapLocalSGD, LocalSGD):
+        plain, short = (toy.alone(make, [torch.nn.Parameter(torch.zeros(2))], tau=tau, lr=0.1)
+                        for tau in (Schedule(taus), taus))
+        for optimizer in (plain, short):
+            seen = []
+            for _ in range(12):
+                optimizer.average()
+                seen.append(optimizer.stats()["tau"])
+            assert seen[0] == 2
+            assert seen[-1] == 4
+        assert short._engine.pace.period == plain._engine.pace.period
+        short.load_state_dict(plain.state_dict())

@@ -384,6 +384,29 @@ def test_averaged_puts_everything_back_after_an_exception():
     assert optimizer._engine.slots[0].flight is flight
 
 
+def test_nothing_is_trained_inside_averaged():
+    params = parameters(2)
+    optimizer = alone(LocalSGD, params, tau=2, lr=0.1)
+    set_gradients(params)
+    with optimizer.averaged():
+        with optimizer.averaged():
+            pass
+        for call in (optimizer.step, optimizer.average, optimizer.flush):
+            with pytest.raises(RuntimeError, match=r"inside averaged\(\)"):
+                call()
+    train(optimizer, params, 2)
+    assert optimizer.stats()["steps"] == 2
+
+
+def test_averaged_refuses_a_module_that_is_not_trained():
+    mine, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizer = alone(LocalSGD, mine.parameters(), tau=2, lr=0.1)
+    with pytest.raises(ValueError, match=r"averaged\(Linear\): none of its parameters"), optimizer.averaged(other):
+        pass
+    with optimizer.averaged(torch.nn.Sequential(mine, torch.nn.BatchNorm1d(2))):
+        pass
+
+
 # One worker
 
 def test_one_worker_works_and_warns_once():

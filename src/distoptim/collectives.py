@@ -29,12 +29,23 @@ class Collectives(ABC):
     def __init__(self, communicator: Communicator, timeout_s: float) -> None:
         self.communicator, self.timeout_s = communicator, timeout_s
         self.failure: CommunicationError | None = None
+        self.evaluating = False
         self.slots: list[Slot] = []
         self._flying: list[Slot] = []
 
     @abstractmethod
     def _plan(self) -> None:
         """Note what is in flight."""
+
+    def check_local(self) -> None:
+        """Whether parameters are the worker's own.
+
+        Raises:
+            RuntimeError: they are the workers' mean, and what is done to them would be lost.
+        """
+        if self.evaluating:
+            raise RuntimeError("inside averaged() parameters are the workers' mean, and local again after it; train "
+                               "outside of the block")
 
     @torch.no_grad()
     def mean_of(self, fragment: Fragment, weight: float = 1.0, *, may_be_empty: bool = False) -> Flat:

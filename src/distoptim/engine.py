@@ -235,14 +235,13 @@ class Engine(Collectives):
             if weight == 0:
                 self.ended = True
                 return
+            workers = self.pace.share(weight) * self.communicator.size
             if slot.extra:
                 self.pace.told([flight.handle.tail(i - 1 - slot.extra) / weight for i in range(slot.extra)])
             if slot.fragment.device.type != "cpu" and not flight.finite:
                 self._heal(slot)
             if slot.coder is not None:
                 slot.coder.merging(buffer)
-            # Weights by samples are no numbers of workers.
-            workers = min(weight, 1.0) * self.communicator.size
             self._active.merge(slot.fragment, slot.state, Mean(slot.buffer, workers, flight.lr))
             slot.merges += 1
             if self._reset_inner and not self.pace.synchronous:

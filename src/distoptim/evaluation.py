@@ -13,7 +13,12 @@ from distoptim.fragments import build
 
 @contextlib.contextmanager
 def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
-    """Within the block the engine's parameters, and the module's floating-point buffers, are the workers' mean."""
+    """Within the block the engine's parameters, and the module's floating-point buffers, are the workers' mean.
+
+    Raises:
+        ValueError: the module has parameters to train and none of the engine's.
+    """
+    check(engine, module)
     buffers = [b for b in (module.buffers() if module is not None else ()) if b.is_floating_point()]
     fragments = [slot.fragment for slot in engine.slots]
     if buffers:
@@ -24,13 +29,24 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
         for f, mean in zip(fragments, means, strict=True):
             f.write(mean)
         _reshard(module)
+    before, engine.evaluating = engine.evaluating, True
     try:
         yield
     finally:
+        engine.evaluating = before
         with torch.no_grad():
             for f, values in zip(fragments, local, strict=True):
                 torch._foreach_copy_(f.local(), values)
             _reshard(module)
+
+
+def check(engine: Engine, module: torch.nn.Module | None) -> None:
+    """Whether the module is the one that is trained."""
+    mine = {id(p) for slot in engine.slots for p in slot.fragment.params}
+    theirs = {id(p) for p in module.parameters() if p.requires_grad} if module is not None else set()
+    if theirs and not theirs & mine:
+        raise ValueError(f"averaged({type(module).__name__}): none of its parameters is this optimizer's; allowed is "
+                         "the module that is trained")
 
 
 def _reshard(module: torch.nn.Module | None) -> None:

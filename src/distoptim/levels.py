@@ -46,6 +46,7 @@ class Levels:
 
     def tick(self) -> None:
         """One local step is done: average inside the groups what is due, then let the algorithm do its part."""
+        self.engine.check_local()
         pace = self.engine.pace
         before = pace.tau, pace.synchronous
         # While the workers average after every step, groups have nothing to add.
@@ -61,6 +62,7 @@ class Levels:
 
     def flush(self) -> None:
         """Average at all levels what was done since the last time, blocking; a new round begins at all of them."""
+        self.engine.check_local()
         for level in self.inner:
             level.flush()
         self.engine.flush()

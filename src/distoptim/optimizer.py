@@ -38,8 +38,8 @@ class AveragingOptimizer(Face):
         params: parameters or param groups, for which a torch.optim.SGD is built; or any torch optimizer, which is
             then the inner one. Its list of parameters is fixed from here on; frozen ones are left out.
         rule: what is sent and how the mean meets the parameters.
-        tau: local steps in a round, >= 1; or an object that chooses them (`Schedule`, `PostLocal`, `HideCommunication`,
-            `AdaComm`). More hides and saves more communication, and lets workers drift further.
+        tau: local steps in a round, >= 1; or {step: tau}, or an object that chooses them (`PostLocal`, `AdaComm`,
+            `HideCommunication`). More hides and saves more communication, and lets workers drift further.
         delay: local steps between launch and merge, in [0, tau]. 0 waits; tau hides a whole round.
         lr, momentum, dampening, weight_decay, nesterov: of the torch.optim.SGD, with its defaults.
         size: number of workers, checked if given (the original code's argument).
@@ -111,6 +111,7 @@ class AveragingOptimizer(Face):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One local step of the inner optimizer; returns the closure's loss, if there is one."""
+        self._engine.check_local()
         for name in ("grad_scale", "found_inf"):
             if name in self.__dict__:
                 setattr(self.inner, name, getattr(self, name))
@@ -134,10 +135,12 @@ class AveragingOptimizer(Face):
         Raises:
             CommunicationError: a collective failed or timed out; parameters and anchor are valid and can be saved.
             FloatingPointError: no worker had finite parameters.
-            RuntimeError: `average_in_step` is set.
+            ValueError: `samples` on some steps or workers only.
+            RuntimeError: `average_in_step` is set; inside `averaged()`.
         """
         if self._average_in_step:
             raise RuntimeError("average_in_step=True: step() averages already")
+        self._engine.pace.counts(samples is not None)
         if loss is not None or samples is not None:
             self._engine.pace.report(loss, samples)
         self._levels.tick()

@@ -39,6 +39,7 @@ class Pace:
         self.means: dict[str, float] = {}
         self.losses: list[Tensor | float] = []
         self.samples: float | None = None
+        self._counts: bool | None = None
         self.left_at: int | None = None
         self.mark: tuple[float, int] | None = None
 
@@ -70,6 +71,18 @@ class Pace:
             self.losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
         if samples is not None:
             self.samples = (self.samples or 0.0) + checks.number("samples", samples, 0, checks.LARGEST)
+
+    def counts(self, samples: bool) -> None:
+        """Note whether a local step comes with its samples.
+
+        Raises:
+            ValueError: it does and others did not, or the other way round: the round's weight would be a part of it.
+        """
+        if self._counts is None:
+            self._counts = samples or self.samples is not None
+        if samples != self._counts:
+            raise ValueError(f"average() {'with' if samples else 'without'} samples= after steps "
+                             f"{'without' if samples else 'with'}; allowed is at every step or never")
 
     def measure(self, *, step: int, computed_s: float, communication_s: float, lr: float) -> list[Tensor | float]:
         """What this worker sends of `Period.measures`, over the time since it was last asked.
@@ -103,6 +116,16 @@ class Pace:
             return 1.0
         return max(0, min(self.left_at, step) - since) / max(1, step - since)
 
+    def share(self, mean: float) -> float:
+        """Of the workers, how many are in a mean of this mean weight; weights by samples do not tell, and count as 1.
+
+        Raises:
+            ValueError: others weigh by samples, this worker does not.
+        """
+        if self.samples is None and self.left_at is None and mean > 1.001:
+            raise ValueError("another worker calls average(samples=...), this one does not; allowed is on all or none")
+        return min(mean, 1.0)
+
     def save(self) -> dict[str, Any]:
         """As plain data."""
         return {"period": repr(self.period), "whole": self.whole, "tau": self._tau, "memory": dict(self.memory),
@@ -113,6 +136,7 @@ class Pace:
         if (saved["period"], saved["whole"]) != (repr(self.period), self.whole):
             return False
         self._tau, self.samples = saved["tau"], saved["samples"]
+        self._counts = None
         self.memory, self.means, self.losses = dict(saved["memory"]), dict(saved["means"]), list(saved["losses"])
         return True
 

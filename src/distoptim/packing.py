@@ -50,7 +50,8 @@ def normalise(buffer: Tensor, handle: Handle, name: str, may_be_empty: bool = Fa
     """
     weight = handle.tail()
     if weight == 0 and not may_be_empty:
-        raise FloatingPointError(f"{name}: no worker has finite values; the anchor is as it was")
+        raise FloatingPointError(f"{name}: no worker has finite values (and samples to weigh them by, where they are "
+                                 "given); the anchor is as it was")
     if weight not in (0, 1):
         buffer.div_(weight)
     return weight

@@ -53,7 +53,7 @@ class Period(ABC):
         return tau, "fixed"
 
 
-Tau = int | Period
+Tau = int | Period | Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,15 @@ class Fixed(Period):
 
 
 def period_of(tau: object) -> Period:
-    """A period object as it is, an integer as a fixed one.
+    """A period object as it is, a mapping of local steps to taus as a schedule, an integer as a fixed one.
 
     Raises:
         ValueError: it is neither.
     """
     if isinstance(tau, Period):
         return tau
+    if isinstance(tau, Mapping):
+        return Schedule(tau)
     return Fixed(checks.integer("tau", tau, 1))
 
 

@@ -22,6 +22,8 @@ def averaging_group(group: dist.ProcessGroup | None, device_mesh: DeviceMesh | N
     Raises:
         ValueError: two of the three are given, the mesh has no such dimension, or this rank is not in it.
     """
+    if group is not None and communicator is not None:
+        raise ValueError("group= beside communicator=: each says with whom to average; give one")
     if device_mesh is None:
         return group
     if group is not None or communicator is not None:
