@@ -1,10 +1,13 @@
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from distoptim.comm import Link, emulate
+from distoptim.sim.machines import Machines
+from distoptim.sim.run import VirtualRun
 from distoptim.train import checkpoint, records
 from distoptim.train.config import RunConfig
 from distoptim.train.loop import Run
@@ -96,6 +99,59 @@ def test_adacomm_is_told_the_loss(tmp_path):
 
 def trained(rank, folder, config):
     train(config, folder, World())
+
+
+class Blind:
+    """Batches of which no pixel is a number."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __next__(self):
+        images, labels = next(self.batches)
+        return images * math.nan, labels
+
+    def state_dict(self):
+        return self.batches.state_dict()
+
+
+def on_real_workers(rank, folder, config, sick):
+    part = Run(config, World(), folder)
+    if rank in sick:
+        part._batches = Blind(part._batches)
+    part.train(StopSignals())
+    part.close()
+
+
+def real(folder, config, sick):
+    run(on_real_workers, 2, folder, config, sick)
+    return list(records.read_lines(folder / records.FILE))
+
+
+def virtual(folder, config, sick):
+    made, lines = VirtualRun(config, Machines(), threads=1), []
+    for rank in sick:
+        made._batches[rank] = Blind(made._batches[rank])
+    made.train(lines.append)
+    return lines
+
+
+@pytest.mark.filterwarnings("ignore::distoptim.QuarantineWarning")
+@pytest.mark.parametrize("trained", [real, virtual])
+def test_a_run_diverges_when_no_worker_is_finite_not_when_one_is_not(tmp_path, trained):
+    """The same rule for both kinds of workers; means leave out the one that sees nothing."""
+    # Of rounds of 3, so that at the end its parameters are not finite.
+    config = dataclasses.replace(SMALL, algorithm="local-sgd", model="mlp", steps=14, log_every=2)
+    *lines, summary = trained(tmp_path / "one", config, [1])
+    assert not summary["diverged"]
+    assert summary["step"] == 14
+    assert math.isfinite(summary["test_loss"])
+    logs = [line["loss"] for line in lines if line["kind"] == "log"]
+    assert len(logs) == 7
+    assert all(map(math.isfinite, logs))
+    *_, summary = trained(tmp_path / "all", dataclasses.replace(config, steps=10**6), [0, 1])
+    assert summary["diverged"]
+    assert summary["step"] < 10**6
 
 
 def on_a_slow_link(rank, folder, algorithm):

@@ -79,10 +79,14 @@ class Cluster:
         return losses
 
     def mean_model(self) -> torch.nn.Module:
-        """A copy of worker 0's model with the workers' mean parameters and floating-point buffers; takes no time."""
+        """A copy of worker 0's model with the mean parameters and floating-point buffers; takes no time.
+
+        Of the workers whose values are finite, as in every mean; of all if there are none.
+        """
         mean = copy.deepcopy(self.models[0])
         with torch.no_grad():
-            tensors = zip(*(_tensors(m) for m in self.models), strict=True)
+            sound = [m for m in self.models if all(bool(torch.isfinite(t).all()) for t in _tensors(m))]
+            tensors = zip(*(_tensors(m) for m in sound or self.models), strict=True)
             for target, values in zip(_tensors(mean), tensors, strict=True):
                 total = values[0].to(torch.float64)
                 for value in values[1:]:

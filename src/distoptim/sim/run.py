@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -23,6 +22,25 @@ Observer = Callable[[records.Line], None]
 STATE = "state.pt"
 
 
+def check_virtual(config: RunConfig) -> None:
+    """Whether virtual workers can make a run.
+
+    Raises:
+        ValueError: something of it exists with real workers only.
+    """
+    if config.algorithm == optimizers.POWERSGD:
+        raise ValueError("powersgd: torch's hook runs inside of DDP, which virtual workers do not have; "
+                         "use `distoptim train` or `compare`")
+    if config.slowdown != "none":
+        raise ValueError(f"slowdown={config.slowdown!r} is for real workers; virtual ones have that of Machines")
+    if config.levels:
+        raise ValueError(f"levels={config.levels!r}: virtual workers are in no process group that could be a part; "
+                         "use `distoptim train` or `compare`")
+    if config.island_size > 1:
+        raise ValueError(f"island_size={config.island_size}: a virtual worker is one machine; use "
+                         "`distoptim train` or `compare`")
+
+
 class VirtualRun:
     """One run in one process.
 
@@ -35,21 +53,11 @@ class VirtualRun:
         threads: workers computed at the same time.
 
     Raises:
-        ValueError: the algorithm exists with real workers only.
+        ValueError: see `check_virtual`.
     """
 
     def __init__(self, config: RunConfig, machines: Machines, *, threads: int | None = None) -> None:
-        if config.algorithm == optimizers.POWERSGD:
-            raise ValueError("powersgd: torch's hook runs inside of DDP, which virtual workers do not have; "
-                             "use `distoptim train` or `compare`")
-        if config.slowdown != "none":
-            raise ValueError(f"slowdown={config.slowdown!r} is for real workers; virtual ones have that of Machines")
-        if config.levels:
-            raise ValueError(f"levels={config.levels!r}: virtual workers are in no process group that could be a part; "
-                             "use `distoptim train` or `compare`")
-        if config.island_size > 1:
-            raise ValueError(f"island_size={config.island_size}: a virtual worker is one machine; use "
-                             "`distoptim train` or `compare`")
+        check_virtual(config)
         self.config, self.machines = config, machines
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         folder = None if config.data_dir is None else Path(config.data_dir)
@@ -75,7 +83,7 @@ class VirtualRun:
 
     def train(self, observer: Observer, *, label: str | None = None,
               save: Callable[[dict[str, Any]], object] = lambda state: None) -> None:
-        """All steps that are left, or until the loss is not finite.
+        """All steps that are left, or until no worker's loss is finite or no worker has finite parameters.
 
         Args:
             observer: gets the lines of the record.
@@ -88,7 +96,7 @@ class VirtualRun:
         while cluster.steps < self.steps and self._step():
             step, at = cluster.steps, self._place()
             if step % self.config.log_every == 0 or step == self.steps:
-                observer({"kind": "log", **at, "loss": sum(self._losses) / len(self._losses)})
+                observer({"kind": "log", **at, "loss": methods.mean_loss(self._losses)})
                 self._losses.clear()
             if step % every == 0 or step == self.steps:
                 self._score = self._evaluate()
@@ -110,7 +118,7 @@ class VirtualRun:
         self._losses, self._score = state_dict["losses"], state_dict["score"]
 
     def _step(self) -> bool:
-        """One local step of all workers; whether the losses are finite."""
+        """One local step of all workers; whether the run can go on."""
         for optimizer in self.cluster.optimizers:
             self._schedule.set(optimizer, self.cluster.steps, self.config.peak_lr)
         try:
@@ -118,7 +126,7 @@ class VirtualRun:
         except FloatingPointError:
             return False
         self._losses += losses
-        return math.isfinite(sum(losses))
+        return methods.goes_on(losses)
 
     def _place(self) -> records.Line:
         step = self.cluster.steps

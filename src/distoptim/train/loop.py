@@ -110,7 +110,7 @@ class Run:
                 self._log()
             if step % every == 0 or step == self.steps:
                 self._evaluate()
-            signum = vote.verdict(step - first, step_s, loss)
+            signum = vote.verdict(step - first, step_s, methods.goes_on([loss]))
             if signum or step == self.steps or (save_every and step % save_every == 0):
                 self._save()
             if signum:
@@ -166,7 +166,7 @@ class Run:
     def _log(self) -> None:
         losses = self._place.losses
         self._tell("log", epoch=self._place.step / self.steps_per_epoch, seconds=self._totals().seconds,
-                   loss=sum(losses) / len(losses))
+                   loss=methods.mean_loss(losses))
         losses.clear()
 
     def _evaluate(self) -> None:

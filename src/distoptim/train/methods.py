@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -178,6 +178,19 @@ def score(model: nn.Module, data: Dataset) -> dict[str, float]:
     """`evaluate` on the test set, and on the validation set if there is one."""
     found = evaluate(model, data.test_images, data.test_labels)
     return {**found, **evaluate(model, *data.validation, part="validation")} if data.validation else found
+
+
+def goes_on(losses: Iterable[float]) -> bool:
+    """Whether a run can go on after the workers' losses of a step: one that is finite is enough, since a worker that
+    has gone astray alone is left out of the next mean and brought back by it.
+    """
+    return any(map(math.isfinite, losses))
+
+
+def mean_loss(losses: Sequence[float]) -> float:
+    """Of those that are finite; NaN if there are none."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def diverged(found: Mapping[str, float], classes: int, *, whole: bool) -> bool:

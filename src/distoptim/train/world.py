@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 from collections.abc import Iterator
@@ -147,7 +146,7 @@ class StopSignals:
 class StopVote:
     """Lets all workers stop after the same step when one was told to.
 
-    An all-reduce (maximum) of [signal, seconds per step, whether the loss is finite] travels in the background and is
+    An all-reduce (maximum) of [signal, seconds per step, whether the run can go on] travels in the background and is
     read some steps later, about four times a second at the slowest worker's pace: nobody waits for it.
     """
 
@@ -157,26 +156,26 @@ class StopVote:
         self._ballot: torch.Tensor | None = None
         self._work: Any = None
 
-    def verdict(self, steps: int, step_s: float, loss: float) -> int:
+    def verdict(self, steps: int, step_s: float, goes_on: bool) -> int:
         """The signal for which all stop now, or 0.
 
         Args:
             steps: local steps made since the start of this process, equal on all workers.
             step_s: seconds a step takes here.
-            loss: of the last step here.
+            goes_on: whether the run could, for all that this worker knows (see `methods.goes_on`).
 
         Raises:
-            FloatingPointError: on all workers: no one's loss is finite.
+            FloatingPointError: on all workers: no one's could.
         """
         if steps < self._due:
             return 0
-        signum, pace, finite = self._read()
+        signum, pace, alive = self._read()
         if signum:
             return signum
-        if not finite:
+        if not alive:
             raise FloatingPointError("no worker's loss is finite")
         self._due = steps + (max(1, min(1000, round(0.25 / pace))) if pace else 1)
-        self._ballot = torch.tensor([self._signals.received, step_s, math.isfinite(loss)], dtype=torch.float64)
+        self._ballot = torch.tensor([self._signals.received, step_s, goes_on], dtype=torch.float64)
         self._work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, self._world.control, async_op=True)
         return 0
 
