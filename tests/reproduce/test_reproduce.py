@@ -151,6 +151,10 @@ def test_kill_dash_nine_loses_no_finished_run(tmp_path):
     (("[grid]", "[gird]"), "no key 'gird'"),
     (("workers = 3", "workers = 0"), "workers=0"),
     (("workers = 3", "workers ="), "not TOML"),
+    (("workers = 3", 'workers = 4\nlevels = "1:2"'), "levels='1:2': virtual workers are in no process group"),
+    (('sgd"', 'sgd"\nisland_size = 2'), "island_size=2: a virtual worker is one machine"),
+    (("workers = 3", 'workers = 3\nslowdown = "pareto"\nslowdown_ms = 2'), "slowdown='pareto' is for real workers"),
+    (('algorithm = "ddp"', 'algorithm = "powersgd"'), "powersgd: torch's hook runs inside of DDP"),
     (("tau = [2, 4]", "tau = 2"), "tau=2: expected a list"),
     (("validation = 0.1", ""), "needs validation"),
     (('algorithm = "ddp"', 'algorithm = "ddq"'), "algorithm='ddq'"),
@@ -164,6 +168,13 @@ def test_a_wrong_key_or_value_gives_one_line_with_the_file(tmp_path, change, wor
         spec.read(path)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_what_only_real_workers_can_do_is_read_for_them(tmp_path):
+    path = written(tmp_path, GRID.replace("workers = 3", 'workers = 4\nlevels = "1:2"'))
+    levels = {case.config.algorithm: case.config.levels for case in spec.read(path, virtual=False).cases()}
+    assert levels.pop("ddp") == ""
+    assert set(levels.values()) == {"1:2"}
 
 
 def test_a_damaged_state_and_a_full_disk_name_the_file(tmp_path, monkeypatch):

@@ -37,8 +37,9 @@ def reproduce(*, file: Path, data_dir: str | None, folder: Path | None, processe
     Interrupted at any moment, it goes on when called again: finished runs are kept, others go on at their last epoch.
     """
     given = dict(spec.assignment(text) for text in assignments)
-    grid = spec.read(file, overrides={**given, **({"run.data_dir": data_dir} if data_dir else {})})
     meeting = from_torchrun()
+    grid = spec.read(file, overrides={**given, **({"run.data_dir": data_dir} if data_dir else {})},
+                     virtual=meeting is None and not real)
     configs = [case.config for case in (*grid.trials(), *grid.cases())]
     for config in {repr((config.data, config.data_dir)): config for config in configs}.values():
         check_files(config)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distoptim.sim.machines import Machines
+from distoptim.sim.run import check_virtual
 from distoptim.train.config import RunConfig, compared
 from distoptim.train.optimizers import POWERSGD, SYNCHRONOUS
 
@@ -113,13 +114,14 @@ class Spec:
                     yield case
 
 
-def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Spec:
+def read(path: Path, *, overrides: Mapping[str, Any] | None = None, virtual: bool = True) -> Spec:
     """The grid in a file, or one of those that are shipped, by its name: the TOML files beside this module.
 
     Args:
         path: of the file.
         overrides: "TABLE.KEY", "TABLE" or "KEY" -> what replaces it; a KEY alone is one of [grid] if it is there,
             else of [run].
+        virtual: the grid is for virtual workers, which cannot make all runs that real ones can.
 
     Raises:
         ValueError: naming the file, and the key or value that is wrong.
@@ -139,8 +141,11 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Spec:
             raise ValueError(f"{path}: no key {key!r} is known there; allowed are {', '.join(sorted(_TABLES))}")
     try:
         machines = _machines(content.pop("machines", {}))
-        return Spec(title=content.pop("title", path.stem), machines=machines,
+        made = Spec(title=content.pop("title", path.stem), machines=machines,
                     run=content.pop("run", {}), methods=content.pop("methods", {}), **content)
+        for case in (*made.trials(), *made.cases()) if virtual else ():
+            check_virtual(case.config)
+        return made
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
