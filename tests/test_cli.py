@@ -45,6 +45,16 @@ def test_version_and_help(invoke):
     assert "--methods" in invoke("compare", "--help")[1]
 
 
+def test_all_commands_that_train_have_all_options_of_the_algorithms():
+    from distoptim.commands import cli as group
+    from distoptim.train import optimizers
+
+    wanted = {name for algorithm in optimizers.names() for name in optimizers.own_options(algorithm)}
+    for command in ("train", "compare", "simulate"):
+        own = {p.name for p in group.commands[command].params if getattr(p, "section", "").startswith("Options of the")}
+        assert own == wanted, command
+
+
 @pytest.mark.parametrize(("args", "message"), [
     (("train", "--tau", "0"), "tau=0: allowed is an integer, 1 or more"),
     (("train", "--tau", "x"), "'x' is not a valid integer"),
@@ -68,6 +78,12 @@ def test_version_and_help(invoke):
     (("train", "--init", "tcp://localhost:1", "--rank", "2", "--world-size", "2"), "0 <= rank < world size"),
     (("compare", "--methods", "ddp,ddp"), "a list of different methods"),
     (("compare", "--methods", "ddp,x"), "algorithm='x': allowed is one of"),
+    (("compare", "--methods", "ddp,bmuf", "--alpha", "0.5"),
+     "ddp, bmuf: none of them takes alpha; it is an option of easgd, overlap-local-sgd"),
+    (("simulate", "--approximation-rank", "2"), "overlap-local-sgd: none of them takes approximation_rank"),
+    (("simulate", "--methods", "powersgd", "--approximation-rank", "2"), "powersgd: torch's hook runs inside of DDP"),
+    (("simulate", "--methods", "ddp,easgd", "--alpha", "3"), "alpha=3.0: allowed is a number in (0, 0.11"),
+    (("simulate", "--timing", "--alpha", "0.5"), "alpha with --timing: of the algorithms' options only fragments"),
     (("compare", "--latency-ms", "-1"), "latency_ms=-1.0: allowed is a number in [0, inf)"),
 ])
 def test_a_wrong_value_gives_one_line(invoke, args, message):
@@ -80,7 +96,7 @@ def test_a_wrong_value_gives_one_line(invoke, args, message):
 
 
 def test_compare_leaves_table_picture_and_records(invoke, tmp_path):
-    code, out, err = invoke("compare", *TINY, "--steps", "6", "--evaluate-every", "3")
+    code, out, err = invoke("compare", *TINY, "--steps", "6", "--evaluate-every", "3", "--alpha", "0.3")
     assert (code, err) == (0, "")
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -91,6 +107,7 @@ def test_compare_leaves_table_picture_and_records(invoke, tmp_path):
     for name in methods:
         record = records.read(folder / name)
         assert record.config["algorithm"] == name
+        assert record.config["options"] == ({"alpha": 0.3} if name in ("easgd", "overlap-local-sgd") else {})
         assert [line["step"] for line in record.logs] == [1, 2, 3, 4, 5, 6]
         assert record.summary["step"] == 6
 

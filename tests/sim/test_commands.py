@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from distoptim.train import records
 from tests.workers import free_port
 
 
@@ -51,10 +52,12 @@ def test_bad_values_give_one_line(arguments, words):
 
 def test_simulate_prints_a_table_and_goes_on(tmp_path):
     arguments = ("simulate", "--methods", "ddp,easgd", "--taus", "2,4", "--steps", "6", "--workers", "3", "--model",
-                 "mlp", "--data", "synthetic", "--folder", str(tmp_path))
+                 "mlp", "--data", "synthetic", "--folder", str(tmp_path), "--alpha", "0.1", "--codec", "bf16")
     text = distoptim(*arguments).stdout
     assert "3/3 runs" in text
     assert text.count("easgd") == 2
+    options = {record.config["algorithm"]: record.config["options"] for record in map(records.read, tmp_path.iterdir())}
+    assert options == {"ddp": {}, "easgd": {"alpha": 0.1, "codec": "bf16"}}
     before = sorted(p.stat().st_mtime_ns for p in tmp_path.glob("*/record.jsonl"))
     distoptim(*arguments)
     assert sorted(p.stat().st_mtime_ns for p in tmp_path.glob("*/record.jsonl")) == before

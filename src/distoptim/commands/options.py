@@ -155,9 +155,14 @@ def algorithm_options(command: Command) -> Command:
 
 def config_of(given: dict[str, Any]) -> RunConfig:
     """From options by name: those that are no field of RunConfig are the algorithm's own."""
-    fields = {name: value for name, value in given.items() if name in DEFAULTS}
-    own = {name: value for name, value in given.items() if name not in DEFAULTS and value is not None}
+    fields, own = split(given)
     return RunConfig(**{"options": own, **fields})
+
+
+def split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options by name: the fields of RunConfig, and of the algorithms' own those that were given."""
+    return ({name: value for name, value in given.items() if name in DEFAULTS},
+            {name: value for name, value in given.items() if name not in DEFAULTS and value is not None})
 
 
 def check_files(config: RunConfig, tensorboard: bool = False) -> None:

@@ -14,7 +14,17 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from distoptim.comm import Link
-from distoptim.commands.options import DEFAULTS, Sections, check_files, config_of, new_folder, option, run_options
+from distoptim.commands.options import (
+    DEFAULTS,
+    Sections,
+    algorithm_options,
+    check_files,
+    config_of,
+    new_folder,
+    option,
+    run_options,
+    split,
+)
 from distoptim.report.table import table
 from distoptim.sim import grid, planner
 from distoptim.sim import probe as probing
@@ -22,8 +32,9 @@ from distoptim.sim import timing as time_methods
 from distoptim.sim.machines import COLLECTIVES, SLOWDOWNS, Machines
 from distoptim.sim.network import Ring
 from distoptim.sim.planner import Job, Plan
+from distoptim.sim.run import check_virtual
 from distoptim.sim.utilisation import ModelShape
-from distoptim.train import records
+from distoptim.train import optimizers, records
 
 VIRTUAL = "Virtual machines"
 _REAL = ("timeout_s", "latency_ms", "bandwidth_gbit_s", "slowdown", "slowdown_ms", "levels", "island_size",
@@ -50,21 +61,28 @@ _REAL = ("timeout_s", "latency_ms", "bandwidth_gbit_s", "slowdown", "slowdown_ms
         help="No training: the bandwidth that keeps a model's machines computing, for each algorithm.")
 @option("Timing alone", "--params", type=float, default=1e9, help="Parameters of that model.")
 @option("Timing alone", "--layers", type=int, default=24, help="Layers of that model.")
-@option("Timing alone", "--fragments", "parts", type=int, default=8, help="Fragments for the streaming methods.")
 @option("Timing alone", "--period", type=int, default=100, help="Local steps in a round.")
+@algorithm_options
 def simulate(*, methods: str, taus: str, seeds: str, folder: Path | None, timing: bool, params: float, layers: int,
-             parts: int, period: int, **given: Any) -> None:
+             period: int, **given: Any) -> None:
     """Train on virtual workers in virtual time, every combination of methods, taus and seeds.
 
-    The algorithms and their engine are the real ones. Interrupted, it goes on when called with the same --folder.
+    The algorithms and their engine are the real ones. An option of the algorithms goes to those that take it; for
+    --timing only --fragments counts (default 8). Interrupted, it goes on when called with the same --folder.
     """
     machines = Machines(**{name: given.pop(name) for name in Machines().to_dict()})
+    fields, own = split(given)
     if timing:
+        parts = own.pop("fragments", 8)
+        if own:
+            raise ValueError(f"{', '.join(own)} with --timing: of the algorithms' options only fragments counts there")
         shape = ModelShape(params=params, layers=layers, step_s=machines.step_ms / 1e3, fragments=parts)
-        _time(shape, period, given["workers"], machines, folder or new_folder("timing"))
+        _time(shape, period, fields["workers"], machines, folder or new_folder("timing"))
         return
     axes = {"algorithm": _listed(methods, str), "tau": _listed(taus, int), "seed": _listed(seeds, int)}
-    configs = grid.combinations(config_of(given), axes)
+    configs = grid.combinations(config_of(fields), axes, optimizers.shared_options(own, axes["algorithm"]))
+    for config in configs:
+        check_virtual(config)
     check_files(configs[0])
     folder = folder or new_folder("simulate")
     console = Console()

@@ -19,6 +19,7 @@ from distoptim.commands.options import (
     new_folder,
     option,
     run_options,
+    split,
 )
 from distoptim.report.figure import draw
 from distoptim.report.progress import LiveProgress
@@ -88,12 +89,15 @@ def train(*, folder: Path | None, resume: Path | None, auto_resume: bool, tensor
 @option("Training", "--methods", default=",".join(comparison.METHODS), metavar="NAME,NAME,...",
          help="What is compared, one after the other.")
 @run_options(DEMO)
+@algorithm_options
 def compare(*, methods: str, folder: Path | None, **given: Any) -> int:
     """Train the same model once per method, over an emulated slow link.
 
-    Prints a table, and leaves a picture and the records of all runs.
+    An option of the algorithms goes to those that take it. Prints a table, and leaves a picture and the records of all
+    runs.
     """
-    configs = comparison.variants(config_of(given), [name.strip() for name in methods.split(",")])
+    fields, own = split(given)
+    configs = comparison.variants(config_of(fields), [name.strip() for name in methods.split(",")], own)
     check_files(configs[0])
     folder = folder or new_folder("compare")
     console = Console()

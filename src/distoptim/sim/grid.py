@@ -22,19 +22,22 @@ from distoptim.train import records
 from distoptim.train.config import RunConfig, compared
 
 
-def combinations(config: RunConfig, axes: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
+def combinations(config: RunConfig, axes: Mapping[str, Sequence[Any]],
+                 options: Mapping[str, Mapping[str, Any]] | None = None) -> list[RunConfig]:
     """`config` once per combination of the axes' values; synchronous SGD once for all tau.
 
     Args:
         config: what they have in common.
         axes: name of a field of the configuration -> its values.
+        options: algorithm -> its own options, instead of the configuration's.
 
     Raises:
         ValueError: a value outside its range.
     """
     found: dict[str, RunConfig] = {}
     for values in itertools.product(*axes.values()):
-        made = compared({**config.to_dict(), **dict(zip(axes, values, strict=True))})
+        fields = {**config.to_dict(), **dict(zip(axes, values, strict=True))}
+        made = compared({**fields, **({} if options is None else {"options": options[fields["algorithm"]]})})
         if made.algorithm == "ddp":
             made = replace(made, tau=1, options={})
         found.setdefault(name(made, Machines()), made)

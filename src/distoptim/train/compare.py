@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from distoptim.train import records
+from distoptim.train import optimizers, records
 from distoptim.train.config import RunConfig, compared
 from distoptim.train.launch import Job, run_local
 from distoptim.train.loop import Observer
@@ -13,16 +14,17 @@ from distoptim.train.loop import Observer
 METHODS = ("ddp", "local-sgd", "easgd", "cocod-sgd", "bmuf", "overlap-local-sgd")
 
 
-def variants(config: RunConfig, methods: Sequence[str]) -> list[RunConfig]:
-    """`config` once per method, with the algorithms' own defaults; all checked.
+def variants(config: RunConfig, methods: Sequence[str], options: Mapping[str, Any] | None = None) -> list[RunConfig]:
+    """`config` once per method, all checked; options go to the methods that take them.
 
     Raises:
-        ValueError: there is no such method, one is named twice, or a value does not suit it.
+        ValueError: there is no such method, one is named twice, or a value does not suit it; an option of none of them.
     """
     if len(set(methods)) < len(methods) or not methods:
         raise ValueError(f"methods={', '.join(methods)!r}: allowed is a list of different methods")
-    common = {**config.to_dict(), "options": {}, "checkpoint_every": 0}
-    return [compared({**common, "algorithm": name}) for name in methods]
+    common = {**config.to_dict(), "checkpoint_every": 0}
+    return [compared({**common, "algorithm": name, "options": own})
+            for name, own in optimizers.shared_options(options or {}, methods).items()]
 
 
 def compare(configs: Sequence[RunConfig], folder: Path, observer: Callable[[RunConfig], Observer]) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,27 @@ def own_options(algorithm: str) -> dict[str, type]:
     return {"fragments": int, "pattern": str, **own, "reset_inner": bool, "codec": str}
 
 
+def shared_options(options: Mapping[str, Any], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Of options given once for several methods, each method's: those that it takes.
+
+    Raises:
+        ValueError: there is no such method, or one of the options is of none of them.
+    """
+    for method in methods:
+        _known(method)
+    taken = {method: own_options(method) for method in methods}
+    for name in options:
+        if not any(name in own for own in taken.values()):
+            others = ", ".join(method for method in names() if name in own_options(method))
+            raise ValueError(f"{', '.join(methods)}: none of them takes {name}; it is an option of {others}")
+    return {method: {name: value for name, value in options.items() if name in own} for method, own in taken.items()}
+
+
+def _known(algorithm: str) -> None:
+    if algorithm not in names():
+        raise ValueError(f"algorithm={algorithm!r}: allowed is one of {', '.join(names())}")
+
+
 def build(config: RunConfig, params: Iterable[Tensor], *, communicator: Communicator | None = None,
           group: dist.ProcessGroup | None = None,
           levels: Mapping[int, dist.ProcessGroup] | None = None) -> torch.optim.Optimizer:
@@ -57,8 +78,7 @@ def build(config: RunConfig, params: Iterable[Tensor], *, communicator: Communic
     Raises:
         ValueError: there is no such algorithm, it has no such option, or a value is outside its range.
     """
-    if config.algorithm not in names():
-        raise ValueError(f"algorithm={config.algorithm!r}: allowed is one of {', '.join(names())}")
+    _known(config.algorithm)
     allowed = own_options(config.algorithm)
     for name in config.options:
         if name not in allowed:
