@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from distoptim.cli import main
 from distoptim.commands import cli
-from distoptim.report import pictures, report, runs
+from distoptim.report import front, report, runs
 from tests.report.records import METHODS, grid, lines, put
 
 
@@ -133,27 +133,95 @@ def test_pictures_show_every_method_in_the_colours_of_the_page(made):
         assert "#000000" not in text
 
 
-def texts(svg, *wanted):
-    """(x, y) of the texts in a picture, in points; of those wanted, or of all."""
-    found = [e for e in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
-             if not wanted or "".join(e.itertext()).strip() in wanted]
-    places = [e.get("transform", "") for e in found]
-    return [tuple(float(e.get(k) or re.findall(r"translate\(([-.\d]+) ([-.\d]+)", p)[0][i]) for i, k in enumerate("xy"))
-            for e, p in zip(found, places, strict=True)]
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_no_name_leaves_a_picture_and_no_number_covers_another(tmp_path):
+def texts(svg):
+    """(text, its left end, its right end, height) in points; a letter is at least 4 wide in the size of names."""
+    out = []
+    for e in ElementTree.fromstring(svg).iter(f"{SVG}text"):
+        text = "".join(e.itertext()).strip()
+        place = re.findall(r"translate\(([-.\d]+) ([-.\d]+)", e.get("transform", ""))
+        x, y = (float(e.get(k) or place[0][i]) for i, k in enumerate("xy"))
+        left = x - 4 * len(text) * (0 if "anchor: start" in (style := e.get("style")) else 1 if "end" in style else 0.5)
+        out.append((text, left, left + 4 * len(text), y))
+    return out
+
+
+def test_no_text_leaves_a_picture_or_covers_another(tmp_path):
     for label in METHODS:
         for tau in (12, 34, 56):
             # All in one place, as overlapped methods often are.
             put(tmp_path, f"{label}{tau}", lines(label=label, tau=tau, lr=0.1))
             put(tmp_path, f"{label}{tau}-lr", lines(label=label, tau=tau, lr=0.123456))
-    front = pictures.front(runs.read(tmp_path).final, "virtual seconds")
-    width = float(re.findall(r'viewBox="0 0 ([.\d]+)', front)[0])
-    assert all(0 <= x < width - 40 for x, _ in texts(front))
-    numbers = texts(front, "12", "34", "56")
-    assert len(numbers) == 3 * 6
-    assert all(abs(a[0] - b[0]) > 12 or abs(a[1] - b[1]) > 8 for a, b in itertools.combinations(numbers, 2))
+    picture = front.front(runs.read(tmp_path).final, "virtual seconds")
+    width = float(re.findall(r'viewBox="0 0 ([.\d]+)', picture)[0])
+    found = texts(picture)
+    # But for the one that is turned.
+    assert all(left >= 0 and right <= width for text, left, right, _ in found if text != "test error, %")
+    assert {"tau 12", "tau 34", "tau 56"} <= {text for text, *_ in found}
+    names = [place for text, *place in found if ", tau" in text]
+    assert len(names) > 3
+    assert all(abs(a[2] - b[2]) > 8 or a[1] < b[0] or b[1] < a[0] for a, b in itertools.combinations(names, 2))
+
+
+def points(*places):
+    return [front.Point(f"method {i}", i, 4, x, y) for i, (x, y) in enumerate(places)]
+
+
+def test_the_front_is_what_nothing_beats_in_time_and_error():
+    shown = points((2, 5), (1, 9), (3, 5), (2, 6), (4, 1), (5, 1), (1, 9))
+    assert [(p.x, p.y) for p in front.best(shown)] == [(1, 9), (1, 9), (2, 5), (4, 1)]
+
+
+def test_an_axis_leaves_out_few_values_and_only_if_they_squeeze_all_others():
+    near = [40.0 + k for k in range(15)]
+    assert front.limit([*near, 285.0]) == 54.0
+    assert front.limit([*near, 54.0 + 14]) == 68.0
+    assert front.limit([*near, 285.0, 286.0, 287.0]) == 287.0
+    # Of few values none is far; without any extent there is nothing to be squeezed.
+    assert front.limit([1.0, 2.0, 99.0]) == 99.0
+    assert front.limit([*[40.0] * 15, 285.0]) == 285.0
+
+
+def test_where_all_runs_diverged_the_picture_is_empty(tmp_path):
+    put(tmp_path, "a", lines(diverged=True))
+    assert "test error, %" in {text for text, *_ in texts(front.front(runs.read(tmp_path).final, "seconds"))}
+
+
+def test_markers_are_moved_sideways_until_none_covers_another():
+    places = [(100.0, 50.0)] * 5 + [(104.0, 53.0), (300.0, 50.0)]
+    moved = front.apart(places)
+    assert all(abs(a[0] - b[0]) >= 10 or abs(a[1] - b[1]) >= 8 for a, b in itertools.combinations(moved, 2))
+    assert [y for _, y in moved] == [y for _, y in places]
+    assert moved[0] == places[0]
+    assert moved[-1] == places[-1]
+
+
+def test_a_name_goes_where_nothing_is_covered_or_nowhere():
+    inside = (0.0, 0.0, 200.0, 100.0)
+    # To the left of the point, to its right where the left has no room or is taken, lower where both are.
+    assert front.room(50, (100, 50), inside, []) == (-9, 0, True)
+    assert front.room(50, (30, 50), inside, []) == (9, 0, False)
+    taken = [(95.0, 45.0, 105.0, 55.0), (40.0, 48.0, 90.0, 52.0), (110.0, 48.0, 160.0, 52.0)]
+    assert front.room(50, (100, 50), inside, taken) == (-5, -12, True)
+    assert front.room(250, (100, 50), inside, []) is None
+
+
+def test_what_is_far_from_all_others_stands_at_the_border_with_its_value(tmp_path):
+    for k, label in enumerate(METHODS):
+        for tau in (2, 4, 8):
+            seconds, accuracy = 6.0 + k / tau, 0.9 - tau / 100 + k / 200
+            if label == "sync":
+                tau, seconds = 1, 300.0
+            elif label == "CoCoD-SGD" and tau == 8:
+                accuracy = 0.1
+            put(tmp_path, f"{label}{tau}", lines(label=label, tau=tau, seconds=seconds, accuracy=accuracy))
+    said = {text for text, *_ in texts(front.front(runs.read(tmp_path).final, "seconds"))}
+    assert {"sync: 300 s", "CoCoD-SGD: 90.0 % (tau 8)"} <= said
+    # So the axes need not reach them.
+    numbers = {float(text) for text in said if re.fullmatch(r"[\d.]+", text)}
+    assert 0 < max(numbers) < 30
 
 
 def test_a_method_has_the_same_style_in_all_reports(tmp_path):

@@ -33,11 +33,13 @@ def look(i: int) -> dict[str, Any]:
             "linestyle": _LINES[i % len(_LINES)]}
 
 
-def names(axes: Any, styles: Mapping[str, int]) -> None:
-    """A legend of methods: label -> number."""
+def names(axes: Any, styles: Mapping[str, int], sizes: Mapping[str, float] | None = None) -> None:
+    """A legend of methods, label -> number, and of sizes of markers."""
     from matplotlib.lines import Line2D
 
-    _legend(axes, [Line2D([], [], **look(i), label=name) for name, i in styles.items()])
+    methods = [Line2D([], [], **look(i), label=name) for name, i in styles.items()]
+    _legend(axes, methods + [Line2D([], [], color=GREY, marker="o", linestyle="none", markersize=size, label=name)
+                             for name, size in (sizes or {}).items()])
 
 
 def parts(axes: Any, labels: Sequence[str]) -> None:

@@ -9,10 +9,7 @@ from typing import Any
 
 from distoptim.report import drawing
 from distoptim.report import runs as grid
-from distoptim.report.figure import spread
 from distoptim.report.runs import Run
-
-_NUMBER_PT = 8.5
 
 
 def losses(runs: Sequence[Run], against: str, label: str) -> str:
@@ -56,67 +53,6 @@ def _curve(axis: Any, group: Sequence[Run], against: str) -> None:
         axis.plot(xs, ys, **look, linewidth=1.5, markersize=5, markevery=(i % 3, max(1, len(xs) // 5)))
         if not sound:
             axis.plot(xs[-1], ys[-1], "x", color=drawing.colour(i), markersize=9, markeredgewidth=2)
-
-
-def front(runs: Sequence[Run], label: str) -> str:
-    """Test error against seconds, a panel per partition, a line per method, its points labelled with tau."""
-    columns = grid.partitions(runs)
-
-    def fill(axes: Any) -> None:
-        numbered = []
-        for k, (axis, partition) in enumerate(zip(axes[0], columns, strict=True)):
-            axis.set_title(partition)
-            axis.set_xlabel(f"{label} of the whole run")
-            axis.grid(color=drawing.GREY, alpha=0.25)
-            axis.margins(0.12, 0.08)
-            for group in grid.by([r for r in runs if r.partition == partition], lambda run: run.label).values():
-                points, i = _means(group), group[0].style
-                axis.plot([x for _, x, _ in points], [y for _, _, y in points], **drawing.look(i), linewidth=1.3,
-                          markersize=7)
-                numbered += [(axis, i, str(tau), x, y) for tau, x, y in points if tau is not None]
-            drawing.heights(axes[:, [k]])
-        axes[0][0].set_ylabel("test error, %")
-        drawing.names(axes, grid.labels(runs))
-        axes[0][0].figure.draw_without_rendering()
-        for axis in axes[0]:
-            # Neighbours' numbers lie on different sides of their points.
-            for side in (0, 1):
-                _number(axis, [point[1:] for point in numbered if point[0] is axis and point[1] % 2 == side])
-
-    return drawing.svg(fill, 1, len(columns), height=4.2)
-
-
-def _means(runs: Sequence[Run]) -> list[tuple[int | None, float, float]]:
-    """(tau, mean seconds, mean test error in per cent) of the periods at which no seed diverged."""
-    out: list[tuple[int | None, float, float]] = []
-    for tau, group in grid.by(runs, lambda run: run.tau).items():
-        errors = [100 * (1 - v) for run in group if (v := run.value("test_accuracy")) is not None]
-        if errors and not any(run.diverged for run in group):
-            seconds = statistics.fmean(run.summary["seconds"] for run in group)
-            out.append((None if group[0].synchronous else tau, seconds, statistics.fmean(errors)))
-    return out
-
-
-def _number(axis: Any, points: Sequence[tuple[int, str, float, float]]) -> None:
-    """Write (style, text, x, y) beside each point, on the side of the style, so that no text covers another one."""
-    pt = axis.figure.dpi / 72
-    at = {k: axis.transData.transform((x, y)) / pt for k, (_, _, x, y) in enumerate(points)}
-    columns: list[list[int]] = []
-    for k in sorted(at, key=lambda k: float(at[k][0])):
-        if columns and at[k][0] - at[columns[-1][-1]][0] < 2.5 * _NUMBER_PT:
-            columns[-1].append(k)
-        else:
-            columns.append([k])
-    bottom, height = axis.bbox.y0 / pt, axis.bbox.height / pt
-    for column in columns:
-        places = spread([(at[k][1] - bottom) / height for k in column], gap=1.25 * _NUMBER_PT / height)
-        for k, place in zip(column, places, strict=True):
-            style, text, x, y = points[k]
-            axis.annotate(text, (x, y), (-10 if style % 2 else 10, bottom + place * height - at[k][1]),
-                          textcoords="offset points", fontsize=_NUMBER_PT, va="center",
-                          ha="right" if style % 2 else "left",
-                          arrowprops={"arrowstyle": "-", "color": drawing.colour(style), "linewidth": 0.8,
-                                      "shrinkA": 0, "shrinkB": 0}).set_in_layout(False)
 
 
 def times(runs: Sequence[Run]) -> str:

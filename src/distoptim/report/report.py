@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distoptim.report import page, pictures, tables
+from distoptim.report import front, page, pictures, tables
 from distoptim.report import runs as grid
 from distoptim.report.page import Picture, Section
 from distoptim.report.runs import Run, Runs
@@ -144,8 +144,11 @@ def _figures(runs: Sequence[Run]) -> list[Section]:
         Section("Loss against time", [curve, Picture("seconds", "Training loss against time",
                                                      pictures.losses(runs, "seconds", clock))]),
         Section("Error and time over tau", [
-            "Means over seeds; the numbers are tau. Lower and further left is better. Settings of which a run diverged "
-            "are left out.", Picture("front", "Test error against seconds, over tau", pictures.front(runs, clock))]),
+            "Means over seeds. Lower and further left is better: what nothing else beats in both is named, and joined "
+            "by a grey line. Larger markers stand for longer periods; some are moved sideways, not to cover others. "
+            "What is far from all others is at the border, with an arrow and its value. Settings of which a run "
+            "diverged are left out.",
+            Picture("front", "Test error against seconds, over tau", front.front(runs, clock))]),
         Section("Where the time goes", [
             f"{waits} Exposed communication is the time for which a worker stood still for messages or late workers; "
             "its percentage is relative to the computation.",
