@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distoptim.comm import islands
+from distoptim.pieces import pieces
 
 Partition = Sequence[Sequence[int]]
 Fragments = int | Sequence[Sequence[Tensor] | torch.nn.Module]
@@ -91,7 +92,12 @@ class Fragment:
 
     def add(self, value: Flat, *, weight: float = 1.0) -> None:
         """X <- x + weight value."""
-        torch._foreach_add_(self.local(), value.views, alpha=weight)
+        if self.same_dtype:
+            torch._foreach_add_(self.local(), value.views, alpha=weight)
+        else:
+            for whole in zip(self.local(), value.views, strict=True):
+                for x, v in pieces(*whole):
+                    x.add_(v, alpha=weight)
 
     def pull(self, towards: Flat, weight: float) -> None:
         """X <- (1 - weight) x + weight towards."""
@@ -99,9 +105,9 @@ class Fragment:
             # Backwards: z's end was written last and is still in the cache; then x's start is, for who reads it next.
             torch._foreach_lerp_(self.local()[::-1], towards.views[::-1], weight)
         else:
-            # One parameter at a time: no second copy of the model, and only small memory to be touched anew.
-            for x, z in zip(self.local(), towards.views, strict=True):
-                x.copy_(x.to(z.dtype).lerp_(z, weight))
+            for whole in zip(self.local(), towards.views, strict=True):
+                for x, z in pieces(*whole):
+                    x.copy_(x.to(z.dtype).lerp_(z, weight))
 
     def signature(self) -> str:
         """What must agree on all workers and with a checkpoint: dtype, shapes, memory order."""

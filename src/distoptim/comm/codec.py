@@ -13,9 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from distoptim.pieces import CHUNK
+
 BLOCK = 256
-# Numbers worked on at a time: few enough for a core's caches, many enough that calling torch costs little.
-CHUNK = 1024 * BLOCK
 # What is larger counts as this: a little under the largest float32, so that rounding up does not overflow.
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, 3e38
 _BELOW_512 = 512 * (1 - 2**-24)

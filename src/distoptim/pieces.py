@@ -1,0 +1,24 @@
+"""Elementwise work on one piece of a tensor after another, so that a chain of it passes over main memory once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Numbers worked on at a time by a thread: few enough for a core's caches, many enough that calling torch costs little.
+CHUNK = 2**18
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut alike along their slowest dimension; whole where they are small or not on the CPU.
+
+    Numbers are the same in pieces as in one, but for sums.
+    """
+    first, size = tensors[0], CHUNK * torch.get_num_threads()
+    if first.device.type != "cpu" or first.numel() <= size:
+        return iter([tensors])
+    dim = max((d for d in range(first.dim()) if first.shape[d] > 1), key=first.stride)
+    rows = max(1, size * first.shape[dim] // first.numel())
+    return zip(*(torch.split(t, rows, dim) for t in tensors), strict=True)
