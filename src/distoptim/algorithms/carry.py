@@ -14,7 +14,7 @@ from distoptim.fragments import Flat, Fragment
 
 @dataclass
 class Carried(Anchored):
-    """An anchor, and where the worker stood right after its last launch: steps made since are x - base."""
+    """An anchor and, until the merge, where the worker stood at its last launch: steps made since are x - base."""
 
     base: Flat | None = None
 
@@ -34,16 +34,23 @@ class Carry(Pull):
         return Carried(plain.anchor, plain.outer, plain.lr, base)
 
     def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
-        """Remember what was sent, or the anchor where the weight, 0 or 1, says that it was not finite."""
+        """Remember what was sent, or the anchor where that was not finite."""
         assert isinstance(state, Anchored)
-        torch.lerp(state.anchor.tensor, sent.tensor[: fragment.numel], sent.tensor[-1], out=based(state).tensor)
+        base, payload = based(state).tensor, sent.tensor[: fragment.numel]
+        if fragment.device.type == "cpu":
+            # A worker that was not finite has been put back to the anchor.
+            base.copy_(payload)
+        else:
+            # Only the weight, 0 or 1, says so: the host does not know yet.
+            torch.lerp(state.anchor.tensor, payload, sent.tensor[-1], out=base)
 
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """z <- outer step; x <- z + (x - base)."""
         assert isinstance(state, Anchored)
         self.move(fragment, state, mean)
-        torch.sub(state.anchor.tensor, based(state).tensor, out=mean.flat.tensor[: fragment.numel])
-        fragment.add(mean.flat)
+        # In place of the base, which the next launch replaces.
+        torch.sub(state.anchor.tensor, based(state).tensor, out=based(state).tensor)
+        fragment.add(based(state))
 
 
 def adopting(rule: Pull, *, delay: int, carry: bool) -> Pull:

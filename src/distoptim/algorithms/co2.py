@@ -2,53 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from typing_extensions import Unpack
 
 from distoptim import checks
-from distoptim.algorithms.carry import Carried
-from distoptim.algorithms.late import Late
-from distoptim.algorithms.rule import Mean
-from distoptim.algorithms.rules import Anchored
-from distoptim.fragments import Flat, Fragment
+from distoptim.algorithms.penalised import Penalised
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
 from distoptim.period import Tau
-
-
-@dataclass
-class Gap(Carried):
-    """The same, with the momentum; how far the anchor moved last, and the farthest it ever did (Euclidean)."""
-
-    momentum: Flat | None = None
-    moved: float = 0.0
-    farthest: float = 0.0
-
-
-@dataclass(frozen=True)
-class Penalised(Late):
-    """The late anchor takes m <- clip(beta m + (z - mean)/gap); z <- z - outer_lr m, each element of m in +-clip."""
-
-    clip: float = 1.0
-
-    def start(self, fragment: Fragment) -> Gap:
-        """The start as anchor and base, momentum 0."""
-        state = super().start(fragment)
-        return Gap(state.anchor, None, None, state.base, fragment.flat())
-
-    def move(self, fragment: Fragment, state: Anchored, mean: Mean) -> None:
-        """z <- z - outer_lr clip(m); overwrites the mean."""
-        assert isinstance(state, Gap)
-        assert state.momentum is not None
-        gap = 1 + state.moved / state.farthest if state.farthest else 1.0
-        m, g = state.momentum.tensor, mean.flat.tensor[: fragment.numel]
-        torch.sub(state.anchor.tensor, g, out=g)
-        m.mul_(self.outer_momentum).add_(g, alpha=1 / gap).clamp_(-self.clip, self.clip)
-        state.anchor.tensor.sub_(m, alpha=self.outer_lr)
-        state.moved = self.outer_lr * float(m.norm())
-        state.farthest = max(state.farthest, state.moved)
 
 
 class CO2(AveragingOptimizer):
@@ -81,5 +41,4 @@ class CO2(AveragingOptimizer):
         outer_lr = checks.number("outer_lr", outer_lr, 0, checks.LARGEST, open_low=True)
         clip = checks.number("clip", clip, 0, checks.LARGEST, open_low=True)
         when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
-        super().__init__(params, rule=Penalised(1.0, outer_lr, momentum, rescale=False, clip=clip), tau=tau,
-                         delay=when, **options)
+        super().__init__(params, rule=Penalised(outer_lr, momentum, clip), tau=tau, delay=when, **options)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from distoptim.algorithms.carry import Carried, Carry, based
 from distoptim.algorithms.rule import State
 from distoptim.fragments import Flat, Fragment
+from distoptim.pieces import pieces
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,28 @@ class Late(Carry):
     def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
         """X <- z - share (outer step of the worker's own g)."""
         assert isinstance(state, Carried)
-        base, anchor = based(state).tensor, state.anchor.tensor
         if isinstance(state, Eager) and state.own is not None:
-            # The weight, 0 or 1, keeps a payload that was not finite out of the momentum without waiting for it.
-            torch.sub(anchor, sent.tensor[: fragment.numel], out=base).mul_(sent.tensor[-1])
-            own = state.own.tensor.mul_(self.outer_momentum).add_(base)
-            step = base.add_(own, alpha=self.outer_momentum) if self.nesterov else base.copy_(own)
-            step.mul_(-self.share * self.outer_lr).add_(anchor)
+            self._own_step(state.anchor.tensor, sent.tensor[: fragment.numel], state.own.tensor,
+                           based(state).tensor, sent.tensor[-1])
         else:
-            base.copy_(anchor)
+            based(state).tensor.copy_(state.anchor.tensor)
         fragment.write(based(state))
 
+    def _own_step(self, anchor: Tensor, sent: Tensor, own: Tensor, base: Tensor, weight: Tensor) -> None:
+        """U <- beta u + g; base <- z - share outer_lr (g + beta u), or classic: z - share outer_lr u."""
+        # The weight, 0 or 1, keeps a payload that was not finite out of the momentum; only on the CPU it can be read
+        # without waiting.
+        finite = weight.device.type == "cpu" and weight == 1
+        for z, x, u, g in pieces(anchor, sent, own, base):
+            torch.sub(z, x, out=g)
+            if not finite:
+                g.mul_(weight)
+            torch.add(g, u, alpha=self.outer_momentum, out=u)
+            step = g.add_(u, alpha=self.outer_momentum) if self.nesterov else u
+            torch.sub(z, step, alpha=self.share * self.outer_lr, out=g)
+
     def fallback(self, state: State) -> Flat | None:
-        """Where it restarted last: the next merge makes the anchor of that."""
+        """Where it restarted last: a merge makes the anchor of that. After the merge, anything: a launch follows."""
         return based(state)
 
 

@@ -11,7 +11,7 @@ from distoptim import checks
 from distoptim.algorithms.carry import Carry, based
 from distoptim.algorithms.rule import Mean, State
 from distoptim.algorithms.rules import Anchored
-from distoptim.fragments import Fragment
+from distoptim.fragments import Flat, Fragment
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
 from distoptim.period import Tau
@@ -19,20 +19,26 @@ from distoptim.period import Tau
 
 @dataclass(frozen=True)
 class Correct(Carry):
-    """x <- x + gain (mean - sent) + momentum (mean - z); z <- mean."""
+    """x <- x + gain (mean - sent) + momentum (mean - z); z <- mean.
+
+    Until the mean is there z stays, so both are one step from a mix: x <- x + (gain + momentum) (mean - mix).
+    """
 
     gain: float = 1.0
     momentum: float = 0.0
 
-    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
-        """The whole step, over the gain, is formed in place of what was sent, which the next launch replaces."""
+    def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
+        """Mix <- (gain sent + momentum z)/(gain + momentum), or z where the weight, 0 or 1, says: not finite."""
         assert isinstance(state, Anchored)
-        z, step, new = state.anchor.tensor, based(state).tensor, mean.flat.tensor[: fragment.numel]
-        torch.sub(new, step, out=step)
-        if self.momentum:
-            step.add_(torch.sub(new, z, out=z), alpha=self.momentum / self.gain)
-        z.copy_(new)
-        fragment.add(based(state), weight=self.gain)
+        weight = sent.tensor[-1] * (self.gain / (self.gain + self.momentum))
+        torch.lerp(state.anchor.tensor, sent.tensor[: fragment.numel], weight, out=based(state).tensor)
+
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """x <- x + (gain + momentum) (mean - mix), in place of the mix; z <- mean."""
+        assert isinstance(state, Anchored)
+        state.anchor.tensor.copy_(mean.flat.tensor[: fragment.numel])
+        torch.sub(state.anchor.tensor, based(state).tensor, out=based(state).tensor)
+        fragment.add(based(state), weight=self.gain + self.momentum)
 
 
 class OverlapBMUF(AveragingOptimizer):
