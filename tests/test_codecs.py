@@ -26,7 +26,7 @@ def numbers(numel: int, seed: int = 0) -> Tensor:
 
 SIZES = (1, 255, 256, 257, 65536, 70001)
 # Of the root mean square error over that of the numbers, for numbers of a normal law.
-ERRORS = {"bf16": 0.0018, "int8": 0.008, "e3m0": 0.21, "2bit": 0.36}
+ERRORS = {"bf16": 0.0018, "int8": 0.008, "e3m0": 0.21, "2bit": 0.48}
 NAMES = [*CODECS, *(f"{name}+ef" for name in CODECS)]
 # 15 blocks of 256, the last one not full: enough for two stages of up to 7 workers, and of 8 with parts of two blocks.
 START = [numbers(n, seed).view(shape) for seed, (n, shape) in enumerate([(3500, (70, 50)), (130, (130,)), (1, ())])]
@@ -42,7 +42,6 @@ ALGORITHMS: dict[str, Any] = {
     "co2": partial(distoptim.CO2, tau=3),
     "slowmo": partial(distoptim.SlowMo, tau=3),
 }
-OUTER_MOMENTUM = ("diloco", "eager", "slowmo")
 
 
 def gradient(rank: int, params: list[Tensor]) -> list[Tensor]:
@@ -129,10 +128,8 @@ def test_stats_count_the_code(name: str, algorithm: str) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("name", ["bf16", "int8", "e3m0+ef", "2bit+ef"])
 def test_anchors_stay_equal_and_runs_end_near_the_uncoded(algorithm: str, name: str) -> None:
-    if name == "2bit+ef" and algorithm in OUTER_MOMENTUM:
-        pytest.skip("what is added again of 2 bits is too much for this momentum: docs/compression.md")
     coded, plain = cluster(ALGORITHMS[algorithm], codec=name), cluster(ALGORITHMS[algorithm])
-    limit = {"bf16": 0.01, "int8": 0.02, "e3m0+ef": 0.25, "2bit+ef": 0.4}[name]
+    limit = {"bf16": 0.01, "int8": 0.02, "e3m0+ef": 0.25, "2bit+ef": 0.3}[name]
     x, y = coded.run(60, gradient)[-15:].mean((0, 1)), plain.run(60, gradient)[-15:].mean((0, 1))
     assert 0 < (x - y).norm() < limit * y.norm()
     engines = [o._engine for o in coded.optimizers]
