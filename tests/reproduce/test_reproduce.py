@@ -149,6 +149,8 @@ def test_kill_dash_nine_loses_no_finished_run(tmp_path):
 @pytest.mark.parametrize(("change", "words"), [
     (("epochs = 3", "epochz = 3"), "has no key 'epochz'"),
     (("[grid]", "[gird]"), "no key 'gird'"),
+    (("latency_ms = 20.0", "stepms = 1.0"), "[machines] has no key 'stepms'"),
+    (("epochs = 3", "epochs = 3\nlatency_ms = 5.0"), "latency_ms=5.0 emulates a link between real workers"),
     (("workers = 3", "workers = 0"), "workers=0"),
     (("workers = 3", "workers ="), "not TOML"),
     (("workers = 3", 'workers = 4\nlevels = "1:2"'), "levels='1:2': virtual workers are in no process group"),

@@ -80,7 +80,10 @@ def train(*, folder: Path | None, resume: Path | None, auto_resume: bool, tensor
         record = records.read(job.folder)
         console.print(table([record]))
         if record.summary and record.summary["diverged"]:
-            console.print(f"diverged after {record.summary['step']} steps")
+            step, why = record.summary["step"], "no worker is finite"
+            if step >= record.start["steps"]:
+                why = "the loss is no better than that of guessing"
+            console.print(f"diverged after {step} steps: {why}", highlight=False)
         console.print(f"record: {job.folder / records.FILE}", soft_wrap=True, highlight=False)
     return 128 + signum if signum else 0
 

@@ -179,7 +179,10 @@ def _override(content: dict[str, Any], key: str, value: Any) -> None:
 def _machines(table: Mapping[str, Any]) -> list[Machines]:
     """One per combination of the values that are lists."""
     values = [value if isinstance(value, list) else [value] for value in table.values()]
+    allowed = [f.name for f in dataclasses.fields(Machines)]
     for name, value in table.items():
+        if name not in allowed:
+            raise ValueError(f"[machines] has no key {name!r}; allowed are {', '.join(allowed)}")
         if value == []:
             raise ValueError(f"[machines] {name}=[]: expected a value, or a list of values, not empty")
     return [Machines(**dict(zip(table, combination, strict=True))) for combination in itertools.product(*values)]

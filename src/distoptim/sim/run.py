@@ -33,6 +33,10 @@ def check_virtual(config: RunConfig) -> None:
                          "use `distoptim train` or `compare`")
     if config.slowdown != "none":
         raise ValueError(f"slowdown={config.slowdown!r} is for real workers; virtual ones have that of Machines")
+    for name in ("latency_ms", "bandwidth_gbit_s"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name}={getattr(config, name)!r} emulates a link between real workers; virtual ones "
+                             "have that of Machines")
     if config.levels:
         raise ValueError(f"levels={config.levels!r}: virtual workers are in no process group that could be a part; "
                          "use `distoptim train` or `compare`")
@@ -48,7 +52,7 @@ class VirtualRun:
     as large, and parameters that are equal stay so. It does not overlap with the backward pass.
 
     Args:
-        config: the run; its emulated link is not used.
+        config: the run.
         machines: the virtual machines.
         threads: workers computed at the same time.
 
