@@ -37,7 +37,7 @@ agent() {
     on "$1" env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=2 --nproc-per-node=1 --max-restarts=2 \
         --rdzv-backend=c10d --rdzv-endpoint=10.99.0.1:29500 --rdzv-id=two-hosts \
         --rdzv-conf="is_host=$((2 - $1))" --local-addr="10.99.0.$1" \
-        -m distoptim.cli train $train --checkpoint-every 20 --auto-resume "${@:2}"
+        -m distoptim train $train --checkpoint-every 20 --auto-resume "${@:2}"
 }
 
 checkpoint() {

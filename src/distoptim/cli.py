@@ -10,7 +10,7 @@ _EXTRA = ("click", "matplotlib", "rich")
 def main() -> None:
     """Run the command line and exit with its code.
 
-    Codes: 0 done, 1 a worker failed, 2 a wrong value, 128 + signal when stopped by one (130 for Ctrl-C).
+    Codes: 0 done, 1 a worker failed, 2 a wrong value or file, 128 + signal when stopped by one (130 for Ctrl-C).
     """
     try:
         import click
@@ -30,6 +30,8 @@ def main() -> None:
         _fail(str(error), 2)
     except (WorkerError, CommunicationError) as error:
         _fail(str(error), 1)
+    except OSError as error:
+        _fail(str(error) if error.filename is None else f"{error.filename}: {error.strerror}", 2)
     except (click.Abort, KeyboardInterrupt):
         code = 130
     sys.exit(code or 0)

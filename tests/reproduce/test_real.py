@@ -83,7 +83,7 @@ def test_an_interrupted_grid_goes_on_at_its_checkpoint_and_repeats_nothing(file,
 def test_under_torchrun_every_process_is_one_worker_of_every_run(file, tmp_path):
     file.write_text(GRID + "[tune]\nlr = [0.01, 0.02]\nepochs = 1\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-               "distoptim.cli", "reproduce", str(file), "--set", "steps=4", "--set", "validation=0.1",
+               "distoptim", "reproduce", str(file), "--set", "steps=4", "--set", "validation=0.1",
                "--set", "slowdown=none", "--set", "slowdown_ms=0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})

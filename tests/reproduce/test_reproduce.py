@@ -130,7 +130,7 @@ def test_kill_dash_nine_loses_no_finished_run(tmp_path):
     text = GRID.replace("epochs = 3", "epochs = 20").replace("seed = [0, 1]", "seed = [0]")
     text = text.replace("[tune]\nlr = [0.01, 1e6]\nepochs = 1", "")
     path = written(tmp_path, text)
-    command = [sys.executable, "-m", "distoptim.cli", "reproduce", str(path), "--folder", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "distoptim", "reproduce", str(path), "--folder", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
     while not list((tmp_path / "out").glob(f"*/*/{STATE}")) and time.monotonic() < deadline:
@@ -184,7 +184,7 @@ def test_a_damaged_state_and_a_full_disk_name_the_file(tmp_path, monkeypatch):
     machines = spec.read(written(tmp_path)).machines[0]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / STATE).write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"run/state\.pt"):
+    with pytest.raises(ValueError, match=r"run/state\.pt: damaged, not a checkpoint$"):
         run_one(config, machines, tmp_path / "run", threads=1)
 
     def full(*_: object) -> None:

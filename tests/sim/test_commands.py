@@ -14,7 +14,7 @@ from tests.workers import free_port
 
 
 def distoptim(*arguments, check=0, **options):
-    done = subprocess.run([sys.executable, "-m", "distoptim.cli", *arguments], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "distoptim", *arguments], capture_output=True, text=True,
                           timeout=90, **options)
     assert done.returncode == check, done.stderr
     return done
@@ -75,7 +75,7 @@ def test_a_probe_under_torchrun_feeds_the_plan(tmp_path):
     (tmp_path / "mycode.py").write_text(
         "import time, torch\n\ndef prepare():\n    return torch.nn.Linear(10, 10), lambda: time.sleep(0.01)\n")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port",
-                    str(free_port()), "-m", "distoptim.cli", "probe", "mycode:prepare", "--steps", "3"],
+                    str(free_port()), "-m", "distoptim", "probe", "mycode:prepare", "--steps", "3"],
                    cwd=tmp_path, env=_environment(tmp_path), check=True, capture_output=True, timeout=90)
     made = json.loads(distoptim("plan", "--probe", str(tmp_path / "probe.json"), "--json").stdout)
     assert made["predictions"][0]["algorithm"] == "ddp"
@@ -88,4 +88,5 @@ def test_a_damaged_probe_gives_one_line(tmp_path):
 
 
 def _environment(folder):
-    return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

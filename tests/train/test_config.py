@@ -1,8 +1,10 @@
 import json
 
 import pytest
+import torch
 
 from distoptim.algorithms import ALGORITHMS
+from distoptim.comm import SingleWorker
 from distoptim.periods import AdaComm, PostLocal, Schedule
 from distoptim.train import optimizers, rounds
 from distoptim.train.config import RunConfig, compared
@@ -16,7 +18,10 @@ from distoptim.train.config import RunConfig, compared
     ({"checkpoint_every": -1}, "checkpoint_every=-1"),
     ({"seed": -1}, "seed=-1"),
     ({"lr": float("nan")}, "lr=nan"),
-    ({"momentum": 0.0}, "Nesterov"),
+    ({"momentum": 1.5}, r"momentum=1\.5: allowed is a number in \[0, 1\)"),
+    ({"momentum": -0.1, "optimizer": "adamw"}, r"momentum=-0\.1"),
+    ({"nesterov": 1}, "nesterov=1: allowed is True or False"),
+    ({"lr": -1.0, "optimizer": "adamw"}, r"lr=-1\.0: allowed is a number in \[0, 1e\+30\]"),
     ({"timeout_s": 0.0}, "timeout_s"),
     ({"algorithm": "sgd"}, "algorithm='sgd': allowed is one of ddp, local-sgd"),
     ({"data": "cifar"}, "data='cifar': allowed is one of cifar10, cifar100, digits"),
@@ -61,6 +66,15 @@ def test_a_wrong_value_is_named_in_one_line(values, message):
 @pytest.mark.parametrize("algorithm", optimizers.names())
 def test_every_algorithm_has_a_valid_default(algorithm):
     assert RunConfig(algorithm=algorithm).algorithm == algorithm
+
+
+@pytest.mark.parametrize("algorithm", ["ddp", "overlap-local-sgd"])
+def test_without_momentum_there_is_no_nesterov_form(algorithm):
+    config = RunConfig(algorithm=algorithm, momentum=0.0)
+    options = {} if algorithm == "ddp" else {"communicator": SingleWorker()}
+    (group,) = optimizers.build(config, [torch.nn.Parameter(torch.zeros(1))], **options).param_groups
+    assert (group["momentum"], group["nesterov"]) == (0.0, False)
+    assert RunConfig(algorithm=algorithm, optimizer="adamw", momentum=0.0).momentum == 0
 
 
 def test_own_options_are_read_from_the_constructor():

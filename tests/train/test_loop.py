@@ -1,6 +1,5 @@
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -192,6 +191,12 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     folder = tmp_path / checkpoint.FOLDER / "step-5"
     folder.mkdir(parents=True)
     (folder.parent / "latest").write_text("step-5")
-    Path(folder / "rank-0.pt").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"rank-0\.pt: cannot be read"):
+    path = folder / "rank-0.pt"
+    for damage in (lambda: path.write_bytes(b"no"), lambda: path.write_bytes(b"l" * 9), lambda: torch.save([1], path)):
+        damage()
+        with pytest.raises(ValueError, match="damaged") as error:
+            checkpoint.load(tmp_path, world=Alone())
+        assert str(error.value) == f"{path}: damaged, not a checkpoint"
+    path.unlink()
+    with pytest.raises(ValueError, match=r"rank-0\.pt: cannot be read: No such file"):
         checkpoint.load(tmp_path, world=Alone())

@@ -193,7 +193,7 @@ def test_a_resumed_run_is_bit_equal_and_virtual_workers_agree(folder, tmp_path, 
 
 
 def test_the_command_trains_a_gpt(folder, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "distoptim.cli", "train", "--model", "gpt-small", "--data",
+    done = subprocess.run([sys.executable, "-m", "distoptim", "train", "--model", "gpt-small", "--data",
                            str(folder), "--workers", "2", "--steps", "4", "--batch-size", "4", "--optimizer", "adamw",
                            "--lr", "1e-3", "--clip-norm", "1", "--folder", str(tmp_path / "run")],
                           capture_output=True, text=True, timeout=90)

@@ -158,7 +158,7 @@ def probe(*, target: str, steps: int, backend: str | None, out: Path) -> None:
     communication) or a pair (model, step).
     """
     if not dist.is_torchelastic_launched():
-        raise click.UsageError("start it with torchrun: torchrun --nproc-per-node=... -m distoptim.cli probe ...")
+        raise click.UsageError("start it with torchrun: torchrun --nproc-per-node=... -m distoptim probe ...")
     try:
         prepare = probing.load(target)
         dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))

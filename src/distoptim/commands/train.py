@@ -60,6 +60,8 @@ def train(*, folder: Path | None, resume: Path | None, auto_resume: bool, tensor
     meeting = _meeting(init, rank, world_size) or from_torchrun()
     if auto_resume:
         resume = _found(folder, resume)
+    elif resume is None:
+        _check_free(folder)
     if resume is not None:
         checkpoint.latest(resume)
     fields = given if resume is None else _resumed(resume, given)
@@ -124,6 +126,13 @@ def _found(folder: Path | None, resume: Path | None) -> Path | None:
     if folder is None or resume is not None:
         raise ValueError("--auto-resume goes with --folder FOLDER, and not with --resume")
     return folder if checkpoint.exists(folder) else None
+
+
+def _check_free(folder: Path | None) -> None:
+    """A new run would overwrite the record and the checkpoints of the one that is there."""
+    if folder is not None and ((folder / records.FILE).exists() or checkpoint.exists(folder)):
+        raise ValueError(f"--folder {folder}: there is a run in it; go on with --resume {folder}, or with "
+                         "--auto-resume beside --folder, or give another folder")
 
 
 def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -76,9 +76,14 @@ def load(folder: Path, *, world: World) -> tuple[dict[str, Any], bool]:
 def read(path: Path) -> dict[str, Any]:
     """A saved state. Raises ValueError, naming the file, if it is damaged."""
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read as a checkpoint: {error}") from error
+        # What torch says of it is long, and advises to trust the file.
+        raise ValueError(f"{path}: damaged, not a checkpoint") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: damaged, not a checkpoint")
     return state
 
 

@@ -34,7 +34,7 @@ class RunConfig:
         options: of the algorithm, by keyword, where its defaults are not wanted.
         optimizer: the (inner) one, "sgd" or "adamw".
         lr, weight_decay: of it.
-        momentum, nesterov: of SGD.
+        momentum, nesterov: of SGD, in [0, 1); without momentum there is no Nesterov form.
         clip_norm: largest norm of a worker's gradient, > 0; None does not clip.
         scale_lr: the peak learning rate is lr times the number of workers (linear scaling).
         schedule: "constant", "steps" (times `decay` at each of the `milestones`) or "cosine" (to 0) after the warm-up.
@@ -120,6 +120,10 @@ class RunConfig:
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(table)}")
         self._check_data()
+        checks.number("lr", self.lr, 0, checks.LARGEST)
+        checks.number("momentum", self.momentum, 0, 1, open_high=True)
+        checks.flag("nesterov", self.nesterov)
+        checks.number("weight_decay", self.weight_decay, 0, checks.LARGEST)
         if self.clip_norm is not None:
             checks.number("clip_norm", self.clip_norm, 0, math.inf, open_low=True, open_high=True)
         checks.number("slowdown_ms", self.slowdown_ms, 0, 1e9, open_low=self.slowdown != "none")

@@ -95,10 +95,12 @@ def build(config: RunConfig, params: Iterable[Tensor], *, communicator: Communic
 
 def _inner(config: RunConfig, params: list[Tensor]) -> torch.optim.Optimizer:
     """What every worker steps with; its gradient is clipped, if so, just before the step."""
-    inner = inner_optimizer(params, lr=config.peak_lr, momentum=config.momentum, nesterov=config.nesterov,
-                            weight_decay=config.weight_decay)
+    inner: torch.optim.Optimizer
     if config.optimizer == "adamw":
         inner = torch.optim.AdamW(params, lr=config.peak_lr, weight_decay=config.weight_decay)
+    else:
+        inner = inner_optimizer(params, lr=config.peak_lr, momentum=config.momentum,
+                                nesterov=config.nesterov and config.momentum > 0, weight_decay=config.weight_decay)
     if (norm := config.clip_norm) is not None:
         def clip(*_: object) -> None:
             torch.nn.utils.clip_grad_norm_(params, norm)
