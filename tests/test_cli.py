@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import distoptim
 from distoptim import cli
 from distoptim.train import checkpoint, records
+from distoptim.train.config import RunConfig
 from tests.workers import free_port
 
 TINY = ("--data", "synthetic", "--model", "mlp", "--workers", "2", "--batch-size", "8", "--log-every", "1")
@@ -83,7 +85,7 @@ def test_all_commands_that_train_have_all_options_of_the_algorithms():
     (("simulate", "--approximation-rank", "2"), "overlap-local-sgd: none of them takes approximation_rank"),
     (("simulate", "--methods", "powersgd", "--approximation-rank", "2"), "powersgd: torch's hook runs inside of DDP"),
     (("simulate", "--methods", "ddp,easgd", "--alpha", "3"), "alpha=3.0: allowed is a number in (0, 0.11"),
-    (("simulate", "--timing", "--alpha", "0.5"), "alpha with --timing: of the algorithms' options only fragments"),
+    (("simulate", "--timing", "--alpha", "0.5"), "--alpha 0.5: has an effect only without --timing"),
     (("compare", "--latency-ms", "-1"), "latency_ms=-1.0: allowed is a number in [0, inf)"),
 ])
 def test_a_wrong_value_gives_one_line(invoke, args, message):
@@ -110,6 +112,11 @@ def test_compare_leaves_table_picture_and_records(invoke, tmp_path):
         assert record.config["options"] == ({"alpha": 0.3} if name in ("easgd", "overlap-local-sgd") else {})
         assert [line["step"] for line in record.logs] == [1, 2, 3, 4, 5, 6]
         assert record.summary["step"] == 6
+
+
+def test_a_tau_that_is_measured_is_simulated_once(invoke):
+    assert "1/1 runs" in invoke("simulate", *TINY, "--methods", "overlap-local-sgd", "--hide-communication",
+                                "--steps", "1")[1]
 
 
 def test_train_then_resume_for_longer(invoke, tmp_path):
@@ -148,6 +155,39 @@ def test_a_folder_with_a_run_is_refused_without_resume(invoke, tmp_path, left):
         2, "", "Error: --folder a: there is a run in it; go on with --resume a, or with --auto-resume beside --folder, "
                "or give another folder\n")
     assert (tmp_path / "a" / left).read_text() == "step-6"
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A folder with what a resumed run is asked about."""
+    config = RunConfig(data="synthetic", model="mlp", seed=3, algorithm="local-sgd", options={"codec": "int8"})
+    (tmp_path / "a" / checkpoint.FOLDER).mkdir(parents=True)
+    (tmp_path / "a" / checkpoint.FOLDER / "latest").write_text("step-6")
+    (tmp_path / "a" / records.FILE).write_text(json.dumps({"kind": "start", "config": config.to_dict()}) + "\n")
+
+
+@pytest.mark.parametrize(("args", "now", "before"), [
+    (("--algorithm", "bmuf"), "algorithm='bmuf'", "algorithm='local-sgd'"),
+    (("--data", "digits"), "data='digits'", "data='synthetic'"), (("--model", "cnn"), "model='cnn'", "model='mlp'"),
+    (("--optimizer", "adamw"), "optimizer='adamw'", "optimizer='sgd'"), (("--seed", "5"), "seed=5", "seed=3"),
+    (("--momentum", "0.5"), "momentum=0.5", "momentum=0.9"), (("--no-nesterov",), "nesterov=False", "nesterov=True"),
+    (("--partition", "label-skew"), "partition='label-skew'", "partition='iid'"),
+    (("--augment",), "augment=True", "augment=False"),
+    (("--codec", "bf16"), "codec='bf16'", "codec='int8'"),
+    (("--fragments", "2"), "fragments=2", "the default fragments"),
+])
+def test_what_a_run_cannot_go_on_with_is_refused_by_name(invoke, begun, args, now, before):
+    words = f"Error: {now}: a was begun with {before}, and goes on only with that\n"
+    assert invoke("train", "--resume", "a", *args) == (2, "", words)
+    assert invoke("train", "--folder", "a", "--auto-resume", *args) == (2, "", words)
+
+
+def test_what_a_run_was_begun_with_may_be_said_again(invoke, begun):
+    # Refused for another reason, after that.
+    said = ("--data", "synthetic", "--seed", "3", "--codec", "int8", "--momentum", "0.9", "--workers", "0")
+    assert invoke("train", "--resume", "a", *said)[2] == "Error: workers=0: allowed is an integer, 1 or more\n"
+    assert invoke("train", "--resume", "a", "--folder", "b")[2] == (
+        "Error: --resume a with --folder b: a run goes on in its own folder\n")
 
 
 @pytest.mark.parametrize("args", [

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distoptim import checks
+from distoptim.commands.effects import check_effects
 from distoptim.report import histogram
 from distoptim.train import data as datasets
 from distoptim.train import partition as partitions
@@ -26,6 +27,7 @@ from distoptim.train import partition as partitions
               show_default=True, help="The picture.")
 def partition(*, data: str, data_dir: Path | None, name: str, workers: int, seed: int, out: Path) -> None:
     """Show how many samples of each class every worker gets, as a table and as a picture."""
+    check_effects(click.get_current_context().params)
     checks.integer("workers", workers, 1)
     loaded = datasets.parse(data)(data_dir)
     shards = partitions.partition(name, loaded.train_labels, workers=workers, seed=seed)

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from distoptim.commands.effects import check_effects
 from distoptim.commands.options import check_files
 from distoptim.reproduce import estimate, run, spec
 from distoptim.reproduce.real import Processes, Stopped, Worker
@@ -38,6 +39,7 @@ def reproduce(*, file: Path, data_dir: str | None, folder: Path | None, processe
     """
     given = dict(spec.assignment(text) for text in assignments)
     meeting = from_torchrun()
+    check_effects({"real": real or meeting})
     grid = spec.read(file, overrides={**given, **({"run.data_dir": data_dir} if data_dir else {})},
                      virtual=meeting is None and not real)
     configs = [case.config for case in (*grid.trials(), *grid.cases())]

@@ -14,6 +14,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from distoptim.comm import Link
+from distoptim.commands.effects import TIMING, check_effects
 from distoptim.commands.options import (
     DEFAULTS,
     Sections,
@@ -50,18 +51,18 @@ _REAL = ("timeout_s", "latency_ms", "bandwidth_gbit_s", "slowdown", "slowdown_ms
 @option(VIRTUAL, "--step-ms", type=float, default=30.0, help="Milliseconds of a local step, on average.")
 @option(VIRTUAL, "--slowdown", type=click.Choice(SLOWDOWNS), default="none", help="Random part of it.")
 @option(VIRTUAL, "--trace", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
-        help="Step times as recorded instead: a CSV line per step, seconds, a column per worker.")
+        help="Step times as recorded instead: a CSV line per step, seconds, a column per worker (more are left out).")
 @option(VIRTUAL, "--latency-ms", type=float, default=1.0, help="Milliseconds one message takes.")
 @option(VIRTUAL, "--bandwidth-gbit-s", type=float, default=1.0, help="Each worker's rate, in Gbit/s.")
 @option(VIRTUAL, "--collective", type=click.Choice(list(COLLECTIVES)), default="ring", help="Kind of all-reduce.")
 @option(VIRTUAL, "--island", type=int, help="Workers in an island of fast links.")
 @option(VIRTUAL, "--island-latency-ms", type=float, default=0.0, help="Inside an island.")
 @option(VIRTUAL, "--island-bandwidth-gbit-s", type=float, help="Inside an island.  [default: no limit]")
-@option("Timing alone", "--timing", is_flag=True, default=False,
+@option(TIMING, "--timing", is_flag=True, default=False,
         help="No training: the bandwidth that keeps a model's machines computing, for each algorithm.")
-@option("Timing alone", "--params", type=float, default=1e9, help="Parameters of that model.")
-@option("Timing alone", "--layers", type=int, default=24, help="Layers of that model.")
-@option("Timing alone", "--period", type=int, default=100, help="Local steps in a round.")
+@option(TIMING, "--params", type=float, default=1e9, help="Parameters of that model.")
+@option(TIMING, "--layers", type=int, default=24, help="Layers of that model.")
+@option(TIMING, "--period", type=int, default=100, help="Local steps in a round.")
 @algorithm_options
 def simulate(*, methods: str, taus: str, seeds: str, folder: Path | None, timing: bool, params: float, layers: int,
              period: int, **given: Any) -> None:
@@ -70,16 +71,17 @@ def simulate(*, methods: str, taus: str, seeds: str, folder: Path | None, timing
     The algorithms and their engine are the real ones. An option of the algorithms goes to those that take it; for
     --timing only --fragments counts (default 8). Interrupted, it goes on when called with the same --folder.
     """
+    check_effects(click.get_current_context().params)
     machines = Machines(**{name: given.pop(name) for name in Machines().to_dict()})
     fields, own = split(given)
     if timing:
-        parts = own.pop("fragments", 8)
-        if own:
-            raise ValueError(f"{', '.join(own)} with --timing: of the algorithms' options only fragments counts there")
-        shape = ModelShape(params=params, layers=layers, step_s=machines.step_ms / 1e3, fragments=parts)
+        shape = ModelShape(params=params, layers=layers, step_s=machines.step_ms / 1e3,
+                           fragments=own.get("fragments", 8))
         _time(shape, period, fields["workers"], machines, folder or new_folder("timing"))
         return
     axes = {"algorithm": _listed(methods, str), "tau": _listed(taus, int), "seed": _listed(seeds, int)}
+    if fields["hide_communication"]:
+        axes["tau"] = axes["tau"][:1]
     configs = grid.combinations(config_of(fields), axes, optimizers.shared_options(own, axes["algorithm"]))
     for config in configs:
         check_virtual(config)

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from distoptim.commands.effects import check_effects
 from distoptim.commands.options import (
     DEFAULTS,
     Sections,
@@ -24,7 +25,7 @@ from distoptim.commands.options import (
 from distoptim.report.figure import draw
 from distoptim.report.progress import LiveProgress
 from distoptim.report.table import note, table
-from distoptim.train import checkpoint, optimizers, records
+from distoptim.train import checkpoint, data, optimizers, records
 from distoptim.train import compare as comparison
 from distoptim.train.launch import Job, run_local, run_worker
 from distoptim.train.world import Meeting, from_torchrun, workers_of
@@ -32,6 +33,10 @@ from distoptim.train.world import Meeting, from_torchrun, workers_of
 # Fast enough for two cores, and a link over which an all-reduce takes about as long as a training step.
 DEMO = {**DEFAULTS, "epochs": 36, "lr": 0.01, "batch_size": 48, "latency_ms": 3.0, "bandwidth_gbit_s": 0.5,
         "log_every": 5, "evaluate_every": 49}
+
+# What a checkpoint holds the results of, or holds itself, so that a change would be an error or count for nothing.
+_LASTING = ("algorithm", "fragments", "pattern", "codec", "model", "optimizer", "momentum", "nesterov", "weight_decay",
+            "data", "partition", "validation", "augment", "seed")
 
 
 @click.command(cls=Sections)
@@ -62,9 +67,9 @@ def train(*, folder: Path | None, resume: Path | None, auto_resume: bool, tensor
         resume = _found(folder, resume)
     elif resume is None:
         _check_free(folder)
-    if resume is not None:
-        checkpoint.latest(resume)
-    fields = given if resume is None else _resumed(resume, given)
+    fields = given if resume is None else _resumed(resume, folder, given)
+    # Records of earlier versions lack the newest options.
+    check_effects({**given, **fields})
     if meeting is not None:
         fields = {**fields, "workers": workers_of(meeting.size, fields.get("island_size", 1))}
     config = config_of(fields)
@@ -101,6 +106,7 @@ def compare(*, methods: str, folder: Path | None, **given: Any) -> int:
     An option of the algorithms goes to those that take it. Prints a table, and leaves a picture and the records of all
     runs.
     """
+    check_effects(given)
     fields, own = split(given)
     configs = comparison.variants(config_of(fields), [name.strip() for name in methods.split(",")], own)
     check_files(configs[0])
@@ -135,14 +141,26 @@ def _check_free(folder: Path | None) -> None:
                          "--auto-resume beside --folder, or give another folder")
 
 
-def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+def _resumed(resume: Path, folder: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """The options of a recorded run, with what is given on the command line now."""
+    checkpoint.latest(resume)
+    if folder is not None and folder != resume:
+        raise ValueError(f"--resume {resume} with --folder {folder}: a run goes on in its own folder")
     ctx = click.get_current_context()
-    saved = records.read(folder).config
+    saved = records.read(resume).config
     now = {name: value for name, value in given.items()
            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-    options = saved.pop("options")
-    return {**saved, **options, **now}
+    saved.update(saved.pop("options"))
+    for name in _LASTING:
+        if name in now and not _same(name, saved.get(name), now[name]):
+            before = f"{name}={saved[name]!r}" if name in saved else f"the default {name}"
+            raise ValueError(f"{name}={now[name]!r}: {resume} was begun with {before}, and goes on only with that")
+    return {**saved, **now}
+
+
+def _same(name: str, before: Any, now: Any) -> bool:
+    """Text is named by its place, which may be another one by now."""
+    return bool(before == now or (name == "data" and not data.is_images(before) and not data.is_images(now)))
 
 
 def _meeting(init: str | None, rank: int | None, size: int | None) -> Meeting | None:

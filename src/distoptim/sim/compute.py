@@ -113,7 +113,8 @@ class Pareto:
 class Trace:
     """Seconds as recorded: a CSV file with one line per local step and one column per worker.
 
-    A run longer than the trace, or with more workers, starts again from its first line or column.
+    A run longer than the trace, or with more workers, starts again from its first line or column; one with fewer
+    workers leaves the last columns out.
 
     Args:
         path: the file; empty lines and lines that begin with # are left out.

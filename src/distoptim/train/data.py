@@ -90,6 +90,11 @@ def is_images(name: str) -> bool:
     return name in DATASETS or name.startswith("image-folder:")
 
 
+def has_files(name: str) -> bool:
+    """Whether a data set of images is read from files in a folder."""
+    return is_images(name) and name not in ("digits", "synthetic")
+
+
 def _standardised(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Dataset:
     if train_images.shape[1] == 1:
         mean, std = train_images.mean(), train_images.std()
