@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import distoptim
 from distoptim import cli
+from distoptim.commands.options import MEANING
 from distoptim.train import checkpoint, records
 from distoptim.train.config import RunConfig
 from tests.workers import free_port
@@ -34,12 +36,14 @@ def invoke(monkeypatch, capfd, tmp_path):
 
 
 def test_version_and_help(invoke):
-    assert invoke("--version") == (0, f"distoptim, version {distoptim.__version__}\n", "")
+    version = f"distoptim, version {distoptim.__version__}\n"
+    assert invoke("--version") == (0, version, "")
+    assert subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True).stdout == version
     assert "compare" in invoke()[1]
     code, out, _ = invoke("train", "--help")
     assert code == 0
     for part in ("Training:", "Workers and network:", "Results:", "--tau INTEGER", "[default: 4]", "Gbit/s",
-                 "Of easgd, overlap-local-sgd.", "--carry / --no-carry", "--eager / --no-eager", "--adacomm INTEGER",
+                 "bf16, int8, e3m0,", "--carry / --no-carry", "--eager / --no-eager", "--adacomm INTEGER",
                  "--tau-at STEP:TAU,...", "--levels PERIOD:SIZE,...", "--island-size INTEGER",
                  "--island-kind [ddp|fsdp2]", "--reset-inner / --no-reset-inner"):
         assert part in out
@@ -55,6 +59,12 @@ def test_all_commands_that_train_have_all_options_of_the_algorithms():
     for command in ("train", "compare", "simulate"):
         own = {p.name for p in group.commands[command].params if getattr(p, "section", "").startswith("Options of the")}
         assert own == wanted, command
+    assert MEANING.keys() == wanted
+
+
+def test_virtual_workers_are_not_said_to_be_processes(invoke):
+    workers = re.search(r"--workers INTEGER +(.*?) +--", invoke("simulate", "--help")[1], re.DOTALL)
+    assert " ".join(workers[1].split()) == "How many there are, without a process of their own. [default: 16]"
 
 
 @pytest.mark.parametrize(("args", "message"), [

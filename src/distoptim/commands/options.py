@@ -12,12 +12,39 @@ from typing import Any, TypeVar
 import click
 
 from distoptim.algorithms import ALGORITHMS
+from distoptim.comm.codec import CODECS
+from distoptim.fragments import SEQUENTIAL, STRIDED
 from distoptim.train import data, models, optimizers
 from distoptim.train.config import DDP, DTYPES, FSDP2, RunConfig
 from distoptim.train.schedule import SCHEDULES
 from distoptim.train.slowdown import SLOWDOWNS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+# What the algorithms' own options mean; ranges and reasons are in the constructors' docstrings.
+MEANING = {
+    "fragments": "Messages in which the parameters are averaged, spread over the round.",
+    "pattern": f"Cut of the parameters into them: {SEQUENTIAL} (runs) or {STRIDED} (dealt out one by one).",
+    "delay": "Local steps from launch to merge, at most tau; 0 waits.",
+    "carry": "With a delay, keep the local steps made since the launch.",
+    "reset_inner": "Forget the local optimizer's momentum at every merge.",
+    "codec": f"In which means travel: {', '.join(CODECS)}, each also with +ef, error feedback.",
+    "alpha": "Weight of the anchor in the pull; of EASGD the elastic strength.",
+    "outer_momentum": "Momentum of the anchor.",
+    "outer_lr": "Learning rate of the anchor.",
+    "outer_nesterov": "Nesterov's form of --outer-momentum.",
+    "block_momentum": "Momentum of the workers' mean from round to round.",
+    "block_lr": "Learning rate of the anchor.",
+    "nesterov_block": "Nesterov's form of --block-momentum.",
+    "slow_momentum": "Momentum of the anchor.",
+    "slow_lr": "Learning rate of the anchor.",
+    "gain": "Share of the difference to the mean that is corrected.",
+    "local_weight": "Weight of the local value beside the anchor at the merge.",
+    "eager": "Use the worker's own share of a round at once, not a round late.",
+    "clip": "Largest element of the anchor's momentum.",
+    "approximation_rank": "Rank of the matrices that stand for gradients.",
+}
+
 
 class Epochs(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on only
     """Numbers with commas between them."""
@@ -148,8 +175,9 @@ def algorithm_options(command: Command) -> Command:
             text += f"/--no-{name.replace('_', '-')}"
         everybody = len(takers[name]) == len(ALGORITHMS)
         of = "all but ddp and powersgd" if everybody else ", ".join(takers[name])
+        meaning = f"{MEANING.get(name, '')} Of {of}.".lstrip()
         command = option("Options of the algorithms (default: each one's own)", text, name,
-                         type=None if types[name] is bool else types[name], help=f"Of {of}.")(command)
+                         type=None if types[name] is bool else types[name], help=meaning)(command)
     return command
 
 

@@ -47,7 +47,8 @@ _REAL = ("timeout_s", "latency_ms", "bandwidth_gbit_s", "slowdown", "slowdown_ms
         help="What is simulated.")
 @option("Training", "--taus", default="2,8", metavar="N,N,...", help="Each of them with each of these periods.")
 @option("Training", "--seeds", default="0", metavar="N,N,...", help="Each of them with each of these seeds.")
-@run_options({**DEFAULTS, "workers": 16}, without=("tau", "seed", *_REAL))
+@run_options(DEFAULTS, without=("tau", "seed", "workers", *_REAL))
+@option(VIRTUAL, "--workers", type=int, default=16, help="How many there are, without a process of their own.")
 @option(VIRTUAL, "--step-ms", type=float, default=30.0, help="Milliseconds of a local step, on average.")
 @option(VIRTUAL, "--slowdown", type=click.Choice(SLOWDOWNS), default="none", help="Random part of it.")
 @option(VIRTUAL, "--trace", type=click.Path(exists=True, dir_okay=False), metavar="FILE",

@@ -46,7 +46,7 @@ _LASTING = ("algorithm", "fragments", "pattern", "codec", "model", "optimizer", 
 @option("Results", "--checkpoint-every", type=int,
          help="Steps between two checkpoints; 0: only at the end.  [default: an epoch]")
 @option("Results", "--resume", type=click.Path(path_type=Path), metavar="FOLDER",
-         help="Go on with the run in this folder; options given now replace its own.")
+         help="Go on with the run in this folder; options given now replace its own, if it can go on with them.")
 @option("Results", "--auto-resume", is_flag=True, default=False,
          help="Go on with the run in --folder if it has a checkpoint, else begin; for torchrun --max-restarts.")
 @option("Results", "--tensorboard", is_flag=True, default=False, help="Log for TensorBoard too.")
