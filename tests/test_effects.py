@@ -37,6 +37,8 @@ def words(*args):
     (("simulate", "--island", "2", "--collective", "tree"), "--collective tree: has an effect only without --island"),
     (("simulate", "--timing", "--methods", "ddp,foo"), "--methods ddp,foo: has an effect only without --timing"),
     (("simulate", "--timing", "--bandwidth-gbit-s", "2"), "--bandwidth-gbit-s 2.0: has an effect only without"),
+    (("train", "--init", "tcp://localhost:1", "--rank", "0", "--world-size", "3", "--workers", "2"),
+     "--workers 2: has an effect only where this command starts them"),
     (("simulate", "--period", "50"), "--period 50: has an effect only with --timing"),
     (("simulate", "--layers", "2"), "--layers 2: has an effect only with --timing"),
     (("reproduce", "stragglers", "--real", "--processes", "2"), "--processes 2: has an effect only on virtual workers"),

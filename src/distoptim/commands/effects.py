@@ -34,6 +34,7 @@ EFFECTIVE: dict[str, tuple[str, Callable[[Values], object]]] = {
     "island": ("with more --workers than that", lambda v: v["island"] < v["workers"]),
     "island_latency_ms": _ISLANDS, "island_bandwidth_gbit_s": _ISLANDS,
     "collective": ("without --island", lambda v: not v["island"]),
+    "workers": ("where this command starts them", lambda v: v.get("started") in (None, v["workers"])),
     "processes": ("on virtual workers", lambda v: not v["real"]),
 }
 

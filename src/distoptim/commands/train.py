@@ -68,10 +68,11 @@ def train(*, folder: Path | None, resume: Path | None, auto_resume: bool, tensor
     elif resume is None:
         _check_free(folder)
     fields = given if resume is None else _resumed(resume, folder, given)
+    started = meeting and workers_of(meeting.size, fields.get("island_size", 1))
     # Records of earlier versions lack the newest options.
-    check_effects({**given, **fields})
-    if meeting is not None:
-        fields = {**fields, "workers": workers_of(meeting.size, fields.get("island_size", 1))}
+    check_effects({**given, **fields, "started": started})
+    if started:
+        fields = {**fields, "workers": started}
     config = config_of(fields)
     check_files(config, tensorboard)
     job = Job(config, folder or resume or new_folder(config.algorithm), resume is not None, tensorboard)
