@@ -322,6 +322,7 @@ def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path):
     (lambda folder: put(folder, "a", [lines()[0], {"kind": "log", "step": 1}]), "a/record.jsonl: no epoch, seconds, l"),
     (lambda folder: put(folder, "a", [lines()[0], {**lines()[-1], "seconds": None}]), "a/record.jsonl: no seconds in"),
     (lambda folder: put(folder, "a", [{"kind": "start"}]), "a/record.jsonl:1: a record begins"),
+    (lambda folder: put(folder, "", [{"kind": "start"}]).rename(folder / "a.record.jsonl"), "a.record.jsonl:1: a rec"),
     (lambda folder: (folder / "a" / "record.jsonl").mkdir(parents=True), "a/record.jsonl: Is a directory"),
 ])
 def test_a_folder_without_runs_gives_one_line(tmp_path, monkeypatch, capsys, prepare, words):

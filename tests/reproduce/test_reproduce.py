@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from distoptim.commands import cli
+from distoptim.report import report, runs
 from distoptim.reproduce import run, spec
 from distoptim.sim.run import STATE, VirtualRun
 from distoptim.sim.run import run as run_one
@@ -63,6 +64,19 @@ def test_a_grid_tries_learning_rates_and_runs_everything_once(tmp_path):
     before = [(folder / records.FILE).stat().st_mtime_ns for folder in folders]
     assert run.reproduce(grid, tmp_path / "out", processes=1) == folders
     assert [(folder / records.FILE).stat().st_mtime_ns for folder in folders] == before
+
+
+def test_records_moved_beside_their_folders_are_found(tmp_path):
+    grid, out = spec.read(written(tmp_path, GRID.replace("epochs = 3", "steps = 4"))), tmp_path / "out"
+    run.reproduce(grid, out, processes=1)
+    before = [path.read_text() for path in report.write(runs.read(out), tmp_path / "before")]
+    for path in list(out.rglob(records.FILE)):
+        path.rename(path.parent.with_name(f"{path.parent.name}.{records.FILE}"))
+        path.parent.rmdir()
+    done = run.reproduce(grid, out, processes=1)
+    assert not any(folder.exists() for folder in done)
+    assert len(list(out.rglob(f"*.{records.FILE}"))) == 12
+    assert [path.read_text() for path in report.write(runs.read(out), tmp_path / "after")] == before
 
 
 def test_a_list_under_machines_is_an_axis_of_the_grid(tmp_path):

@@ -29,6 +29,22 @@ def test_what_is_written_is_read(tmp_path):
     assert record.summary == {"kind": "summary", "step": 1, "seconds": 2.0}
 
 
+def test_a_record_may_lie_beside_its_folder(tmp_path):
+    folder, end = tmp_path / "run", {"kind": "summary", "step": 1}
+    assert not records.finished(folder)
+    write(tmp_path / "run.record.jsonl", START, log(1), end)
+    (tmp_path / "begun").mkdir()
+    write(tmp_path / "begun" / records.DRAFT, START)
+    assert records.finished(folder)
+    assert records.read(folder).logs == [log(1)]
+    assert records.folders(tmp_path) == [tmp_path / "begun", folder]
+    # What is in the folder was made later: nothing is run that has a whole record.
+    folder.mkdir()
+    write(folder / records.FILE, START, log(2))
+    assert records.read(folder).logs == [log(2)]
+    assert records.folders(tmp_path) == [tmp_path / "begun", folder]
+
+
 @pytest.mark.parametrize("tail", ['{"kind": "lo', '{"kind": "log", "step": 2}', '{"kind": "log", "loss": "\\u00'])
 def test_a_last_line_that_was_cut_off_is_left_out(tmp_path, tail):
     record = records.read(write(tmp_path / "r.jsonl", START, log(1), tail=tail))

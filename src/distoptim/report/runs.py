@@ -20,7 +20,6 @@ TRIALS = "trials"
 T = TypeVar("T")
 _NEEDED = {"start": ("algorithm", "tau", "seed", "lr"), "log": ("step", "epoch", "seconds", "loss"),
            "summary": ("step", "seconds", "computation_s", "exposed_s")}
-_DRAFT = f"{records.FILE}.draft"
 
 
 @dataclass(frozen=True)
@@ -129,16 +128,15 @@ def read(folder: Path) -> Runs:
         raise ValueError(f"{folder}: no such folder")
     found: list[Run] = []
     damaged, unfinished = [], []
-    places = {path.parent for name in (records.FILE, _DRAFT) for path in folder.rglob(name)}
-    for place in sorted(places):
+    for place in records.folders(folder):
         name = place.relative_to(folder).as_posix()
-        if not (place / records.FILE).exists():
+        if not records.file(place).exists():
             unfinished.append(name)
             continue
         try:
             run = _read(place)
         except ValueError as error:
-            damaged.append(f"damaged, left out: {str(error).replace(f'{place}/', f'{name}/')}")
+            damaged.append(f"damaged, left out: {str(error).replace(f'{folder}/', '')}")
             continue
         if run is None:
             unfinished.append(name)
@@ -190,7 +188,7 @@ def _read(place: Path) -> Run | None:
                    if not all(isinstance(line.get(name), str if name == "algorithm" else int | float)
                               for line in found[kind])]
         if missing:
-            raise ValueError(f"{place / records.FILE}: no {', '.join(missing)} in its {kind}")
+            raise ValueError(f"{records.file(place)}: no {', '.join(missing)} in its {kind}")
     if record.summary is None:
         return None
     tuning = record.start.get("stage", "tune" if place.parent.name == TRIALS else "final") == "tune"

@@ -182,7 +182,7 @@ def run(config: RunConfig, machines: Machines, folder: Path, *, label: str | Non
         threads: workers computed at the same time; default one per processor core.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    draft, state = folder / f"{records.FILE}.draft", folder / STATE
+    draft, state = folder / records.DRAFT, folder / STATE
     made = VirtualRun(config, machines, threads=threads)
     resumed = state.exists()
     if resumed:

@@ -22,6 +22,7 @@ import distoptim
 
 Line = dict[str, Any]
 FILE = "record.jsonl"
+DRAFT = f"{FILE}.draft"
 
 
 class RecordWriter:
@@ -75,14 +76,27 @@ class Record:
     summary: Line | None
 
 
+def file(folder: Path) -> Path:
+    """Of a run's folder the record: in it or, for little space, beside it as `FOLDER.record.jsonl`."""
+    beside = folder.with_name(f"{folder.name}.{FILE}")
+    return beside if beside.exists() and not (folder / FILE).exists() else folder / FILE
+
+
+def folders(root: Path) -> list[Path]:
+    """The folders of all runs below `root` that have a record, or the draft of one."""
+    inside = {path.parent for name in (FILE, DRAFT) for path in root.rglob(name)}
+    beside = {path.with_name(path.name.removesuffix(f".{FILE}")) for path in root.rglob(f"*.{FILE}")}
+    return sorted(inside | beside)
+
+
 def read(path: Path) -> Record:
-    """The record in a file, or in a run's folder.
+    """The record in a file, or of a run's folder.
 
     Raises:
         ValueError: there is no such file, or a line in the middle of it is damaged. A last line that was cut off
             is left out.
     """
-    path = path / FILE if path.is_dir() else path
+    path = path if path.is_file() else file(path)
     lines = list(read_lines(path))
     if not lines or lines[0]["kind"] != "start" or not isinstance(lines[0].get("config"), dict):
         raise ValueError(f"{path}:1: a record begins with a line of kind 'start' that has a 'config'")
@@ -95,12 +109,12 @@ def read(path: Path) -> Record:
 
 
 def finished(folder: Path) -> bool:
-    """Whether there is a whole record in a run's folder, diverged or not.
+    """Whether there is a whole record of a run's folder, diverged or not.
 
     Raises:
         ValueError: naming the file, if it is damaged.
     """
-    path = folder / FILE
+    path = file(folder)
     return path.exists() and any(line["kind"] == "summary" for line in read_lines(path))
 
 
