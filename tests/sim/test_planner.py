@@ -39,7 +39,21 @@ def test_recommends_the_smallest_tau_that_is_close_to_the_fastest(latency_s, ban
     close = [p for p in made.predictions if p.step_s <= CLOSE * min(q.step_s for q in made.predictions)]
     assert made.best in close
     assert made.best.tau == min(p.tau for p in close)
-    assert f"OverlapLocalSGD(optimizer, tau={made.best.tau})" in made.line
+    assert f"{'OverlapBMUF' if made.best.tau >= 8 else 'OverlapLocalSGD'}(optimizer, tau={made.best.tau})" in made.line
+    assert "docs/which.md" in made.reason
+
+
+@pytest.mark.parametrize(("tau", "name"), [(4, "overlap-local-sgd"), (8, "overlap-bmuf"), (32, "overlap-bmuf")])
+def test_of_equals_it_takes_what_did_best_in_the_recorded_runs(tau, name):
+    made = plan(job(), taus=[tau])
+    equals = {p.algorithm for p in made.predictions if p.step_s == made.best.step_s and p.copies == made.best.copies}
+    assert {"overlap-local-sgd", "overlap-bmuf"} <= equals
+    assert made.best.algorithm == name
+
+
+def test_of_equals_it_takes_the_first_that_was_asked_for():
+    for first, second in (("co2", "overlap-bmuf"), ("overlap-bmuf", "co2")):
+        assert plan(job(), algorithms=[first, second], taus=[8]).best.algorithm == first
 
 
 @pytest.mark.parametrize("changes", [{"bandwidth_gbit_s": 1000.0, "latency_s": 1e-6}, {"workers": 1}])

@@ -24,6 +24,9 @@ TAUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CLOSE = 1.05
 """Settings up to 5 % slower than the fastest count as equally fast: then the smaller tau trains better."""
 
+FAVOURED_FROM = 8
+"""From this tau on OverlapBMUF was compared with Overlap-Local-SGD, and better at 8 and 24 (results/beyond)."""
+
 _BUCKET_BYTES = 25 * 2**20
 _BACKWARD = 2 / 3
 _ELEMENT_BYTES = 4
@@ -107,18 +110,18 @@ def plan(job: Job, *, algorithms: Sequence[str] | None = None, taus: Sequence[in
     """Predict every setting and choose one.
 
     Chosen is, of the settings within 5 % of the fastest, DDP if it is among them, else the one with the smallest
-    tau, since workers drift apart for tau steps; of equals, the algorithm that comes first.
+    tau, since workers drift apart for tau steps. Of equals it is the algorithm that comes first; by default OverlapBMUF
+    from tau = 8 on and Overlap-Local-SGD below (docs/which.md).
 
     Args:
         job: the model, the machines and their link.
-        algorithms: names in `ALGORITHMS`; default Overlap-Local-SGD first, then all others.
+        algorithms: names in `ALGORITHMS`; default all.
         taus: the periods offered.
 
     Raises:
         ValueError: an unknown algorithm or a tau below 1.
     """
-    names = list(algorithms) if algorithms is not None else ["overlap-local-sgd", *ALGORITHMS]
-    names = list(dict.fromkeys(names))
+    names = list(dict.fromkeys(ALGORITHMS if algorithms is None else algorithms))
     for name in names:
         if name not in ALGORITHMS:
             raise ValueError(f"algorithm {name!r}: allowed are {', '.join(ALGORITHMS)}")
@@ -127,7 +130,7 @@ def plan(job: Job, *, algorithms: Sequence[str] | None = None, taus: Sequence[in
                            for name in names for tau in taus]
     fastest = min(p.step_s for p in predictions)
     close = [p for p in predictions if p.step_s <= CLOSE * fastest]
-    best = min(close, key=lambda p: (p.algorithm != "ddp", p.tau))
+    best = min(close, key=lambda p: (p.algorithm != "ddp", p.tau, algorithms is None and not _favoured(p)))
     return Plan(predictions, best, _line(best), _reason(best, ddp, job))
 
 
@@ -187,6 +190,10 @@ def _copies(optimizer: AveragingOptimizer) -> float:
     return total / len(optimizer._engine.slots)
 
 
+def _favoured(p: Prediction) -> bool:
+    return p.algorithm == ("overlap-bmuf" if p.tau >= FAVOURED_FROM else "overlap-local-sgd")
+
+
 def _line(best: Prediction) -> str:
     if best.algorithm == "ddp":
         return "model = torch.nn.parallel.DistributedDataParallel(model)"
@@ -198,4 +205,5 @@ def _reason(best: Prediction, ddp: Prediction, job: Job) -> str:
         return (f"none of this pays: DDP waits {ddp.exposed_share:.1%} of the computation for communication, and "
                 f"nothing is more than {CLOSE - 1:.0%} faster")
     return (f"{best.speed_up:.1f} times as fast as DDP, which waits {ddp.exposed_share:.0%} of the computation; "
-            f"communication exposed {best.exposed_share:.1%}; no smaller tau is within {CLOSE - 1:.0%} of it")
+            f"communication exposed {best.exposed_share:.1%}; no smaller tau is within {CLOSE - 1:.0%} of it; "
+            "why this one of the equally fast algorithms: docs/which.md")
