@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
+from distoptim import CO2
 from distoptim import pieces as module
+from distoptim.algorithms import penalised
 from distoptim.pieces import pieces
 from tests import toy
 from tests.cluster import Cluster
@@ -56,3 +60,15 @@ def test_no_algorithm_sees_the_pieces(name, dtype, request):
     # CO2 has a sum in it, the length of a move; of a bfloat16 the last digit may turn.
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype] if "co2" in name else 0
     torch.testing.assert_close(trajectory(), whole, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_co2_moves_alike_whatever_the_number_of_threads(monkeypatch, dtype):
+    found = []
+    for file in (module, penalised):
+        monkeypatch.setattr(file, "CHUNK", 2)
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        workers = Cluster(partial(CO2, lr=0.1, tau=2), [toy.start(dtype)] * toy.WORKERS)
+        found.append(workers.run(12, toy.gradient))
+    assert torch.equal(*found)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from distoptim.algorithms.rule import Mean, State
 from distoptim.algorithms.rules import Anchored, AnchorRule
 from distoptim.fragments import Flat, Fragment
-from distoptim.pieces import pieces
+from distoptim.pieces import CHUNK, pieces
 
 
 @dataclass
@@ -43,12 +44,13 @@ class Penalised(AnchorRule):
         assert isinstance(state, Gap)
         assert state.momentum is not None
         gap = 1 + state.moved / state.farthest if state.farthest else 1.0
-        norms = []
+        norms: list[Tensor] = []
         for z, m, g in pieces(state.anchor.tensor, state.momentum.tensor, mean.flat.tensor[: fragment.numel]):
             torch.sub(z, g, out=g)
             m.mul_(self.outer_momentum).add_(g, alpha=1 / gap).clamp_(-self.clip, self.clip)
             z.sub_(m, alpha=self.outer_lr)
-            norms.append(m.norm())
+            # Pieces depend on a rank's threads; how the sum behind the gap is rounded must not.
+            norms += torch._foreach_norm(torch.split(m, CHUNK))
         fragment.add(state.momentum, weight=-self.outer_lr)
         state.moved = self.outer_lr * float(torch.stack(norms).norm())
         state.farthest = max(state.farthest, state.moved)
