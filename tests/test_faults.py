@@ -144,7 +144,7 @@ if me:
 def test_a_program_can_end_with_a_round_in_flight(backend):
     ports = json.dumps({way: free_port() for way in WAYS[backend]})
     result = subprocess.run([sys.executable, "-c", PROGRAM, backend, ports], capture_output=True, text=True,
-                            check=False, timeout=120)
+                            check=False, timeout=300)
     codes = dict(json.loads(line) for line in result.stdout.splitlines())
     assert codes == {way: [int(way == "raise")] * 2 for way in WAYS[backend]}, result.stderr
 

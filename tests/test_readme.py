@@ -132,10 +132,10 @@ def test_shell_lines(page, tmp_path):
         command = SHELL[line].format(folder=tmp_path, port=free_port())
         where = ROOT if command.startswith(("make", f"{PYTHON} -m pip")) else folder
         if " && " in command and command.startswith("make"):
-            subprocess.run("make -n demo", shell=True, cwd=ROOT, check=True, timeout=60)
+            subprocess.run("make -n demo", shell=True, cwd=ROOT, check=True, timeout=300)
             command, where = command.split(" && ")[1], folder
         path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-        subprocess.run(command, shell=True, cwd=where, check=True, timeout=120,
+        subprocess.run(command, shell=True, cwd=where, check=True, timeout=300,
                        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
 
 
@@ -151,7 +151,7 @@ def test_the_diff_runs_before_and_after_with_two_workers(tmp_path):
     before += "\nimport os\nos._exit(0)\n"
     for name, script in (("before.py", before), ("after.py", after)):
         (tmp_path / name).write_text(script)
-        subprocess.run([*TORCHRUN.format(port=free_port()).split(), name], cwd=tmp_path, check=True, timeout=120,
+        subprocess.run([*TORCHRUN.format(port=free_port()).split(), name], cwd=tmp_path, check=True, timeout=300,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in saved.values())
@@ -172,7 +172,7 @@ def test_the_emulated_link_of_the_docs(tmp_path):
     (block,) = blocks(ROOT / "docs" / "slow-link.md", "python")
     (tmp_path / "link.py").write_text(block + "import torch\nt = torch.ones(2)\ndist.all_reduce(t)\n"
                                       "assert t.tolist() == [2, 2]\ndist.destroy_process_group()\n")
-    subprocess.run([*TORCHRUN.format(port=free_port()).split(), "link.py"], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([*TORCHRUN.format(port=free_port()).split(), "link.py"], cwd=tmp_path, check=True, timeout=300)
 
 
 def test_the_meeting_in_a_script_of_the_docs(tmp_path):

@@ -85,7 +85,7 @@ def test_under_torchrun_every_process_is_one_worker_of_every_run(file, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
                "distoptim", "reproduce", str(file), "--set", "steps=4", "--set", "validation=0.1",
                "--set", "slowdown=none", "--set", "slowdown_ms=0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("records: runs/grid") == 1

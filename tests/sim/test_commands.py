@@ -15,7 +15,7 @@ from tests.workers import free_port
 
 def distoptim(*arguments, check=0, **options):
     done = subprocess.run([sys.executable, "-m", "distoptim", *arguments], capture_output=True, text=True,
-                          timeout=90, **options)
+                          timeout=300, **options)
     assert done.returncode == check, done.stderr
     return done
 
@@ -76,7 +76,7 @@ def test_a_probe_under_torchrun_feeds_the_plan(tmp_path):
         "import time, torch\n\ndef prepare():\n    return torch.nn.Linear(10, 10), lambda: time.sleep(0.01)\n")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port",
                     str(free_port()), "-m", "distoptim", "probe", "mycode:prepare", "--steps", "3"],
-                   cwd=tmp_path, env=_environment(tmp_path), check=True, capture_output=True, timeout=90)
+                   cwd=tmp_path, env=_environment(tmp_path), check=True, capture_output=True, timeout=300)
     made = json.loads(distoptim("plan", "--probe", str(tmp_path / "probe.json"), "--json").stdout)
     assert made["predictions"][0]["algorithm"] == "ddp"
 
