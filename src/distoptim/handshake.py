@@ -92,7 +92,7 @@ def _share(communicator: Communicator, saved: dict[str, Any], source: int) -> di
     file = io.BytesIO()
     if communicator.rank == source:
         torch.save(saved, file)
-    nbytes = cast("list[int]", communicator.exchange(file.tell()))[source]
+    nbytes = cast("list[int]", communicator.exchange(file.getbuffer().nbytes))[source]
     message = torch.frombuffer(bytearray(file.getvalue() or nbytes), dtype=torch.uint8)
     communicator.broadcast(message, source)
     theirs: dict[str, Any] = torch.load(io.BytesIO(message.numpy().tobytes()), map_location="cpu", weights_only=True)
