@@ -129,7 +129,7 @@ def test_stats_count_the_code(name: str, algorithm: str) -> None:
 @pytest.mark.parametrize("name", ["bf16", "int8", "e3m0+ef", "2bit+ef"])
 def test_anchors_stay_equal_and_runs_end_near_the_uncoded(algorithm: str, name: str) -> None:
     coded, plain = cluster(ALGORITHMS[algorithm], codec=name), cluster(ALGORITHMS[algorithm])
-    limit = {"bf16": 0.01, "int8": 0.02, "e3m0+ef": 0.25, "2bit+ef": 0.3}[name]
+    limit = {"bf16": 0.01, "int8": 0.02, "e3m0+ef": 0.25, "2bit+ef": 0.35}[name]
     x, y = coded.run(60, gradient)[-15:].mean((0, 1)), plain.run(60, gradient)[-15:].mean((0, 1))
     assert 0 < (x - y).norm() < limit * y.norm()
     engines = [o._engine for o in coded.optimizers]
