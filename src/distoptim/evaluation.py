@@ -18,7 +18,8 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
     Raises:
         ValueError: the module has parameters to train and none of the engine's.
     """
-    check(engine, module)
+    _reshard(module)
+    _check(engine, module)
     buffers = [b for b in (module.buffers() if module is not None else ()) if b.is_floating_point()]
     fragments = [slot.fragment for slot in engine.slots]
     if buffers:
@@ -28,7 +29,6 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
         local = [[x.clone() for x in f.local()] for f in fragments]
         for f, mean in zip(fragments, means, strict=True):
             f.write(mean)
-        _reshard(module)
     before, engine.evaluating = engine.evaluating, True
     try:
         yield
@@ -40,7 +40,7 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
             _reshard(module)
 
 
-def check(engine: Engine, module: torch.nn.Module | None) -> None:
+def _check(engine: Engine, module: torch.nn.Module | None) -> None:
     """Whether the module is the one that is trained."""
     mine = {id(p) for slot in engine.slots for p in slot.fragment.params}
     theirs = {id(p) for p in module.parameters() if p.requires_grad} if module is not None else set()
