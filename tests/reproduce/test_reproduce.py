@@ -64,6 +64,12 @@ def test_a_grid_tries_learning_rates_and_runs_everything_once(tmp_path):
     before = [(folder / records.FILE).stat().st_mtime_ns for folder in folders]
     assert run.reproduce(grid, tmp_path / "out", processes=1) == folders
     assert [(folder / records.FILE).stat().st_mtime_ns for folder in folders] == before
+    # A trial is missing: the rate of its setting alone is open, and what has one is done.
+    first, runs_ = run.stages(grid, tmp_path / "out", processes=1)
+    (first.places()[0][1] / records.FILE).unlink()
+    first, runs_ = run.stages(grid, tmp_path / "out", processes=1)
+    missing = [case.label for stage in (first, runs_) for case, path in stage.places() if not records.finished(path)]
+    assert missing == ["sync"] * 3
 
 
 def test_records_moved_beside_their_folders_are_found(tmp_path):
@@ -103,7 +109,7 @@ def test_rates_for_text_are_chosen_by_loss(tmp_path):
         writer.write({"kind": "start", "config": case.config.to_dict()})
         writer.write({"kind": "summary", **score})
         writer.close()
-    rates = run.choose(trials, [tmp_path / f"{i}.jsonl" for i in range(len(trials))])
+    rates = run.choose([(case, tmp_path / f"{i}.jsonl") for i, case in enumerate(trials)])
     assert set(rates.values()) == {0.01}
     assert len(rates) == 3
 

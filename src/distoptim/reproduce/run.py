@@ -90,7 +90,7 @@ class Stage:
 
 
 def stages(spec: Spec, folder: Path, *, processes: int | None = None, runner: Runner | None = None) -> Iterator[Stage]:
-    """The trials that choose learning rates, if there are any; then the runs, with the rates chosen if trials are done.
+    """The trials that choose learning rates, if there are any; then the runs, with the rates chosen so far.
 
     Args:
         spec: the grid.
@@ -103,8 +103,9 @@ def stages(spec: Spec, folder: Path, *, processes: int | None = None, runner: Ru
         yield trials
 
     def rates() -> dict[Setting, float]:
-        paths = [path for _, path in trials.places()]
-        return choose(trials.cases, paths) if all(map(records.finished, paths)) else {}
+        tried = trials.places()
+        missing = {case.setting for case, path in tried if not records.finished(path)}
+        return choose([(case, path) for case, path in tried if case.setting not in missing])
 
     chosen = trials.runner.decide(rates)
     yield Stage("runs", spec.cases(chosen), runner or Virtual(spec.machines, processes), folder / FINAL)
@@ -124,13 +125,16 @@ def reproduce(spec: Spec, folder: Path, *, processes: int | None = None, runner:
     return folders
 
 
-def choose(trials: Sequence[Case], folders: Sequence[Path]) -> dict[Setting, float]:
+def choose(trials: Sequence[tuple[Case, Path]]) -> dict[Setting, float]:
     """For each method, tau and partition the learning rate of the best score on the validation set.
 
     The score is accuracy, of text the loss. Of equal ones the smaller rate; a diverged trial counts as the worst.
+
+    Args:
+        trials: with their folders.
     """
     best: dict[Setting, tuple[float, float]] = {}
-    for case, folder in zip(trials, folders, strict=True):
+    for case, folder in trials:
         score = (_validation(folder), -case.config.lr)
         best[case.setting] = max(best.get(case.setting, (-math.inf, 0.0)), score)
     return {setting: -lr for setting, (_, lr) in best.items()}
