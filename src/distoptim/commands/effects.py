@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from distoptim.commands.options import is_given
 from distoptim.train import data, optimizers
 
 Values = Mapping[str, Any]
@@ -52,7 +52,7 @@ def check_effects(values: Values) -> None:
     for option in ctx.command.params:
         name = option.name or ""
         value = ctx.params.get(name)
-        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE or not value or value == "none":
+        if not is_given(name) or not value or value == "none":
             continue
         when, holds = _effective(option, values)
         if not holds(values):

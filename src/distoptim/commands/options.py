@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm.codec import CODECS
@@ -191,6 +192,11 @@ def split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options by name: the fields of RunConfig, and of the algorithms' own those that were given."""
     return ({name: value for name, value in given.items() if name in DEFAULTS},
             {name: value for name, value in given.items() if name not in DEFAULTS and value is not None})
+
+
+def is_given(name: str) -> bool:
+    """Whether an option stands on the command line, and is not there by its default."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def check_files(config: RunConfig, tensorboard: bool = False) -> None:

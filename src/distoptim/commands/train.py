@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 
 from distoptim.commands.effects import check_effects
@@ -17,6 +16,7 @@ from distoptim.commands.options import (
     algorithm_options,
     check_files,
     config_of,
+    is_given,
     new_folder,
     option,
     run_options,
@@ -137,7 +137,7 @@ def _found(folder: Path | None, resume: Path | None) -> Path | None:
 
 def _check_free(folder: Path | None) -> None:
     """A new run would overwrite the record and the checkpoints of the one that is there."""
-    if folder is not None and ((folder / records.FILE).exists() or checkpoint.exists(folder)):
+    if folder is not None and (records.file(folder).exists() or checkpoint.exists(folder)):
         raise ValueError(f"--folder {folder}: there is a run in it; go on with --resume {folder}, or with "
                          "--auto-resume beside --folder, or give another folder")
 
@@ -147,10 +147,8 @@ def _resumed(resume: Path, folder: Path | None, given: dict[str, Any]) -> dict[s
     checkpoint.latest(resume)
     if folder is not None and folder != resume:
         raise ValueError(f"--resume {resume} with --folder {folder}: a run goes on in its own folder")
-    ctx = click.get_current_context()
     saved = records.read(resume).config
-    now = {name: value for name, value in given.items()
-           if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    now = {name: value for name, value in given.items() if is_given(name)}
     saved.update(saved.pop("options"))
     for name in _LASTING:
         if name in now and not _same(name, saved.get(name), now[name]):
