@@ -69,9 +69,9 @@ def _collect(processes: list[Any], receivers: list[Connection], expected: dict[i
         if not ready:
             raise WorkerFailure(f"workers {sorted(pending.values())} did not end in time")
         for receiver in ready:
-            rank = pending.pop(receiver)  # type: ignore[arg-type]
+            rank = pending.pop(receiver)  # type: ignore[arg-type]  # wait() gives back what it got
             try:
-                failed, results[rank] = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]
+                failed, results[rank] = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]  # the same
             except EOFError:
                 processes[rank].join(5)
                 raise WorkerFailure(f"worker {rank} died with exit code {processes[rank].exitcode}") from None

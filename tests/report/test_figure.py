@@ -28,7 +28,7 @@ def test_a_picture_of_the_promised_size_is_drawn(tmp_path, names):
 
 
 def test_the_table_fits_a_narrow_terminal_and_shows_every_figure():
-    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115  # open as long as the console
     console.print(table([record("overlap-local-sgd")]))
     row = console.export_text().splitlines()[-1].split()
     assert row == ["overlap-local-sgd", "98.77%", "0.043", "10.0", "42.9%", "12.3", "99"]

@@ -77,7 +77,7 @@ def test_resuming_drops_the_lines_of_steps_that_are_made_again(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_a_full_disk_names_the_file(tmp_path):
     writer = records.RecordWriter(tmp_path / records.FILE)
-    writer._file = open("/dev/full", "a")  # noqa: SIM115
+    writer._file = open("/dev/full", "a")  # noqa: SIM115  # the writer closes it
     with pytest.raises(ValueError, match=r"record\.jsonl: cannot be written: No space left"):
         writer.write(START)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,10 @@ def local(p: Tensor) -> Tensor:
 
 def describe(params: Sequence[Tensor]) -> str:
     """Which shards these are: equal on ranks that may average with each other."""
-    return " ".join(f"{list(p.shape)} {p.placements} at {p.device_mesh.get_coordinate()} of "  # type: ignore[attr-defined]
-                    f"{tuple(p.device_mesh.shape)}" for p in params if is_sharded(p))  # type: ignore[attr-defined]
+    # Any, since what DTensors have, Tensors do not.
+    sharded: list[Any] = [p for p in params if is_sharded(p)]
+    return " ".join(f"{list(p.shape)} {p.placements} at {p.device_mesh.get_coordinate()} of "
+                    f"{tuple(p.device_mesh.shape)}" for p in sharded)
 
 
 class Island:
@@ -67,7 +70,7 @@ class Island:
     def __init__(self, params: Sequence[Tensor]) -> None:
         # A dictionary, since all ranks must have them in the same order.
         self._meshes: list[DeviceMesh] = list(dict.fromkeys(
-            p.device_mesh for p in params if is_sharded(p)))  # type: ignore[attr-defined]
+            p.device_mesh for p in params if is_sharded(p)))  # type: ignore[attr-defined]  # a DTensor's
 
     @functools.cached_property
     def _groups(self) -> list[dist.ProcessGroup]:

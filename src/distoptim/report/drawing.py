@@ -90,7 +90,7 @@ def svg(fill: Callable[[Any], None], rows: int, columns: int, *, height: float, 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with plt.rc_context(_STYLE):  # type: ignore[arg-type]
+    with plt.rc_context(_STYLE):  # type: ignore[arg-type]  # its stubs want literal keys
         width = min(_WIDTH, 4.0 + 3.5 * columns)
         figure, axes = plt.subplots(rows, columns, figsize=(width, 0.5 + height * rows), layout="constrained",
                                     squeeze=False, sharex=share, sharey=share)

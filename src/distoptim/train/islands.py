@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from distoptim.comm.islands import is_sharded, local
-from distoptim.train.config import FSDP2, RunConfig
+from distoptim.train.config import DDP, FSDP2, RunConfig
 from distoptim.train.methods import NO_BUFFER_SYNC, Averaging
 
 
@@ -57,7 +57,7 @@ def load_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, config: 
     Raises:
         ValueError: it holds other shards than this run has.
     """
-    islands = [(saved.get("island_kind", "ddp"), saved.get("island_size", 1)), (config.island_kind, config.island_size)]
+    islands = [(saved.get("island_kind", DDP), saved.get("island_size", 1)), (config.island_kind, config.island_size)]
     if islands[0] != islands[1] and FSDP2 in (islands[0][0], islands[1][0]):
         before, now = (f"island_kind={kind!r}, island_size={size}" for kind, size in islands)
         raise ValueError(f"{now}: the checkpoint has {before}; shards of FSDP2 go on in islands of one kind and size")
@@ -74,8 +74,8 @@ def _like(x: Any, p: Tensor) -> Any:
         return x
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False,  # type: ignore[attr-defined]
-                              shape=p.shape, stride=p.stride())
+    assert isinstance(p, DTensor)
+    return DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def _group(ranks: Sequence[Sequence[int]], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
