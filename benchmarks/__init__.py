@@ -1,1 +1,4 @@
-"""Benchmarks: what the library costs and what it hides, measured on this machine. Run with `make bench`."""
+"""Benchmarks: what the library costs and what it hides, measured on this machine.
+
+Run with `make bench`.
+"""

@@ -29,7 +29,10 @@ def seconds(fn: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def measure(threads: int) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds of a copy, and the codecs' times as multiples of it; of one thread in its processor's time."""
+    """Seconds of a copy, and the codecs' times as multiples of it.
+
+    Of one thread in its processor's time.
+    """
     torch.set_num_threads(threads)
     timed = partial(seconds, clock=time.thread_time if threads == 1 else time.perf_counter)
     x, out = torch.randn(NUMEL), torch.zeros(NUMEL)
@@ -38,10 +41,18 @@ def measure(threads: int) -> tuple[float, list[dict[str, Any]]]:
     for name, codec in CODECS.items():
         code = torch.zeros(codec.nbytes(NUMEL), dtype=torch.uint8)
         size = len(code) / NUMEL
-        # A copy moves 8 bytes a number; coding reads 4 and writes the code, decoding reads it and 4 and writes 4.
-        rows.append({"codec": name, "bytes per float": size,
-                     "coding": timed(partial(codec.encode, x, code)) / copy_s, "its memory": (4 + size) / 8,
-                     "decoding": timed(partial(codec.add_decoded, code, out)) / copy_s, "its memory ": (8 + size) / 8})
+        # A copy moves 8 bytes a number; coding reads 4 and writes the code, decoding reads it and 4
+        # and writes 4.
+        rows.append(
+            {
+                "codec": name,
+                "bytes per float": size,
+                "coding": timed(partial(codec.encode, x, code)) / copy_s,
+                "its memory": (4 + size) / 8,
+                "decoding": timed(partial(codec.add_decoded, code, out)) / copy_s,
+                "its memory ": (8 + size) / 8,
+            }
+        )
     return copy_s, rows
 
 
@@ -50,11 +61,18 @@ def main() -> Report:
     report = Report("the cost of codecs")
     kept = torch.get_num_threads()
     copy_s, rows = measure(1)
-    report.note(f"one copy of {NUMEL:,} floats: {copy_s * 1e3:.1f} ms of one thread's processor time")
-    report.table("coding, and decoding and adding, in copies, beside the memory they must move; one thread", rows)
+    report.note(
+        f"one copy of {NUMEL:,} floats: {copy_s * 1e3:.1f} ms of one thread's processor time"
+    )
+    report.table(
+        "coding, and decoding and adding, in copies, beside the memory they must move; one thread",
+        rows,
+    )
     for row in rows:
         for what in ("coding", "decoding"):
-            report.aim(f"{what} {row['codec']}", row[what], LIMITS.get(str(row["codec"]), 5.0), " copies")
+            report.aim(
+                f"{what} {row['codec']}", row[what], LIMITS.get(str(row["codec"]), 5.0), " copies"
+            )
     threads = os.cpu_count() or 1
     copy_s, rows = measure(threads)
     report.note(f"with {threads} threads a copy takes {copy_s * 1e3:.1f} ms")

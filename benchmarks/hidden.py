@@ -1,14 +1,15 @@
 """How much communication is hidden: two workers, one core each, over an emulated link.
 
-The link is set, from the computation measured just before, so that one all-reduce takes a given share of a round of
-tau local steps. Segments of each method lie between segments of computation alone, so that the machine's noise hits
-all alike. What is exposed is measured three times, independently, in % of computation:
+The link is set, from the computation measured just before, so that one all-reduce takes a given
+share of a round of tau local steps. Segments of each method lie between segments of computation
+alone, so that the machine's noise hits all alike. What is exposed is measured three times,
+independently, in % of computation:
 
 - stats: by `optimizer.stats()`;
-- clock: by the clock in the training loop, a round less the same steps without communication. It also holds the
-  merging, and the processor time that gloo and the emulation take from the training;
-- asleep: by the kernel's account of the training thread, the time in which it neither ran nor queued for a core,
-  which other programs on the machine do not change (Linux only).
+- clock: by the clock in the training loop, a round less the same steps without communication. It
+  also holds the merging, and the processor time that gloo and the emulation take from the training;
+- asleep: by the kernel's account of the training thread, the time in which it neither ran nor
+  queued for a core, which other programs on the machine do not change (Linux only).
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ from distoptim.comm import Communicator, Link, ProcessGroupCommunicator, emulate
 
 WORKERS = 2
 TAU = 8
-LIMITS = {0.5: 1.0, 0.9: 3.0}  # an all-reduce as a share of tau steps -> what may be exposed, % of computation
+LIMITS = {
+    0.5: 1.0,
+    0.9: 3.0,
+}  # an all-reduce as a share of tau steps -> what may be exposed, % of computation
 LATENCY_S = 1e-3
 BATCH, WIDTH, DEPTH = 5120, 160, 4
 REPETITIONS = 5
@@ -51,9 +55,14 @@ Figures = dict[str, float]
 
 
 def model() -> nn.Module:
-    """0.1M parameters: little for the processor to send, beside the computation of a large batch."""
+    """0.1M parameters.
+
+    Little for the processor to send, beside the computation of a large batch.
+    """
     torch.manual_seed(0)
-    return nn.Sequential(*(layer for _ in range(DEPTH) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())))
+    return nn.Sequential(
+        *(layer for _ in range(DEPTH) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU()))
+    )
 
 
 def model_bytes() -> int:
@@ -62,7 +71,10 @@ def model_bytes() -> int:
 
 @dataclass
 class Trainee:
-    """A model in training by one method; `stats` are the optimizer's own measurements, if it makes any."""
+    """A model in training by one method.
+
+    `stats` are the optimizer's own measurements, if it makes any.
+    """
 
     name: str
     step: Callable[[], None]
@@ -75,7 +87,11 @@ def trainee(method: str, data: torch.Tensor, communicator: Communicator) -> Trai
     if method == "ddp":
         net = nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1000)
     make = distoptim.ALGORITHMS.get(method)
-    averaging = make(net.parameters(), lr=0.01, tau=TAU, communicator=communicator) if make is not None else None
+    averaging = (
+        make(net.parameters(), lr=0.01, tau=TAU, communicator=communicator)
+        if make is not None
+        else None
+    )
     optimizer = averaging or torch.optim.SGD(net.parameters(), lr=0.01)
 
     def step() -> None:
@@ -91,14 +107,18 @@ def trainee(method: str, data: torch.Tensor, communicator: Communicator) -> Trai
 def clocks() -> Figures:
     """Now, in seconds: of this thread asleep, of the processor in this process's other threads."""
     now = time.perf_counter()
-    ran_or_queued = sum(map(int, SCHEDULER.read_text().split()[:2])) / 1e9 if SCHEDULER.exists() else math.nan
+    ran_or_queued = (
+        sum(map(int, SCHEDULER.read_text().split()[:2])) / 1e9 if SCHEDULER.exists() else math.nan
+    )
     return {"asleep": now - ran_or_queued, "others": time.process_time() - time.thread_time()}
 
 
 def segment(subject: Trainee, rounds: int | None = None) -> Figures:
-    """What a round takes, by `clocks` and `stats`: medians over rounds, the first of which is left out.
+    """What a round takes, by `clocks` and `stats`: medians over rounds, the first of which is left
+    out.
 
-    By the clock it is the sum over its steps of a step's median, which loses fewer rounds to other programs.
+    By the clock it is the sum over its steps of a step's median, which loses fewer rounds to other
+    programs.
     """
     gains: dict[str, list[float]] = defaultdict(list)
     steps: list[list[float]] = []
@@ -141,7 +161,10 @@ def methods() -> list[str]:
 
 
 def shares(method: str, measured: Figures, step: Figures, all_reduce_s: float) -> Figures:
-    """What was measured in a round, as shares of its computation; `step` is a step of computation alone."""
+    """What was measured in a round, as shares of its computation.
+
+    `step` is a step of computation alone.
+    """
     steps = STEPS.get(method, TAU)
     computation = step["clock"] * steps
     all_reduces = steps if method == "ddp" else 1
@@ -149,7 +172,9 @@ def shares(method: str, measured: Figures, step: Figures, all_reduce_s: float) -
         "step_s": step["clock"],
         "all_reduce_s": all_reduce_s,
         "predicted": all_reduces * all_reduce_s / computation if method in BLOCKING else 0.0,
-        "stats": measured["exposed_s"] / measured["computation_s"] if "exposed_s" in measured else math.nan,
+        "stats": measured["exposed_s"] / measured["computation_s"]
+        if "exposed_s" in measured
+        else math.nan,
         "clock": measured["clock"] / computation - 1,
         "asleep": measured["asleep"] / computation,
         "merging": measured.get("overhead_s", math.nan) / computation,
@@ -164,8 +189,12 @@ def worker(rank: int, port: int, results: Any) -> None:
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group(emulate(latency_s=0.0, bandwidth_gbit_s=1e3), rank=rank, world_size=WORKERS,
-                            init_method=f"tcp://127.0.0.1:{port}")
+    dist.init_process_group(
+        emulate(latency_s=0.0, bandwidth_gbit_s=1e3),
+        rank=rank,
+        world_size=WORKERS,
+        init_method=f"tcp://127.0.0.1:{port}",
+    )
     data = torch.randn(BATCH, WIDTH)
     # One for all, since the threads of every gloo group look for work a hundred times a second.
     communicator = ProcessGroupCommunicator()
@@ -188,7 +217,8 @@ def measure() -> dict[float, list[dict[str, Figures]]]:
         port = s.getsockname()[1]
     results = multiprocessing.get_context("spawn").SimpleQueue()
     context = torch.multiprocessing.spawn(worker, (port, results), nprocs=WORKERS, join=False)
-    # Read before the workers have ended, which they do only when the pipe has room; join raises if one failed.
+    # Read before the workers have ended, which they do only when the pipe has room; join raises if
+    # one failed.
     while results.empty() and not context.join(timeout=0.2):
         pass
     everybody = results.get()
@@ -215,18 +245,40 @@ def table(report: Report, share: float, figures: list[dict[str, Figures]]) -> No
             if key == "clock":
                 row["+-"] = error
             if key in ("stats", "clock", "asleep") and not math.isnan(value):
-                judge(report, f"{method}, all-reduce {share} of a round, {key}", method, (value, error), share,
-                      median(figures, method, "predicted")[0] * 100)
+                judge(
+                    report,
+                    f"{method}, all-reduce {share} of a round, {key}",
+                    method,
+                    (value, error),
+                    share,
+                    median(figures, method, "predicted")[0] * 100,
+                )
         rows.append(row)
-    report.table(f"all-reduce {share} of a round of {TAU} steps; in % of computation: exposed as predicted, by three "
-                 "measures; merging; processor time of gloo and the emulation", rows)
+    report.table(
+        f"all-reduce {share} of a round of {TAU} steps; in % of computation: exposed as predicted, by three "
+        "measures; merging; processor time of gloo and the emulation",
+        rows,
+    )
 
 
-def judge(report: Report, name: str, method: str, figure: tuple[float, float], share: float, predicted: float) -> None:
+def judge(
+    report: Report,
+    name: str,
+    method: str,
+    figure: tuple[float, float],
+    share: float,
+    predicted: float,
+) -> None:
     """Hidden means near nothing; blocking means what the link costs."""
     value, error = figure
     if method in BLOCKING:
-        report.aim(f"{name}: off the prediction", abs(value / predicted - 1) * 100, 10.0, " %", error / predicted * 100)
+        report.aim(
+            f"{name}: off the prediction",
+            abs(value / predicted - 1) * 100,
+            10.0,
+            " %",
+            error / predicted * 100,
+        )
     else:
         report.aim(f"{name}: exposed", value, LIMITS[share], " %", error)
 

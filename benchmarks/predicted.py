@@ -1,8 +1,10 @@
-"""Are the simulator's clock and the planner right? Real runs over emulated links beside what was predicted.
+"""Are the simulator's clock and the planner right? Real runs over emulated links beside what was
+predicted.
 
-Two workers on one core each; a local step is a loop of small matrix products that lasts a set time (a third of it in
-the forward pass, two thirds in the backward pass), so that the machine's speed does not matter, only its punctuality.
-The payload is real. The predictions are made from the step as measured without communication.
+Two workers on one core each; a local step is a loop of small matrix products that lasts a set time
+(a third of it in the forward pass, two thirds in the backward pass), so that the machine's speed
+does not matter, only its punctuality. The payload is real. The predictions are made from the step
+as measured without communication.
 """
 
 from __future__ import annotations
@@ -31,11 +33,18 @@ from distoptim.sim.planner import Job, plan
 STEP_S, NUMEL, WORKERS = 0.03, 50_000, 2
 ROUNDS = 4
 CALIBRATION = 40
-CLOCK_SETTINGS = [(name, tau, share) for name in ("local-sgd", "bmuf", "cocod-sgd", "overlap-local-sgd")
-                  for tau, share in ((1, 0.5), (2, 0.8), (2, 3.0), (4, 6.0))]
+CLOCK_SETTINGS = [
+    (name, tau, share)
+    for name in ("local-sgd", "bmuf", "cocod-sgd", "overlap-local-sgd")
+    for tau, share in ((1, 0.5), (2, 0.8), (2, 3.0), (4, 6.0))
+]
 OFFERED = ("overlap-local-sgd", "local-sgd", "cocod-sgd")
 TAUS = (1, 2, 4, 8)
-LINKS = [Link(latency_s, gbit_s) for latency_s in (0.0005, 0.004, 0.012, 0.03, 0.06) for gbit_s in (0.02, 1.0)]
+LINKS = [
+    Link(latency_s, gbit_s)
+    for latency_s in (0.0005, 0.004, 0.012, 0.03, 0.06)
+    for gbit_s in (0.02, 1.0)
+]
 
 
 class Step(torch.autograd.Function):
@@ -77,7 +86,9 @@ def all_reduce_link(share: float) -> Link:
     return Link(seconds / 4, NUMEL * 4 * 8 / (seconds / 2) / 1e9)
 
 
-def real(method: str, tau: int, link: Link, communicator: ProcessGroupCommunicator) -> tuple[float, float]:
+def real(
+    method: str, tau: int, link: Link, communicator: ProcessGroupCommunicator
+) -> tuple[float, float]:
     """Seconds per step, and of them exposed, by the optimizer's counters."""
     emulate(latency_s=link.latency_s, bandwidth_gbit_s=link.bandwidth_gbit_s)
     model: nn.Module = Spinning()
@@ -85,7 +96,9 @@ def real(method: str, tau: int, link: Link, communicator: ProcessGroupCommunicat
         model = nn.parallel.DistributedDataParallel(model)
         optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.0)
     else:
-        optimizer = distoptim.ALGORITHMS[method](model.parameters(), lr=0.0, tau=tau, communicator=communicator)
+        optimizer = distoptim.ALGORITHMS[method](
+            model.parameters(), lr=0.0, tau=tau, communicator=communicator
+        )
     rounds = max(ROUNDS, math.ceil(16 / tau))
     stamps, exposed = [], 0.0
     for step in range((rounds + 2) * tau):
@@ -123,10 +136,16 @@ def calibrate() -> float:
 
 def predicted_exposed_s(method: str, tau: int, link: Link, step_s: float) -> float:
     """Exposed seconds per step, by the simulator, after the first two rounds as in `real`."""
-    cluster = Cluster(workers=WORKERS, model=lambda: nn.Linear(NUMEL, 1, bias=False), compute=Constant(step_s),
-                      network=Ring([link]), threads=1,
-                      optimizer=lambda params, communicator: distoptim.ALGORITHMS[method](
-                          params, lr=0.0, tau=tau, communicator=communicator))
+    cluster = Cluster(
+        workers=WORKERS,
+        model=lambda: nn.Linear(NUMEL, 1, bias=False),
+        compute=Constant(step_s),
+        network=Ring([link]),
+        threads=1,
+        optimizer=lambda params, communicator: distoptim.ALGORITHMS[method](
+            params, lr=0.0, tau=tau, communicator=communicator
+        ),
+    )
     before = 0.0
     for step in range((ROUNDS + 2) * tau):
         if step == 2 * tau:
@@ -140,8 +159,12 @@ def worker(rank: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})
-    dist.init_process_group(emulate(latency_s=0.0, bandwidth_gbit_s=100.0), init_method=f"file://{store}", rank=rank,
-                            world_size=WORKERS)
+    dist.init_process_group(
+        emulate(latency_s=0.0, bandwidth_gbit_s=100.0),
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=WORKERS,
+    )
     communicator = ProcessGroupCommunicator()
     found: dict[Any, Any] = {"step_s": calibrate()}
     for name, tau, share in CLOCK_SETTINGS:
@@ -159,8 +182,9 @@ def run_workers(target: Callable[..., None]) -> dict[Any, Any]:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with TemporaryDirectory() as folder:
-        started = torch.multiprocessing.spawn(target, args=(str(Path(folder, "store")), results), nprocs=WORKERS,
-                                              join=False)
+        started = torch.multiprocessing.spawn(
+            target, args=(str(Path(folder, "store")), results), nprocs=WORKERS, join=False
+        )
         found: dict[Any, Any] = results.get()
         while not started.join():
             pass
@@ -176,10 +200,20 @@ def report_clock(report: Report, found: dict[Any, Any]) -> None:
         # Where nothing is exposed there is nothing to divide by: then in % of the step.
         error = abs(exposed - predicted) / (predicted or STEP_S) * 100
         errors.append(error)
-        rows.append({"method": name, "tau": tau, "all-reduce, steps": share, "predicted ms": predicted * 1e3,
-                     "measured ms": exposed * 1e3, "differs by %": error})
+        rows.append(
+            {
+                "method": name,
+                "tau": tau,
+                "all-reduce, steps": share,
+                "predicted ms": predicted * 1e3,
+                "measured ms": exposed * 1e3,
+                "differs by %": error,
+            }
+        )
     report.table("exposed communication per step: the simulator's clock and real runs", rows)
-    report.aim(f"settings of {len(errors)} that differ by more than 5 %", sum(e > 5 for e in errors), 0)
+    report.aim(
+        f"settings of {len(errors)} that differ by more than 5 %", sum(e > 5 for e in errors), 0
+    )
     report.aim("median difference", statistics.median(errors), 5, " %")
 
 
@@ -187,22 +221,42 @@ def report_plan(report: Report, found: dict[Any, Any]) -> None:
     """The recommended setting beside the fastest one measured."""
     rows = []
     for i, link in enumerate(LINKS):
-        made = plan(Job(found["step_s"], NUMEL, WORKERS, Ring([link])), algorithms=OFFERED, taus=TAUS)
-        measured = {key[1:]: value[0] for key, value in found.items() if isinstance(key, tuple) and key[0] == i}
+        made = plan(
+            Job(found["step_s"], NUMEL, WORKERS, Ring([link])), algorithms=OFFERED, taus=TAUS
+        )
+        measured = {
+            key[1:]: value[0]
+            for key, value in found.items()
+            if isinstance(key, tuple) and key[0] == i
+        }
         fastest = min(measured, key=lambda key: measured[key])
         mine = measured[made.best.algorithm, made.best.tau]
-        rows.append({"latency ms": link.latency_s * 1e3, "Gbit/s": link.bandwidth_gbit_s,
-                     "recommended": f"{made.best.algorithm} tau {made.best.tau}",
-                     "predicted ms": made.best.step_s * 1e3, "measured ms": mine * 1e3,
-                     "fastest": f"{fastest[0]} tau {fastest[1]}",
-                     "its ms": measured[fastest] * 1e3, "slower by %": (mine / measured[fastest] - 1) * 100})
+        rows.append(
+            {
+                "latency ms": link.latency_s * 1e3,
+                "Gbit/s": link.bandwidth_gbit_s,
+                "recommended": f"{made.best.algorithm} tau {made.best.tau}",
+                "predicted ms": made.best.step_s * 1e3,
+                "measured ms": mine * 1e3,
+                "fastest": f"{fastest[0]} tau {fastest[1]}",
+                "its ms": measured[fastest] * 1e3,
+                "slower by %": (mine / measured[fastest] - 1) * 100,
+            }
+        )
     report.table("the plan's choice on ten links", rows)
-    report.aim("worst choice is slower than the fastest by", max(row["slower by %"] for row in rows), 10, " %")
+    report.aim(
+        "worst choice is slower than the fastest by",
+        max(row["slower by %"] for row in rows),
+        10,
+        " %",
+    )
 
 
 def main() -> Report:
     """Measure and print."""
-    report = Report(f"predictions beside real runs: {WORKERS} workers, a step of {STEP_S * 1e3:g} ms")
+    report = Report(
+        f"predictions beside real runs: {WORKERS} workers, a step of {STEP_S * 1e3:g} ms"
+    )
     found = run_workers(worker)
     report_clock(report, found)
     report_plan(report, found)

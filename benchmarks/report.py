@@ -70,7 +70,9 @@ class Report:
             table.add_row(*(_text(value) for value in row.values()))
         console.print(table)
 
-    def aim(self, name: str, value: float, limit: float, unit: str = "", error: float = 0.0) -> None:
+    def aim(
+        self, name: str, value: float, limit: float, unit: str = "", error: float = 0.0
+    ) -> None:
         self.aims.append(Aim(name, value, limit, unit, error))
 
     def finish(self) -> None:
@@ -79,12 +81,19 @@ class Report:
             console.print(f"[{COLOURS[aim.verdict]}]{aim.verdict:7}[/] {aim}")
         self.machine["load average after"] = load()
         if float(self.machine["load average before"].split()[0]) > 0.5:
-            console.print("[yellow]other programs were running: run it again on a quiet machine before believing it")
-        console.print(f"load average (1, 5, 15 min): {self.machine['load average before']} before, {load()} after\n")
+            console.print(
+                "[yellow]other programs were running: run it again on a quiet machine before believing it"
+            )
+        console.print(
+            f"load average (1, 5, 15 min): {self.machine['load average before']} before, {load()} after\n"
+        )
 
     def record(self) -> dict[str, Any]:
-        return {"machine": self.machine, "tables": self.tables,
-                "aims": [{**asdict(aim), "verdict": aim.verdict} for aim in self.aims]}
+        return {
+            "machine": self.machine,
+            "tables": self.tables,
+            "aims": [{**asdict(aim), "verdict": aim.verdict} for aim in self.aims],
+        }
 
 
 def _text(value: object) -> str:
@@ -94,15 +103,27 @@ def _text(value: object) -> str:
 
 
 def machine() -> dict[str, Any]:
-    return {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "cpu": _cpu(),
-            "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
-            "load average before": load()}
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load average before": load(),
+    }
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines()
-             if line.startswith("model name")] if info.exists() else []
+    names = (
+        [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -114,13 +135,17 @@ def save(reports: list[Report], path: Path | None) -> None:
     """The figures of all reports as JSON."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({report.name: report.record() for report in reports}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({report.name: report.record() for report in reports}, indent=1) + "\n"
+        )
         console.print(f"figures in {path}")
 
 
 def json_path(description: str | None) -> Path | None:
     """The one option that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures to this file")
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write the figures to this file"
+    )
     path: Path | None = parser.parse_args().json
     return path

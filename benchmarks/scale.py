@@ -23,22 +23,35 @@ SCALES = (16, 64, 256, 1024)
 
 def loss(model: nn.Module, rank: int) -> Tensor:
     """The demo's model on a batch of noise of the demo's shape."""
-    return nn.functional.cross_entropy(model(torch.ones(BATCH, 1, 8, 8)), torch.zeros(BATCH, dtype=torch.long))
+    return nn.functional.cross_entropy(
+        model(torch.ones(BATCH, 1, 8, 8)), torch.zeros(BATCH, dtype=torch.long)
+    )
 
 
 def cluster(workers: int, model: type | None = None) -> Cluster:
     """Overlap-Local-SGD on virtual workers."""
-    return Cluster(workers=workers, threads=1, compute=Constant(0.03), network=Ring([Link(0.003, 0.5)]),
-                   model=lambda: models.build("cnn", (1, 8, 8), 10) if model is None else model(32, 32),
-                   optimizer=lambda params, communicator: distoptim.OverlapLocalSGD(
-                       params, lr=0.01, momentum=0.9, tau=TAU, communicator=communicator))
+    return Cluster(
+        workers=workers,
+        threads=1,
+        compute=Constant(0.03),
+        network=Ring([Link(0.003, 0.5)]),
+        model=lambda: models.build("cnn", (1, 8, 8), 10) if model is None else model(32, 32),
+        optimizer=lambda params, communicator: distoptim.OverlapLocalSGD(
+            params, lr=0.01, momentum=0.9, tau=TAU, communicator=communicator
+        ),
+    )
 
 
 def bare_s(simulated: Cluster) -> float:
-    """Seconds of tau steps of all workers: gradients and local optimizers, without engine and clock."""
+    """Seconds of tau steps of all workers.
+
+    Gradients and local optimizers, without engine and clock.
+    """
     start = time.perf_counter()
     for _ in range(TAU):
-        for rank, (model, optimizer) in enumerate(zip(simulated.models, simulated.optimizers, strict=True)):
+        for rank, (model, optimizer) in enumerate(
+            zip(simulated.models, simulated.optimizers, strict=True)
+        ):
             loss(model, rank).backward()
             optimizer.inner.step()
             optimizer.zero_grad()
@@ -66,7 +79,9 @@ def main() -> Report:
     simulated = cluster(WORKERS)
     pairs = [(bare_s(simulated), round_s(simulated)) for _ in range(REPEATS)][1:]
     overhead = (statistics.median(whole / bare for bare, whole in pairs) - 1) * 100
-    report.note(f"{WORKERS} workers of the demo's model: {pairs[-1][0] * 1e3:.0f} ms of gradients in {TAU} steps")
+    report.note(
+        f"{WORKERS} workers of the demo's model: {pairs[-1][0] * 1e3:.0f} ms of gradients in {TAU} steps"
+    )
     report.aim(f"overhead over the bare gradients, {WORKERS} workers", overhead, 30, " %")
     rows = []
     for m in SCALES:
@@ -77,13 +92,26 @@ def main() -> Report:
         start = time.perf_counter()
         for _ in range(2 * TAU):
             many.step(lambda model, rank: model(torch.ones(4, 32)).square().mean())
-        rows.append({"workers": m, "ms per step": (time.perf_counter() - start) / (2 * TAU) * 1e3,
-                     "us per step and worker": (time.perf_counter() - start) / (2 * TAU * m) * 1e6,
-                     "MB": memory_mb() - before, "KB per worker": (memory_mb() - before) / m * 1e3})
+        rows.append(
+            {
+                "workers": m,
+                "ms per step": (time.perf_counter() - start) / (2 * TAU) * 1e3,
+                "us per step and worker": (time.perf_counter() - start) / (2 * TAU * m) * 1e6,
+                "MB": memory_mb() - before,
+                "KB per worker": (memory_mb() - before) / m * 1e3,
+            }
+        )
         del many
-    report.table("a model of 1,056 parameters, Overlap-Local-SGD: time and memory against the number of workers", rows)
-    report.aim("time per worker, 1,024 workers over 64", rows[-1]["us per step and worker"] /
-               rows[1]["us per step and worker"], 1.5, " x")
+    report.table(
+        "a model of 1,056 parameters, Overlap-Local-SGD: time and memory against the number of workers",
+        rows,
+    )
+    report.aim(
+        "time per worker, 1,024 workers over 64",
+        rows[-1]["us per step and worker"] / rows[1]["us per step and worker"],
+        1.5,
+        " x",
+    )
     report.finish()
     return report
 

@@ -30,15 +30,21 @@ def worker(rank: int, path: str) -> None:
     """Train, and note after each local step: the clock, what was exposed so far, tau, syncs."""
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     torch.set_num_threads(1)
-    dist.init_process_group(emulate(latency_s=0.0, bandwidth_gbit_s=FAST_GBIT_S), init_method=f"file://{path}.store",
-                            rank=rank, world_size=2)
+    dist.init_process_group(
+        emulate(latency_s=0.0, bandwidth_gbit_s=FAST_GBIT_S),
+        init_method=f"file://{path}.store",
+        rank=rank,
+        world_size=2,
+    )
     p = torch.nn.Parameter(torch.zeros(NUMEL))
     optimizer = distoptim.OverlapLocalSGD([p], lr=0.1, tau=HideCommunication())
     p.grad = torch.ones_like(p)
     rows = []
     for step in range(STEPS):
         if step in SLOW:
-            emulate(latency_s=0.0, bandwidth_gbit_s=FAST_GBIT_S / 10 if step == SLOW[0] else FAST_GBIT_S)
+            emulate(
+                latency_s=0.0, bandwidth_gbit_s=FAST_GBIT_S / 10 if step == SLOW[0] else FAST_GBIT_S
+            )
         time.sleep(STEP_S)  # the computation
         optimizer.step()
         optimizer.average()
@@ -51,7 +57,10 @@ def worker(rank: int, path: str) -> None:
 
 
 def rounds(rows: list[list[float]]) -> list[tuple[int, int, float, int]]:
-    """(first step, last step, exposed share of its computation, tau) of each round: between two syncs."""
+    """(first step, last step, exposed share of its computation, tau) of each round.
+
+    Between two syncs.
+    """
     out, start = [], 0
     for i in range(1, len(rows)):
         if rows[i][3] > rows[i - 1][3]:
@@ -66,7 +75,9 @@ def draw(rows: list[list[float]], to: Path) -> None:
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 3.6), layout="constrained")
     for first, last, share, _ in rounds(rows):
-        above.plot([first, last], [100 * share] * 2, color="#D55E00", linewidth=2, solid_capstyle="butt")
+        above.plot(
+            [first, last], [100 * share] * 2, color="#D55E00", linewidth=2, solid_capstyle="butt"
+        )
     above.set_ylabel("exposed, % of\ncomputation")
     below.step(range(1, len(rows) + 1), [r[2] for r in rows], where="post", color="#0072B2")
     below.set(ylabel="tau", xlabel="local step", ylim=(0, None))

@@ -1,6 +1,7 @@
 """Draw rounds.png: what one worker does under Local SGD and Overlap-Local-SGD, as the clock saw it.
 
-Two workers run over an emulated link on which one all-reduce takes about as long as two of the four local
+Two workers run over an emulated link on which one all-reduce takes about as long as two of the four
+local
 steps of a round. Run: python docs/draw_rounds.py
 """
 
@@ -56,11 +57,15 @@ def measure(method: Any) -> dict[str, list[tuple[float, float]]]:
         optimizer.average()
         compute.append((start, middle))
         waits.append((middle, time.perf_counter()))
-    flights = [(h.launched_at, h.finished_at) for h in recorder.handles if h.finished_at is not None]
+    flights = [
+        (h.launched_at, h.finished_at) for h in recorder.handles if h.finished_at is not None
+    ]
     optimizer.close()
     zero = compute[WARMUP * TAU][0]
     kinds = {"compute": compute, "wait": waits, "flight": flights}
-    return {kind: [(a - zero, b - zero) for a, b in seen if b > zero] for kind, seen in kinds.items()}
+    return {
+        kind: [(a - zero, b - zero) for a, b in seen if b > zero] for kind, seen in kinds.items()
+    }
 
 
 def worker(rank: int, store: str, out: str) -> None:
@@ -79,20 +84,40 @@ def draw(seen: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> N
     mpl.rcParams.update({"font.size": 11, "font.family": "sans-serif"})
     figure, axes = plt.subplots(len(seen), 1, figsize=(9.5, 3.7), sharex=True, layout="constrained")
     for axis, (name, kinds) in zip(axes, seen.items(), strict=True):
-        for (a, b), color, lane in [(i, COMPUTE, 1) for i in kinds["compute"]] + [
-                (i, WAIT, 1) for i in kinds["wait"]] + [(i, FLIGHT, 0) for i in kinds["flight"]]:
+        for (a, b), color, lane in (
+            [(i, COMPUTE, 1) for i in kinds["compute"]]
+            + [(i, WAIT, 1) for i in kinds["wait"]]
+            + [(i, FLIGHT, 0) for i in kinds["flight"]]
+        ):
             left = max(a, 0.0)
-            axis.barh(lane, (b - left) * 1e3, left=left * 1e3, height=0.62, color=color, edgecolor="white", linewidth=1)
+            axis.barh(
+                lane,
+                (b - left) * 1e3,
+                left=left * 1e3,
+                height=0.62,
+                color=color,
+                edgecolor="white",
+                linewidth=1,
+            )
         done = max(b for _, b in kinds["wait"]) * 1e3
-        axis.set_title(f"{name}: {ROUNDS} rounds of {TAU} local steps in {done:.0f} ms", loc="left", fontsize=11)
+        axis.set_title(
+            f"{name}: {ROUNDS} rounds of {TAU} local steps in {done:.0f} ms",
+            loc="left",
+            fontsize=11,
+        )
         axis.set_yticks([1, 0], ["processor", "link"])
         axis.set_xlim(0, max(b for k in seen.values() for _, b in k["wait"]) * 1e3 * 1.01)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     axes[-1].set_xlabel("milliseconds")
     entries = [("local step", COMPUTE), ("waiting (exposed)", WAIT), ("mean in flight", FLIGHT)]
-    figure.legend([plt.Rectangle((0, 0), 1, 1, color=c) for _, c in entries], [n for n, _ in entries],
-                  loc="outside upper right", ncols=3, frameon=False)
+    figure.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=c) for _, c in entries],
+        [n for n, _ in entries],
+        loc="outside upper right",
+        ncols=3,
+        frameon=False,
+    )
     figure.savefig(path, facecolor="white", dpi=130)
 
 
@@ -100,7 +125,10 @@ def main() -> None:
     """Measure and draw."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, args=(f"{folder}/store", f"{folder}/seen.json"), nprocs=2)
-        draw(json.loads(Path(folder, "seen.json").read_text()), Path(__file__).with_name("rounds.png"))
+        draw(
+            json.loads(Path(folder, "seen.json").read_text()),
+            Path(__file__).with_name("rounds.png"),
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Draw stragglers.png and print its numbers: time per round under random slow-downs, 4 to 1,024 virtual workers.
+"""Draw stragglers.png and print its numbers: time per round under random slow-downs, 4 to 1,024
+virtual workers.
 
 Run: python docs/draw_stragglers.py
 """
@@ -21,12 +22,22 @@ PANELS = {
 
 def rows(title: str, curves: list[Curve]) -> list[str]:
     """A Markdown table."""
-    lines = [f"{title}", "", "| method | " + " | ".join(f"m = {m:,}" for m in WORKERS) + " |",
-             "|---" * (len(WORKERS) + 1) + "|"]
+    lines = [
+        f"{title}",
+        "",
+        "| method | " + " | ".join(f"m = {m:,}" for m in WORKERS) + " |",
+        "|---" * (len(WORKERS) + 1) + "|",
+    ]
     for curve in curves:
-        lines.append(f"| {curve.method} | " + " | ".join(f"{s:.1f}" for s in curve.simulated) + " |")
+        lines.append(
+            f"| {curve.method} | " + " | ".join(f"{s:.1f}" for s in curve.simulated) + " |"
+        )
         if curve.closed_form is not None:
-            lines.append("| *expected maximum* | " + " | ".join(f"*{s:.1f}*" for s in curve.closed_form) + " |")
+            lines.append(
+                "| *expected maximum* | "
+                + " | ".join(f"*{s:.1f}*" for s in curve.closed_form)
+                + " |"
+            )
     return [*lines, ""]
 
 

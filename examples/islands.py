@@ -1,6 +1,7 @@
-"""Ranks in pairs train as workers: FSDP2 or DDP inside a pair, Overlap-Local-SGD over AdamW across pairs.
+"""Ranks in pairs train as workers: FSDP2 or DDP inside a pair, Overlap-Local-SGD over AdamW across
+pairs.
 
-    torchrun --nproc-per-node=4 examples/islands.py [fsdp2|ddp]
+torchrun --nproc-per-node=4 examples/islands.py [fsdp2|ddp]
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ from torch.distributed.fsdp import fully_shard
 
 import distoptim
 
-SIZE, BATCH, TAU = 2, 32, 4  # ranks in an island, samples of a worker in a step, local steps in a round
+SIZE, BATCH, TAU = (
+    2,
+    32,
+    4,
+)  # ranks in an island, samples of a worker in a step, local steps in a round
 
 
 def train(kind: str, steps: int) -> tuple[float, float]:
-    """Returns the loss of the workers' mean, on data that none has seen, before and after; collective."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // SIZE, SIZE), mesh_dim_names=("replicate", "shard"))
+    """Returns the loss of the workers' mean, on data that none has seen, before and after.
+
+    Collective.
+    """
+    mesh = init_device_mesh(
+        "cpu", (dist.get_world_size() // SIZE, SIZE), mesh_dim_names=("replicate", "shard")
+    )
     worker, place = mesh.get_local_rank("replicate"), mesh.get_local_rank("shard")
     # The same model on all ranks of an island; between islands rank 0's is broadcast.
     torch.manual_seed(worker)
@@ -32,7 +42,9 @@ def train(kind: str, steps: int) -> tuple[float, float]:
         model = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("shard"))
     else:
         raise ValueError(f"{kind!r}: allowed is fsdp2 or ddp")
-    optimizer = distoptim.OverlapLocalSGD(torch.optim.AdamW(model.parameters(), lr=0.01), tau=TAU, device_mesh=mesh)
+    optimizer = distoptim.OverlapLocalSGD(
+        torch.optim.AdamW(model.parameters(), lr=0.01), tau=TAU, device_mesh=mesh
+    )
 
     def loss_on(data: torch.Tensor) -> torch.Tensor:
         return nn.functional.mse_loss(model(data), data.sum(1, keepdim=True).sin())

@@ -1,4 +1,7 @@
-"""Virtual workers in one process, in lockstep: the engine's two halves are called for all in turn."""
+"""Virtual workers in one process, in lockstep.
+
+The engine's two halves are called for all in turn.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,29 @@ Gradient = Callable[[int, list[Tensor]], list[Tensor]]
 
 
 class Cluster:
-    """`workers` optimizers over their own copies of the parameters; can be pickled and deep-copied as a whole.
+    """`workers` optimizers over their own copies of the parameters; can be pickled and deep-copied
+    as a whole.
 
     Args:
         make: called as make(parameters, communicator=...) -> optimizer.
         params: rank -> its parameters; tensors are copied into parameters.
     """
 
-    def __init__(self, make: Callable[..., AveragingOptimizer], params: Sequence[Sequence[Tensor]]) -> None:
-        self.params = [[p if isinstance(p, torch.nn.Parameter) else torch.nn.Parameter(p.clone()) for p in mine]
-                       for mine in params]
+    def __init__(
+        self, make: Callable[..., AveragingOptimizer], params: Sequence[Sequence[Tensor]]
+    ) -> None:
+        self.params = [
+            [
+                p if isinstance(p, torch.nn.Parameter) else torch.nn.Parameter(p.clone())
+                for p in mine
+            ]
+            for mine in params
+        ]
         fabric = Fabric(len(params))
         self.optimizers: list[Any] = [
-            make(mine, communicator=VirtualCommunicator(fabric, rank)) for rank, mine in enumerate(self.params)]
+            make(mine, communicator=VirtualCommunicator(fabric, rank))
+            for rank, mine in enumerate(self.params)
+        ]
 
     def step(self, gradient: Gradient, before_launch: Callable[[], object] = lambda: None) -> None:
         """One local step of every worker with gradient(rank, its parameters), then average()."""
@@ -64,11 +77,16 @@ class Cluster:
 
     def x(self) -> Tensor:
         """[workers, dimension]."""
-        return torch.stack([torch.cat([p.detach().reshape(-1) for p in mine]) for mine in self.params])
+        return torch.stack(
+            [torch.cat([p.detach().reshape(-1) for p in mine]) for mine in self.params]
+        )
 
     def anchors(self) -> list[Tensor]:
         """Rank -> the anchors of all its fragments."""
-        return [torch.cat([slot.state.anchor.tensor for slot in o._engine.slots]) for o in self.optimizers]
+        return [
+            torch.cat([slot.state.anchor.tensor for slot in o._engine.slots])
+            for o in self.optimizers
+        ]
 
     def has_anchor(self) -> bool:
         return hasattr(self.optimizers[0]._engine.slots[0].state, "anchor")

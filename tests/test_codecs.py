@@ -28,9 +28,16 @@ SIZES = (1, 255, 256, 257, 65536, 70001)
 # Of the root mean square error over that of the numbers, for numbers of a normal law.
 ERRORS = {"bf16": 0.0018, "int8": 0.008, "e3m0": 0.21, "2bit": 0.48}
 NAMES = [*CODECS, *(f"{name}+ef" for name in CODECS)]
-# 15 blocks of 256, the last one not full: enough for two stages of up to 7 workers, and of 8 with parts of two blocks.
-START = [numbers(n, seed).view(shape) for seed, (n, shape) in enumerate([(3500, (70, 50)), (130, (130,)), (1, ())])]
-MINIMA = [[numbers(p.numel(), 10 * (rank + 1) + i).view(p.shape) for i, p in enumerate(START)] for rank in range(8)]
+# 15 blocks of 256, the last one not full: enough for two stages of up to 7 workers, and of 8 with
+# parts of two blocks.
+START = [
+    numbers(n, seed).view(shape)
+    for seed, (n, shape) in enumerate([(3500, (70, 50)), (130, (130,)), (1, ())])
+]
+MINIMA = [
+    [numbers(p.numel(), 10 * (rank + 1) + i).view(p.shape) for i, p in enumerate(START)]
+    for rank in range(8)
+]
 ALGORITHMS: dict[str, Any] = {
     "local": partial(distoptim.LocalSGD, tau=3),
     "cocod": partial(distoptim.CoCoDSGD, tau=3),
@@ -46,7 +53,9 @@ ALGORITHMS: dict[str, Any] = {
 
 def gradient(rank: int, params: list[Tensor]) -> list[Tensor]:
     """Of a quadratic whose minimum is another one on every worker."""
-    return [(p - c) * (1 + 0.1 * i) for i, (p, c) in enumerate(zip(params, MINIMA[rank], strict=True))]
+    return [
+        (p - c) * (1 + 0.1 * i) for i, (p, c) in enumerate(zip(params, MINIMA[rank], strict=True))
+    ]
 
 
 def through(codec: Codec, x: Tensor) -> Tensor:
@@ -72,7 +81,10 @@ def test_errors_are_bounded_at_every_size(name: str, numel: int) -> None:
     if name == "int8":
         whole = torch.zeros(-(-numel // 256) * 256)
         whole[:numel] = x
-        limit = whole.view(-1, 256).abs().amax(1, keepdim=True).expand(-1, 256).reshape(-1)[:numel] / 254
+        limit = (
+            whole.view(-1, 256).abs().amax(1, keepdim=True).expand(-1, 256).reshape(-1)[:numel]
+            / 254
+        )
         assert (y - x).abs().le(limit * 1.001).all()
     if name == "e3m0":
         assert torch.equal(torch.frexp(y[y != 0])[0].abs(), torch.full_like(y[y != 0], 0.5))
@@ -104,7 +116,11 @@ def test_what_was_coded_once_is_coded_without_loss(name: str) -> None:
 
 def test_bytes_of_a_code() -> None:
     assert {name: codec.nbytes(257) for name, codec in CODECS.items()} == {
-        "bf16": 1024, "int8": 520, "e3m0": 258, "2bit": 136}
+        "bf16": 1024,
+        "int8": 520,
+        "e3m0": 258,
+        "2bit": 136,
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,8 +185,10 @@ def test_resume_in_flight_is_bit_exact(algorithm: str, name: str) -> None:
 
 
 def test_a_checkpoint_of_another_coding_is_refused() -> None:
-    states = {name: cluster(ALGORITHMS["local"], codec=name).optimizers[0].state_dict()
-              for name in (None, "int8", "int8+ef")}
+    states = {
+        name: cluster(ALGORITHMS["local"], codec=name).optimizers[0].state_dict()
+        for name in (None, "int8", "int8+ef")
+    }
     for a, b in itertools.permutations(states, 2):
         with pytest.raises(ValueError, match="codec"):
             cluster(ALGORITHMS["local"], codec=a).optimizers[0].load_state_dict(states[b])
@@ -212,7 +230,9 @@ def test_where_a_codec_cannot_run_it_says_so() -> None:
 
     assert isinstance(Plain(), Communicator)
     with pytest.raises(ValueError, match="launch_gather"):
-        distoptim.LocalSGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1, tau=2, codec="int8", communicator=Plain())
+        distoptim.LocalSGD(
+            [torch.nn.Parameter(torch.zeros(3))], lr=0.1, tau=2, codec="int8", communicator=Plain()
+        )
 
 
 def train(rank: int) -> dict[str, tuple[Tensor, float]]:
@@ -226,7 +246,10 @@ def train(rank: int) -> dict[str, tuple[Tensor, float]]:
                 p.grad = g
             optimizer.step()
             optimizer.average()
-        out[f"{label} {name}"] = torch.cat([p.detach().reshape(-1) for p in params]), optimizer.stats()["bytes"]
+        out[f"{label} {name}"] = (
+            torch.cat([p.detach().reshape(-1) for p in params]),
+            optimizer.stats()["bytes"],
+        )
         optimizer.close()
     return out
 

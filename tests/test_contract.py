@@ -37,7 +37,9 @@ def test_consensus_is_a_fixed_point(make):
 def test_permuting_workers_permutes_results(make):
     order = [2, 0, 3, 1]
     x = cluster(make).run(3 * toy.TAU, toy.gradient)
-    permuted = cluster(make).run(3 * toy.TAU, lambda rank, params: toy.gradient(order[rank], params))
+    permuted = cluster(make).run(
+        3 * toy.TAU, lambda rank, params: toy.gradient(order[rank], params)
+    )
     torch.testing.assert_close(permuted, x[:, order], rtol=0, atol=1e-12)
     assert not torch.equal(x[-2, 0], x[-2, 1])
 
@@ -61,7 +63,9 @@ def test_all_start_from_rank_0(make):
         assert torch.equal(x, torch.cat([p.reshape(-1) for p in starts[0]]))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.complex64], ids=str
+)
 def test_dtype_is_kept(make, dtype):
     workers = cluster(make, dtype)
     start = workers.x()
@@ -70,20 +74,27 @@ def test_dtype_is_kept(make, dtype):
     assert torch.isfinite(torch.view_as_real(x) if dtype.is_complex else x).all()
     assert not torch.equal(x, start)
     # Half precision is averaged in single.
-    assert all(slot.buffer.tensor.dtype == torch.float32 for slot in workers.optimizers[0]._engine.slots)
+    assert all(
+        slot.buffer.tensor.dtype == torch.float32 for slot in workers.optimizers[0]._engine.slots
+    )
 
 
 def test_deterministic(make):
-    assert torch.equal(cluster(make).run(2 * toy.TAU, toy.gradient), cluster(make).run(2 * toy.TAU, toy.gradient))
+    assert torch.equal(
+        cluster(make).run(2 * toy.TAU, toy.gradient), cluster(make).run(2 * toy.TAU, toy.gradient)
+    )
 
 
 def resumed(make, workers):
     """A fresh cluster that goes on from what `workers` put into files."""
     fresh = Cluster(make, [[torch.zeros_like(p) for p in workers.params[0]]] * toy.WORKERS)
     for optimizer, params, new_optimizer, new_params in zip(
-            workers.optimizers, workers.params, fresh.optimizers, fresh.params, strict=True):
+        workers.optimizers, workers.params, fresh.optimizers, fresh.params, strict=True
+    ):
         file = io.BytesIO()
-        torch.save({"model": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
+        torch.save(
+            {"model": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file
+        )
         file.seek(0)
         saved = torch.load(file, weights_only=True)
         with torch.no_grad():
@@ -111,7 +122,7 @@ def test_a_copy_from_any_step_goes_on_bit_equally(make, how):
             workers.step(toy.gradient)
         going_on = COPIES[how](make, workers)
         rest = going_on.run(2 * toy.TAU, toy.gradient)
-        assert torch.equal(rest, expected[step:step + 2 * toy.TAU]), f"saved after step {step}"
+        assert torch.equal(rest, expected[step : step + 2 * toy.TAU]), f"saved after step {step}"
         # Saving changes nothing for those who are saved.
         assert torch.equal(workers.x(), expected[step - 1] if step else cluster(make).x())
 
@@ -144,7 +155,7 @@ def test_what_all_algorithms_take_resumes_in_flight_bit_equally(name, option):
         for step in range(workers.optimizers[0]._engine.step, stop):
             for rank, optimizer in enumerate(workers.optimizers):
                 samples = 1.0 + rank * (step % 3) if option == "samples" else None
-                optimizer._engine.pace.report(2.0 ** -step, samples)
+                optimizer._engine.pace.report(2.0**-step, samples)
             workers.step(toy.gradient)
             out.append(workers.x())
         return out
@@ -154,7 +165,9 @@ def test_what_all_algorithms_take_resumes_in_flight_bit_equally(name, option):
     for stop in (4, 7, 8):
         workers = cluster(make, torch.float32)
         go(workers, stop)
-        assert torch.equal(torch.stack(go(resumed(make, workers), 13)), torch.stack(expected[stop:])), stop
+        assert torch.equal(
+            torch.stack(go(resumed(make, workers), 13)), torch.stack(expected[stop:])
+        ), stop
 
 
 @pytest.mark.parametrize("name", distoptim.ALGORITHMS)
@@ -162,7 +175,9 @@ def test_a_step_that_averages_is_a_step_and_an_average(name):
     xs = []
     for inside in (False, True):
         params = [torch.nn.Parameter(p) for p in toy.start()]
-        optimizer = toy.alone(distoptim.ALGORITHMS[name], params, tau=2, average_in_step=inside, **toy.OPTIONS)
+        optimizer = toy.alone(
+            distoptim.ALGORITHMS[name], params, tau=2, average_in_step=inside, **toy.OPTIONS
+        )
         for _ in range(5):
             for p, g in zip(params, toy.gradient(0, [p.detach() for p in params]), strict=True):
                 p.grad = g
@@ -200,8 +215,10 @@ def test_counters_are_exact(make):
 def test_fragments_are_launched_at_their_own_steps(delay):
     from distoptim import LocalSGD
 
-    workers = Cluster(lambda params, **o: LocalSGD(params, tau=toy.TAU, delay=delay, fragments=3, **o),
-                      [toy.start()] * toy.WORKERS)
+    workers = Cluster(
+        lambda params, **o: LocalSGD(params, tau=toy.TAU, delay=delay, fragments=3, **o),
+        [toy.start()] * toy.WORKERS,
+    )
     launched = {0: [], 1: [], 2: []}
     for step in range(1, 3 * toy.TAU + 1):
         workers.step(toy.gradient)

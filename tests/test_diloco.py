@@ -1,4 +1,7 @@
-"""The DiLoCo family, CO2 and the carry rule: the papers' loops in float64, and what all of them promise."""
+"""The DiLoCo family, CO2 and the carry rule.
+
+The papers' loops in float64, and what all of them promise.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ def flat(params):
 class Loop:
     """Workers that do plain SGD, as flat vectors: `run` makes local steps and records x after each.
 
-    Recorded before a merge that follows: a test that writes `x` after `run` replaces the last record.
+    Recorded before a merge that follows: a test that writes `x` after `run` replaces the last
+        record.
     """
 
     def __init__(self, size=toy.WORKERS):
@@ -41,7 +45,10 @@ class Loop:
         sizes = [p.numel() for p in toy.start()]
         for _ in range(steps):
             for rank, x in enumerate(self.x):
-                params = [part.reshape(shape) for part, shape in zip(x.split(sizes), toy.SHAPES, strict=True)]
+                params = [
+                    part.reshape(shape)
+                    for part, shape in zip(x.split(sizes), toy.SHAPES, strict=True)
+                ]
                 self.x[rank] = x - LR * flat(toy.gradient(rank, params))
             self.history.append(self.x.clone())
         return self.x
@@ -81,16 +88,32 @@ def test_diloco_with_an_outer_adam_is_adam_on_the_pseudo_gradient():
         z.grad = (z.detach() - loop.run()).mean(0)
         adam.step()
         loop.restart(z.detach().expand_as(loop.x))
-    close(cluster(DiLoCo, outer=lambda anchors: torch.optim.Adam(anchors, lr=0.1)).run(ROUNDS * TAU, toy.gradient),
-          loop.trajectory())
+    close(
+        cluster(DiLoCo, outer=lambda anchors: torch.optim.Adam(anchors, lr=0.1)).run(
+            ROUNDS * TAU, toy.gradient
+        ),
+        loop.trajectory(),
+    )
 
 
 @pytest.mark.parametrize(("delay", "mine"), [(1, 0.5), (2, 0.2)])
 def test_streaming_diloco_is_the_papers_loop(delay, mine):
-    """Two fragments by hand: parameters 0 and 2 at steps 3, 6, ..., parameter 1 at steps 1, 4, ..."""
-    workers = Cluster(lambda params, **o: StreamingDiLoCo(
-        params, tau=TAU, delay=delay, local_weight=mine, lr=LR, fragments=[[params[0], params[2]], [params[1]]], **o),
-        [toy.start()] * toy.WORKERS)
+    """Two fragments by hand.
+
+    Parameters 0 and 2 at steps 3, 6, ..., parameter 1 at steps 1, 4, ...
+    """
+    workers = Cluster(
+        lambda params, **o: StreamingDiLoCo(
+            params,
+            tau=TAU,
+            delay=delay,
+            local_weight=mine,
+            lr=LR,
+            fragments=[[params[0], params[2]], [params[1]]],
+            **o,
+        ),
+        [toy.start()] * toy.WORKERS,
+    )
     x = workers.run(ROUNDS * TAU, toy.gradient)
     loop = Loop()
     parts = [(torch.tensor([*range(6), 10]), TAU), (torch.arange(6, 10), 1)]
@@ -111,7 +134,10 @@ def test_streaming_diloco_is_the_papers_loop(delay, mine):
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_eager_diloco_is_the_papers_loop(nesterov):
-    """Every worker with an outer optimizer of its own, as in the paper; ours keeps one shared state."""
+    """Every worker with an outer optimizer of its own, as in the paper.
+
+    Ours keeps one shared state.
+    """
     beta, m = 0.9, toy.WORKERS
     loop = Loop()
     z, v = loop.x.clone(), torch.zeros_like(loop.x)
@@ -140,8 +166,12 @@ def test_eager_without_its_own_part_is_delayed_diloco():
 @pytest.mark.parametrize("delay", [0, 1, TAU])
 @pytest.mark.parametrize("fragments", [1, 3])
 def test_eager_with_one_worker_is_diloco(delay, fragments):
-    close(cluster(EagerDiLoCo, size=1, delay=delay, fragments=fragments, outer_lr=0.7).run(ROUNDS * TAU, toy.gradient),
-          cluster(DiLoCo, size=1, fragments=fragments).run(ROUNDS * TAU, toy.gradient))
+    close(
+        cluster(EagerDiLoCo, size=1, delay=delay, fragments=fragments, outer_lr=0.7).run(
+            ROUNDS * TAU, toy.gradient
+        ),
+        cluster(DiLoCo, size=1, fragments=fragments).run(ROUNDS * TAU, toy.gradient),
+    )
 
 
 @pytest.mark.parametrize(("beta", "clip"), [(0.5, 1.0), (0.5, 0.05), (0.0, 0.1)])
@@ -162,7 +192,10 @@ def test_co2_is_its_equations(beta, clip):
 @pytest.mark.parametrize("delay", [1, 2, TAU])
 @pytest.mark.parametrize("make", [BMUF, SlowMo, DiLoCo, partial(LocalSGD, outer_momentum=0.5)])
 def test_the_carry_rule_adds_the_steps_made_meanwhile(make, delay):
-    """Whatever the outer step: each worker holds the anchor and its own steps since it sent, exactly."""
+    """Whatever the outer step.
+
+    Each worker holds the anchor and its own steps since it sent, exactly.
+    """
     workers = cluster(make, delay=delay, carry=True)
     sent = [workers.x()]
     for step in range(1, ROUNDS * TAU + 1):
@@ -173,8 +206,9 @@ def test_the_carry_rule_adds_the_steps_made_meanwhile(make, delay):
             base = sent[launch] if launch else sent[0]
             steps = workers.x() - workers.anchors()[0]
             assert steps.std(0).max() > 1e-3
-            before = sent[step - 1] - LR * torch.stack([
-                flat(toy.gradient(rank, split(x))) for rank, x in enumerate(sent[step - 1])])
+            before = sent[step - 1] - LR * torch.stack(
+                [flat(toy.gradient(rank, split(x))) for rank, x in enumerate(sent[step - 1])]
+            )
             close(steps, before - base)
 
 
@@ -183,9 +217,14 @@ def split(x):
     return [part.reshape(shape) for part, shape in zip(parts, toy.SHAPES, strict=True)]
 
 
-@pytest.mark.parametrize("make", [
-    partial(BMUF, block_momentum=0.0), partial(SlowMo, slow_momentum=0.0),
-    partial(DiLoCo, outer_lr=1.0, outer_momentum=0.0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(BMUF, block_momentum=0.0),
+        partial(SlowMo, slow_momentum=0.0),
+        partial(DiLoCo, outer_lr=1.0, outer_momentum=0.0),
+    ],
+)
 @pytest.mark.parametrize("delay", [1, TAU])
 def test_the_carry_rule_keeps_the_workers_mean(make, delay):
     """With an outer step onto the mean, a merge moves workers but not their mean."""
@@ -193,19 +232,25 @@ def test_the_carry_rule_keeps_the_workers_mean(make, delay):
     moved = []
     for _ in range(ROUNDS * TAU):
         x = workers.x()
-        local = torch.stack([mine - LR * flat(toy.gradient(rank, split(mine))) for rank, mine in enumerate(x)])
+        local = torch.stack(
+            [mine - LR * flat(toy.gradient(rank, split(mine))) for rank, mine in enumerate(x)]
+        )
         workers.step(toy.gradient)
         close(workers.x().mean(0), local.mean(0))
         moved.append((workers.x() - local).abs().max())
     assert max(moved) > 0.01
 
 
-@pytest.mark.parametrize("name", [name for name in toy.variants() if "diloco" in name or "co2" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in toy.variants() if "diloco" in name or "co2" in name]
+)
 def test_the_outer_state_is_bit_equal_on_all_ranks(name):
     workers = Cluster(toy.variants()[name], [toy.start(torch.float32)] * toy.WORKERS)
     for _ in range(3 * toy.TAU):
         workers.step(toy.gradient)
-        first, *others = [[shared(slot.state) for slot in o._engine.slots] for o in workers.optimizers]
+        first, *others = [
+            [shared(slot.state) for slot in o._engine.slots] for o in workers.optimizers
+        ]
         for other in others:
             for a, b in zip(first, other, strict=True):
                 assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -224,7 +269,9 @@ def shared(state):
 
 def test_fragments_are_launched_and_merged_in_one_order_on_all_ranks():
     """Three fragments, four steps in a round, two steps to travel: up to two in flight."""
-    workers = Cluster(partial(StreamingDiLoCo, tau=4, delay=2, lr=LR, fragments=3), [toy.start()] * toy.WORKERS)
+    workers = Cluster(
+        partial(StreamingDiLoCo, tau=4, delay=2, lr=LR, fragments=3), [toy.start()] * toy.WORKERS
+    )
     orders, most = [], 0
     for _ in range(12):
         workers.step(toy.gradient)
@@ -242,16 +289,22 @@ def test_messages_of_one_step_leave_in_one_order_on_all_ranks():
     workers = Cluster(partial(StreamingDiLoCo, tau=2, delay=1, lr=LR), [mixed] * toy.WORKERS)
     left = [[] for _ in workers.optimizers]
     for order, o in zip(left, workers.optimizers, strict=True):
-        def launch(buffer, *args, order=order, launch=o._engine.communicator.launch_mean, **options):
+
+        def launch(
+            buffer, *args, order=order, launch=o._engine.communicator.launch_mean, **options
+        ):
             order.append(buffer.dtype)
             return launch(buffer, *args, **options)
+
         o._engine.communicator.launch_mean = launch
     workers.run(4, toy.gradient)
     assert left == [[torch.float64, torch.float32] * 2] * toy.WORKERS
 
 
 def test_a_tau_that_the_fragments_do_not_divide_keeps_every_period_exact():
-    workers = Cluster(partial(StreamingDiLoCo, tau=4, lr=LR, fragments=3), [toy.start()] * toy.WORKERS)
+    workers = Cluster(
+        partial(StreamingDiLoCo, tau=4, lr=LR, fragments=3), [toy.start()] * toy.WORKERS
+    )
     launches = [[], [], []]
     for step in range(1, 13):
         workers.step(toy.gradient)
@@ -263,8 +316,15 @@ def test_a_tau_that_the_fragments_do_not_divide_keeps_every_period_exact():
 
 def test_workers_with_other_outer_optimizers_are_refused():
     """The functions differ in every process; what they make is compared."""
-    facts = [toy.alone(DiLoCo, [torch.nn.Parameter(torch.zeros(2))], tau=TAU, outer=factory)._rule.facts()["outer"]
-             for factory in (lambda a: torch.optim.Adam(a, lr=0.1), partial(torch.optim.Adam, lr=0.1),
-                             lambda a: torch.optim.Adam(a, lr=0.2))]
+    facts = [
+        toy.alone(
+            DiLoCo, [torch.nn.Parameter(torch.zeros(2))], tau=TAU, outer=factory
+        )._rule.facts()["outer"]
+        for factory in (
+            lambda a: torch.optim.Adam(a, lr=0.1),
+            partial(torch.optim.Adam, lr=0.1),
+            lambda a: torch.optim.Adam(a, lr=0.2),
+        )
+    ]
     assert facts[0] == facts[1] != facts[2]
     assert isinstance(facts[0], str)

@@ -32,7 +32,11 @@ def _survive(rank, victim, signal_number, name, timeout_s):
     train(optimizer, params, 2 * TAU, rank)
     if rank == victim:
         os.kill(os.getpid(), signal_number)
-    anchors = [slot.state.anchor.tensor for slot in optimizer._engine.slots if hasattr(slot.state, "anchor")]
+    anchors = [
+        slot.state.anchor.tensor
+        for slot in optimizer._engine.slots
+        if hasattr(slot.state, "anchor")
+    ]
     with pytest.raises(CommunicationError) as caught:
         train(optimizer, params, 3 * TAU, rank)
     # It stays failed, and what there is can be saved.
@@ -62,19 +66,30 @@ def _resume(rank, name, files):
     return start, mean, optimizer.stats()["syncs"]
 
 
-@pytest.mark.parametrize(("name", "signal_number", "victim", "backend"), [
-    ("overlap-local-sgd", signal.SIGKILL, 1, "gloo"),
-    ("cocod-sgd", signal.SIGKILL, 0, "gloo"),
-    ("overlap-local-sgd", signal.SIGSTOP, 1, "gloo"),
-    ("local-sgd", signal.SIGSTOP, 3, "gloo"),
-    ("easgd", signal.SIGKILL, 2, "emulated"),
-    ("easgd", signal.SIGSTOP, 2, "emulated"),
-])
+@pytest.mark.parametrize(
+    ("name", "signal_number", "victim", "backend"),
+    [
+        ("overlap-local-sgd", signal.SIGKILL, 1, "gloo"),
+        ("cocod-sgd", signal.SIGKILL, 0, "gloo"),
+        ("overlap-local-sgd", signal.SIGSTOP, 1, "gloo"),
+        ("local-sgd", signal.SIGSTOP, 3, "gloo"),
+        ("easgd", signal.SIGKILL, 2, "emulated"),
+        ("easgd", signal.SIGSTOP, 2, "emulated"),
+    ],
+)
 def test_survivors_get_an_error_and_go_on_with_three(name, signal_number, victim, backend):
     """A death is noticed at once, far inside the timeout; a standstill only by it."""
     timeout_s = 5.0 if signal_number == signal.SIGSTOP else 300.0
-    results = run(_survive, 4, victim, signal_number, name, timeout_s, backend=backend,
-                  expect_exit={victim: -signal_number})
+    results = run(
+        _survive,
+        4,
+        victim,
+        signal_number,
+        name,
+        timeout_s,
+        backend=backend,
+        expect_exit={victim: -signal_number},
+    )
     survivors = [rank for rank in range(4) if rank != victim]
     for rank in survivors:
         message, _ = results[rank]
@@ -90,8 +105,9 @@ def test_survivors_get_an_error_and_go_on_with_three(name, signal_number, victim
         assert all(torch.equal(starts[0], start) for start in starts), "from the anchor"
 
 
-# The end of a program, of which atexit and the interpreter's teardown are a part. Each program is two children of a
-# process that has imported torch: unlike multiprocessing's, they end as a script does.
+# The end of a program, of which atexit and the interpreter's teardown are a part. Each program is
+# two children of a process that has imported torch: unlike multiprocessing's, they end as a script
+# does.
 
 WAYS = {"gloo": ["exit", "destroy", "close and destroy", "raise"], "emulated": ["exit", "destroy"]}
 
@@ -143,13 +159,19 @@ if me:
 @pytest.mark.parametrize("backend", WAYS)
 def test_a_program_can_end_with_a_round_in_flight(backend):
     ports = json.dumps({way: free_port() for way in WAYS[backend]})
-    result = subprocess.run([sys.executable, "-c", PROGRAM, backend, ports], capture_output=True, text=True,
-                            check=False, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, backend, ports],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     codes = dict(json.loads(line) for line in result.stdout.splitlines())
     assert codes == {way: [int(way == "raise")] * 2 for way in WAYS[backend]}, result.stderr
 
 
 # The harness itself
+
 
 def _raise(rank):
     if rank == 1:
@@ -177,9 +199,14 @@ def _fine(rank, factor):
     return rank * factor
 
 
-@pytest.mark.parametrize(("fn", "message"), [
-    (_raise, "worker 1:\n(.|\n)*KeyError: 'deliberate'"), (_die, "worker 1 died with exit code -9"),
-    (_exit_code, "worker 1 died with exit code 7")])
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (_raise, "worker 1:\n(.|\n)*KeyError: 'deliberate'"),
+        (_die, "worker 1 died with exit code -9"),
+        (_exit_code, "worker 1 died with exit code 7"),
+    ],
+)
 def test_the_harness_fails_with_a_worker(fn, message):
     with pytest.raises(WorkerFailure, match=message):
         run(fn, 2)

@@ -1,4 +1,7 @@
-"""CUDA parameters: over NCCL, and over gloo by way of pinned host memory. One GPU is enough: workers share it."""
+"""CUDA parameters: over NCCL, and over gloo by way of pinned host memory. One GPU is enough.
+
+Workers share it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from distoptim.comm import ProcessGroupCommunicator, SingleWorker
 from tests import toy
 from tests.workers import run
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 STEPS = 3 * toy.TAU
 
@@ -42,7 +48,9 @@ def _parity(rank):
     for name, make in toy.variants().items():
         on_gpu, stats = trajectory(rank, make, "cuda", communicator)
         on_cpu, _ = trajectory(rank, make, "cpu", reference)
-        torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            on_gpu, on_cpu, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
         assert stats["exposed_s"] >= 0
         assert stats["syncs"] > 0
     communicator.close()

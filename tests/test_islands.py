@@ -1,4 +1,7 @@
-"""Workers that are groups of ranks: DDP and FSDP2 islands over real gloo processes, and what is refused."""
+"""Workers that are groups of ranks.
+
+DDP and FSDP2 islands over real gloo processes, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ from distoptim.periods import AdaComm
 from tests.workers import run
 
 # With torch 2.6 FSDP2 asks a CPU "stream" for what it has not.
-fsdp = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs a GPU")
+fsdp = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs a GPU"
+)
 
 STEPS, BATCH = 10, 4
 EXAMPLE = Path(__file__).parent.parent / "examples" / "islands.py"
@@ -35,7 +40,9 @@ METHODS = {
 def network(island: int) -> torch.nn.Module:
     # On two ranks five rows make shards of three and two, one row shards of one and none.
     torch.manual_seed(island)
-    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)
+    ).double()
 
 
 def batch(island: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +53,10 @@ def batch(island: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(model, optimizer, island, part=None, steps=STEPS):
-    """Some steps; `part` is the share of the island's batch that this rank sees, all where it is None."""
+    """Some steps.
+
+    `part` is the share of the island's batch that this rank sees, all where it is None.
+    """
     for step in range(steps):
         data, label = batch(island, step)
         if part is not None:
@@ -70,11 +80,19 @@ def shard(model, mesh):
 
 
 def whole(model) -> torch.Tensor:
-    return torch.cat([getattr(p, "full_tensor", lambda p=p: p)().detach().reshape(-1) for p in model.parameters()])
+    return torch.cat(
+        [
+            getattr(p, "full_tensor", lambda p=p: p)().detach().reshape(-1)
+            for p in model.parameters()
+        ]
+    )
 
 
 def _plain(rank):
-    """Two workers, each with an island's whole batch: parameters at the end, outputs of the mean."""
+    """Two workers, each with an island's whole batch.
+
+    Parameters at the end, outputs of the mean.
+    """
     out = {}
     for name, make in METHODS.items():
         model = network(rank)
@@ -90,8 +108,12 @@ def _plain(rank):
 def _sharded(rank, hybrid):
     mesh, inner, out = mesh_2d(), "shard", {}
     if hybrid:
-        mesh, inner = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("island", "dp_replicate", "dp_shard")), (
-            "dp_replicate", "dp_shard")
+        mesh, inner = (
+            init_device_mesh(
+                "cpu", (2, 2, 1), mesh_dim_names=("island", "dp_replicate", "dp_shard")
+            ),
+            ("dp_replicate", "dp_shard"),
+        )
     island, part = divmod(rank, 2)
     for name, make in METHODS.items():
         model = shard(network(island), mesh[inner])
@@ -119,7 +141,9 @@ def _ddp(rank):
     mesh, out = mesh_2d(), {}
     island, part = divmod(rank, 2)
     for name, make in METHODS.items():
-        model = torch.nn.parallel.DistributedDataParallel(network(island), process_group=mesh.get_group("shard"))
+        model = torch.nn.parallel.DistributedDataParallel(
+            network(island), process_group=mesh.get_group("shard")
+        )
         optimizer = make(model.parameters(), device_mesh=mesh["replicate"])
         train(model, optimizer, island, part)
         out[name] = whole(model)
@@ -162,7 +186,11 @@ def _quarantine(rank):
         if rank == 1:
             with torch.no_grad():
                 next(model.parameters()).to_local().fill_(torch.nan)
-        warned = pytest.warns(QuarantineWarning, match="not finite") if rank < 2 else contextlib.nullcontext()
+        warned = (
+            pytest.warns(QuarantineWarning, match="not finite")
+            if rank < 2
+            else contextlib.nullcontext()
+        )
         with warned:
             optimizer.flush()
         with optimizer.averaged(model):
@@ -258,16 +286,44 @@ def _refused(rank):
     sharded = partial(LocalSGD, list(model.parameters()), lr=0.1, tau=2)
     follows = partial(LocalSGD, list(model.parameters()), lr=0.1, tau=AdaComm(2))
     cases = [
-        (follows, {"device_mesh": mesh}, "tau follows loss and lr: each rank of an island would choose"),
+        (
+            follows,
+            {"device_mesh": mesh},
+            "tau follows loss and lr: each rank of an island would choose",
+        ),
         (sharded, {}, "DTensor, whose shards lie on several ranks"),
-        (sharded, {"group": dist.group.WORLD}, rf"ranks \[{rank ^ 1}\] share DTensors with this rank"),
+        (
+            sharded,
+            {"group": dist.group.WORLD},
+            rf"ranks \[{rank ^ 1}\] share DTensors with this rank",
+        ),
         (sharded, {"device_mesh": mesh["shard"]}, "ranks of other islands"),
         (sharded, {"device_mesh": everywhere}, "ranks of other islands"),
-        (partial(LocalSGD, plain, tau=2), {"device_mesh": unnamed}, "dimensions .*: allowed is one dimension"),
-        (partial(LocalSGD, plain, tau=2), {"device_mesh": "replicate"}, "allowed is a torch.distributed DeviceMesh"),
-        (partial(LocalSGD, plain, tau=2), {"device_mesh": mesh, "group": dist.group.WORLD}, "give one"),
-        (partial(LocalSGD, plain, tau=2), {"device_mesh": mesh, "communicator": SingleWorker()}, "give one"),
-        (partial(LocalSGD, plain, tau=2), {"group": dist.group.WORLD, "communicator": SingleWorker()}, "give one"),
+        (
+            partial(LocalSGD, plain, tau=2),
+            {"device_mesh": unnamed},
+            "dimensions .*: allowed is one dimension",
+        ),
+        (
+            partial(LocalSGD, plain, tau=2),
+            {"device_mesh": "replicate"},
+            "allowed is a torch.distributed DeviceMesh",
+        ),
+        (
+            partial(LocalSGD, plain, tau=2),
+            {"device_mesh": mesh, "group": dist.group.WORLD},
+            "give one",
+        ),
+        (
+            partial(LocalSGD, plain, tau=2),
+            {"device_mesh": mesh, "communicator": SingleWorker()},
+            "give one",
+        ),
+        (
+            partial(LocalSGD, plain, tau=2),
+            {"group": dist.group.WORLD, "communicator": SingleWorker()},
+            "give one",
+        ),
         (sharded, {"device_mesh": mesh, "size": 4}, "size=4, but the process group has 2 workers"),
     ]
     for make, options, message in cases:
@@ -278,7 +334,9 @@ def _refused(rank):
         LocalSGD(model.parameters(), lr=0.1, tau=3 if rank == 1 else 2, device_mesh=mesh)
     # Two parameters of one shape in another order: seen where torch knows the names.
     named = [("a", torch.nn.Parameter(torch.ones(2))), ("b", torch.nn.Parameter(torch.ones(2)))]
-    with pytest.raises(ValueError, match=r"names of parameters: rank 0 has .*'a', 'b'.*, rank 1 has .*'b', 'a'"):
+    with pytest.raises(
+        ValueError, match=r"names of parameters: rank 0 has .*'a', 'b'.*, rank 1 has .*'b', 'a'"
+    ):
         LocalSGD(named[:: -1 if rank == 1 else 1], lr=0.1, tau=2)
 
 
@@ -287,11 +345,16 @@ def test_what_cannot_be_averaged_is_refused():
 
 
 def test_torch_distributed_checkpoint_carries_the_inner_state_and_starts_a_new_run():
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
 
     model = torch.nn.Linear(3, 2)
-    first, second = [OverlapLocalSGD(torch.optim.AdamW(model.parameters()), tau=2, communicator=SingleWorker())
-                     for _ in range(2)]
+    first, second = [
+        OverlapLocalSGD(torch.optim.AdamW(model.parameters()), tau=2, communicator=SingleWorker())
+        for _ in range(2)
+    ]
     for _ in range(3):
         model(torch.ones(1, 3)).sum().backward()
         first.step()
@@ -299,7 +362,9 @@ def test_torch_distributed_checkpoint_carries_the_inner_state_and_starts_a_new_r
         first.average()
     set_optimizer_state_dict(model, second, get_optimizer_state_dict(model, first))
     for p in model.parameters():
-        assert all(torch.equal(first.state[p][key], value) for key, value in second.state[p].items())
+        assert all(
+            torch.equal(first.state[p][key], value) for key, value in second.state[p].items()
+        )
         assert second.state[p]["step"] == 3
     assert second.stats()["steps"] == 0
 

@@ -28,11 +28,17 @@ def train(optimizer, params, rank, steps, **average):
 def uneven(rank, names):
     """x of this worker after the block, and after three more steps and a flush, for each algorithm."""
     out = {}
-    kinds = {"4": (4, 1), "schedule": (Schedule({0: 2, 3: 4}), 2), "post-local": (PostLocal(start=4, tau=2), 1)}
+    kinds = {
+        "4": (4, 1),
+        "schedule": (Schedule({0: 2, 3: 4}), 2),
+        "post-local": (PostLocal(start=4, tau=2), 1),
+    }
     for name in names:
         for label, (tau, fragments) in kinds.items():
             params = [torch.nn.Parameter(p) for p in toy.start()]
-            optimizer = distoptim.ALGORITHMS[name](params, tau=tau, lr=0.1, fragments=fragments, timeout_s=30.0)
+            optimizer = distoptim.ALGORITHMS[name](
+                params, tau=tau, lr=0.1, fragments=fragments, timeout_s=30.0
+            )
             with optimizer.join():
                 train(optimizer, params, rank, STEPS[rank])
             x = torch.cat([p.detach().reshape(-1) for p in params])
@@ -50,7 +56,8 @@ def test_loaders_of_different_lengths_with_all_algorithms():
         assert x != torch.cat([p.reshape(-1) for p in toy.start()]).tolist()
         for other in results[1:]:
             assert other[key] == (x, steps), key
-    # Local SGD by hand: rounds end at steps 4, 8 and 12, and what a round is worth is its share of local steps.
+    # Local SGD by hand: rounds end at steps 4, 8 and 12, and what a round is worth is its share of
+    # local steps.
     x = torch.tensor(results[0]["local-sgd", "4"][0], dtype=torch.float64)
     torch.testing.assert_close(x, local_sgd_by_hand(), rtol=0, atol=1e-12)
 
@@ -103,7 +110,9 @@ def test_a_worker_without_samples_counts_nothing():
         optimizer._engine.pace.report(None, float(rank == 2))
     expected = [p - 0.1 * g for p, g in zip(toy.start(), toy.gradient(2, toy.start()), strict=True)]
     group.step(toy.gradient)
-    torch.testing.assert_close(group.x()[0], torch.cat([p.reshape(-1) for p in expected]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        group.x()[0], torch.cat([p.reshape(-1) for p in expected]), rtol=0, atol=1e-12
+    )
 
 
 def test_with_another_number_of_workers_samples_are_counted_anew():
@@ -116,10 +125,13 @@ def test_with_another_number_of_workers_samples_are_counted_anew():
             for rank, optimizer in enumerate(cluster.optimizers):
                 optimizer._engine.pace.report(None, 10 - rank)
             cluster.step(toy.gradient)
-    # The weights are the samples of two local steps, 20 and 18, not those less what was made before.
+    # The weights are the samples of two local steps, 20 and 18, not those less what was made
+    # before.
     assert smaller.optimizers[0]._engine.slots[0].samples == 20
     plain = Cluster(partial(LocalSGD, tau=9, lr=0.1), [toy.start()] * 2).run(2, toy.gradient)[-1]
-    torch.testing.assert_close(smaller.x()[0], (20 * plain[0] + 18 * plain[1]) / 38, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        smaller.x()[0], (20 * plain[0] + 18 * plain[1]) / 38, rtol=0, atol=1e-12
+    )
 
 
 def test_an_exception_starts_no_collective():
@@ -146,7 +158,9 @@ def test_samples_on_some_steps_only_are_refused():
 
 
 def test_samples_on_some_steps_only_are_refused_after_a_resume():
-    optimizer, resumed = (toy.alone(LocalSGD, [torch.nn.Parameter(torch.zeros(2))], tau=2, lr=0.1) for _ in range(2))
+    optimizer, resumed = (
+        toy.alone(LocalSGD, [torch.nn.Parameter(torch.zeros(2))], tau=2, lr=0.1) for _ in range(2)
+    )
     optimizer.average(samples=4)
     resumed.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="without samples= after steps with"):

@@ -28,7 +28,9 @@ ROUNDS = 5
 
 
 def cluster(make, *, tau=TAU, **options):
-    return Cluster(partial(make, tau=tau, **{**toy.OPTIONS, **options}), [toy.start()] * toy.WORKERS)
+    return Cluster(
+        partial(make, tau=tau, **{**toy.OPTIONS, **options}), [toy.start()] * toy.WORKERS
+    )
 
 
 def trajectory(make, *, steps=ROUNDS * TAU, **options):
@@ -44,48 +46,143 @@ EQUAL = {
     "CoCoD(delay 0) = Local": (CoCoDSGD, {"delay": 0}, LocalSGD, {}),
     "Local(delay tau) = CoCoD": (LocalSGD, {"delay": TAU}, CoCoDSGD, {}),
     "Local(delay 2) = CoCoD(delay 2)": (LocalSGD, {"delay": 2}, CoCoDSGD, {"delay": 2}),
-    "Overlap(alpha 1, delay 0, beta 0) = Local":
-        (OverlapLocalSGD, {"alpha": 1, "delay": 0, "outer_momentum": 0}, LocalSGD, {}),
-    "Overlap(alpha 1, delay 0, beta) = Local(beta)":
-        (OverlapLocalSGD, {"alpha": 1, "delay": 0, "outer_momentum": 0.6}, LocalSGD, {"outer_momentum": 0.6}),
-    "SlowMo(slow_lr 1) = Local(beta)": (SlowMo, {"slow_momentum": 0.6}, LocalSGD, {"outer_momentum": 0.6}),
+    "Overlap(alpha 1, delay 0, beta 0) = Local": (
+        OverlapLocalSGD,
+        {"alpha": 1, "delay": 0, "outer_momentum": 0},
+        LocalSGD,
+        {},
+    ),
+    "Overlap(alpha 1, delay 0, beta) = Local(beta)": (
+        OverlapLocalSGD,
+        {"alpha": 1, "delay": 0, "outer_momentum": 0.6},
+        LocalSGD,
+        {"outer_momentum": 0.6},
+    ),
+    "SlowMo(slow_lr 1) = Local(beta)": (
+        SlowMo,
+        {"slow_momentum": 0.6},
+        LocalSGD,
+        {"outer_momentum": 0.6},
+    ),
     "SlowMo(beta 0, slow_lr 1) = Local": (SlowMo, {"slow_momentum": 0}, LocalSGD, {}),
     "BMUF(beta 0, block_lr 1) = Local": (BMUF, {"block_momentum": 0}, LocalSGD, {}),
-    "BMUF = SlowMo at a constant lr": (BMUF, {"block_momentum": 0.6, "block_lr": 0.8},
-                                      SlowMo, {"slow_momentum": 0.6, "slow_lr": 0.8}),
-    "BMUF(Nesterov, beta 0) = BMUF(beta 0)": (BMUF, {"block_momentum": 0, "block_lr": 0.8, "nesterov_block": True},
-                                              BMUF, {"block_momentum": 0, "block_lr": 0.8}),
-    "OverlapBMUF(gain 1, beta 0) = CoCoD": (OverlapBMUF, {"gain": 1, "block_momentum": 0}, CoCoDSGD, {}),
-    "OverlapBMUF(gain 1, delay 0) = BMUF(Nesterov)":
-        (OverlapBMUF, {"gain": 1, "block_momentum": 0.6, "delay": 0},
-         BMUF, {"block_momentum": 0.6, "nesterov_block": True}),
+    "BMUF = SlowMo at a constant lr": (
+        BMUF,
+        {"block_momentum": 0.6, "block_lr": 0.8},
+        SlowMo,
+        {"slow_momentum": 0.6, "slow_lr": 0.8},
+    ),
+    "BMUF(Nesterov, beta 0) = BMUF(beta 0)": (
+        BMUF,
+        {"block_momentum": 0, "block_lr": 0.8, "nesterov_block": True},
+        BMUF,
+        {"block_momentum": 0, "block_lr": 0.8},
+    ),
+    "OverlapBMUF(gain 1, beta 0) = CoCoD": (
+        OverlapBMUF,
+        {"gain": 1, "block_momentum": 0},
+        CoCoDSGD,
+        {},
+    ),
+    "OverlapBMUF(gain 1, delay 0) = BMUF(Nesterov)": (
+        OverlapBMUF,
+        {"gain": 1, "block_momentum": 0.6, "delay": 0},
+        BMUF,
+        {"block_momentum": 0.6, "nesterov_block": True},
+    ),
     "EASGD(overlapped) = EASGD(blocking)": (EASGD, {}, EASGD, {"delay": 0}),
-    "EASGD(delay 2) = EASGD(blocking)": (EASGD, {"alpha": 0.3, "delay": 2}, EASGD, {"alpha": 0.3, "delay": 0}),
-    "DiLoCo(outer SGD lr 1) = Local": (DiLoCo, {"outer": partial(torch.optim.SGD, lr=1.0)}, LocalSGD, {}),
-    "DiLoCo(outer_lr 1, beta 0) = Local": (DiLoCo, {"outer_lr": 1, "outer_momentum": 0}, LocalSGD, {}),
-    "DiLoCo(outer_lr 1, classic beta) = Local(beta)":
-        (DiLoCo, {"outer_lr": 1, "outer_momentum": 0.6, "outer_nesterov": False}, LocalSGD, {"outer_momentum": 0.6}),
-    "DiLoCo(Nesterov SGD as outer) = DiLoCo":
-        (DiLoCo, {"outer": partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)}, DiLoCo, {}),
-    "DiLoCo(beta 0) = BMUF(beta 0)": (DiLoCo, {"outer_lr": 0.8, "outer_momentum": 0},
-                                      BMUF, {"block_momentum": 0, "block_lr": 0.8}),
-    "Streaming(delay 0, local_weight 0) = DiLoCo":
-        (StreamingDiLoCo, {"delay": 0, "local_weight": 0, "outer_lr": 0.7}, DiLoCo, {}),
-    "DiLoCo(delay 2, local_weight) = Streaming":
-        (DiLoCo, {"delay": 2, "local_weight": 0.3, "outer_lr": 0.4}, StreamingDiLoCo,
-         {"delay": 2, "local_weight": 0.3}),
-    "DiLoCo(carry, outer_lr 1, beta 0, delay tau) = CoCoD":
-        (DiLoCo, {"delay": TAU, "carry": True, "outer_lr": 1, "outer_momentum": 0}, CoCoDSGD, {}),
-    "BMUF(carry, beta 0, delay 2) = Local(delay 2)":
-        (BMUF, {"delay": 2, "carry": True, "block_momentum": 0}, LocalSGD, {"delay": 2}),
-    "SlowMo(carry) = Local(beta, carry)": (SlowMo, {"slow_momentum": 0.6, "delay": 2, "carry": True},
-                                           LocalSGD, {"outer_momentum": 0.6, "delay": 2, "carry": True}),
-    "BMUF's defaults": (BMUF, {}, BMUF, {"block_momentum": 1 - 1 / toy.WORKERS, "block_lr": 1, "delay": 0}),
+    "EASGD(delay 2) = EASGD(blocking)": (
+        EASGD,
+        {"alpha": 0.3, "delay": 2},
+        EASGD,
+        {"alpha": 0.3, "delay": 0},
+    ),
+    "DiLoCo(outer SGD lr 1) = Local": (
+        DiLoCo,
+        {"outer": partial(torch.optim.SGD, lr=1.0)},
+        LocalSGD,
+        {},
+    ),
+    "DiLoCo(outer_lr 1, beta 0) = Local": (
+        DiLoCo,
+        {"outer_lr": 1, "outer_momentum": 0},
+        LocalSGD,
+        {},
+    ),
+    "DiLoCo(outer_lr 1, classic beta) = Local(beta)": (
+        DiLoCo,
+        {"outer_lr": 1, "outer_momentum": 0.6, "outer_nesterov": False},
+        LocalSGD,
+        {"outer_momentum": 0.6},
+    ),
+    "DiLoCo(Nesterov SGD as outer) = DiLoCo": (
+        DiLoCo,
+        {"outer": partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)},
+        DiLoCo,
+        {},
+    ),
+    "DiLoCo(beta 0) = BMUF(beta 0)": (
+        DiLoCo,
+        {"outer_lr": 0.8, "outer_momentum": 0},
+        BMUF,
+        {"block_momentum": 0, "block_lr": 0.8},
+    ),
+    "Streaming(delay 0, local_weight 0) = DiLoCo": (
+        StreamingDiLoCo,
+        {"delay": 0, "local_weight": 0, "outer_lr": 0.7},
+        DiLoCo,
+        {},
+    ),
+    "DiLoCo(delay 2, local_weight) = Streaming": (
+        DiLoCo,
+        {"delay": 2, "local_weight": 0.3, "outer_lr": 0.4},
+        StreamingDiLoCo,
+        {"delay": 2, "local_weight": 0.3},
+    ),
+    "DiLoCo(carry, outer_lr 1, beta 0, delay tau) = CoCoD": (
+        DiLoCo,
+        {"delay": TAU, "carry": True, "outer_lr": 1, "outer_momentum": 0},
+        CoCoDSGD,
+        {},
+    ),
+    "BMUF(carry, beta 0, delay 2) = Local(delay 2)": (
+        BMUF,
+        {"delay": 2, "carry": True, "block_momentum": 0},
+        LocalSGD,
+        {"delay": 2},
+    ),
+    "SlowMo(carry) = Local(beta, carry)": (
+        SlowMo,
+        {"slow_momentum": 0.6, "delay": 2, "carry": True},
+        LocalSGD,
+        {"outer_momentum": 0.6, "delay": 2, "carry": True},
+    ),
+    "BMUF's defaults": (
+        BMUF,
+        {},
+        BMUF,
+        {"block_momentum": 1 - 1 / toy.WORKERS, "block_lr": 1, "delay": 0},
+    ),
     "SlowMo's defaults": (SlowMo, {}, SlowMo, {"slow_momentum": 0.7, "slow_lr": 1, "delay": 0}),
-    "Overlap's defaults": (OverlapLocalSGD, {}, OverlapLocalSGD, {"alpha": 0.6, "outer_momentum": 0.7, "delay": TAU}),
+    "Overlap's defaults": (
+        OverlapLocalSGD,
+        {},
+        OverlapLocalSGD,
+        {"alpha": 0.6, "outer_momentum": 0.7, "delay": TAU},
+    ),
     "EASGD's defaults": (EASGD, {}, EASGD, {"alpha": 1 / (toy.WORKERS + 1), "delay": TAU}),
-    "CO2's defaults": (CO2, {}, CO2, {"outer_lr": 1, "outer_momentum": 0.2, "clip": 1, "delay": TAU}),
-    "gmf = outer_momentum": (OverlapLocalSGD, {"gmf": 0.3}, OverlapLocalSGD, {"outer_momentum": 0.3}),
+    "CO2's defaults": (
+        CO2,
+        {},
+        CO2,
+        {"outer_lr": 1, "outer_momentum": 0.2, "clip": 1, "delay": TAU},
+    ),
+    "gmf = outer_momentum": (
+        OverlapLocalSGD,
+        {"gmf": 0.3},
+        OverlapLocalSGD,
+        {"outer_momentum": 0.3},
+    ),
     "gmf = block_momentum": (BMUF, {"gmf": 0.3}, BMUF, {"block_momentum": 0.3}),
     "gmf = slow_momentum": (SlowMo, {"gmf": 0.3}, SlowMo, {"slow_momentum": 0.3}),
 }
@@ -95,14 +192,21 @@ EQUAL = {
 @pytest.mark.parametrize("fragments", [1, 3])
 def test_reduces_to(law, fragments):
     left, left_options, right, right_options = EQUAL[law]
-    close(trajectory(left, fragments=fragments, **left_options),
-          trajectory(right, fragments=fragments, **right_options))
+    close(
+        trajectory(left, fragments=fragments, **left_options),
+        trajectory(right, fragments=fragments, **right_options),
+    )
 
 
 def test_easgd_at_its_best_alpha_is_overlap_local_sgd():
-    """Overlap sends after the pull, where the mean is (1-alpha) mean x + alpha z: at 1/(m+1) EASGD's next anchor."""
+    """Overlap sends after the pull, where the mean is (1-alpha) mean x + alpha z.
+
+    At 1/(m+1) EASGD's next anchor.
+    """
     alpha = 1 / (toy.WORKERS + 1)
-    close(trajectory(EASGD, alpha=alpha), trajectory(OverlapLocalSGD, alpha=alpha, outer_momentum=0))
+    close(
+        trajectory(EASGD, alpha=alpha), trajectory(OverlapLocalSGD, alpha=alpha, outer_momentum=0)
+    )
     other = trajectory(OverlapLocalSGD, alpha=alpha / 2, outer_momentum=0)
     assert not torch.allclose(trajectory(EASGD, alpha=alpha / 2), other)
 
@@ -114,7 +218,9 @@ def test_tau_1_local_sgd_is_synchronous_sgd():
     single = [torch.nn.Parameter(p) for p in toy.start()]
     sgd = torch.optim.SGD(single, lr=0.1)
     for step in range(ROUNDS * TAU):
-        gradients = [toy.gradient(rank, [p.detach() for p in single]) for rank in range(toy.WORKERS)]
+        gradients = [
+            toy.gradient(rank, [p.detach() for p in single]) for rank in range(toy.WORKERS)
+        ]
         for p, *g in zip(single, *gradients, strict=True):
             p.grad = sum(g) / toy.WORKERS
         sgd.step()
@@ -127,15 +233,20 @@ def test_tau_1_local_sgd_is_synchronous_sgd():
 def test_the_mean_of_local_sgd_is_that_of_gradient_descent_at_any_delay(delay, fragments):
     """On quadratics of equal curvature the mean of the gradients is the gradient at the mean.
 
-    A merge adds mean - sent, which sums to zero over the workers. So their mean moves as one worker on the
-    mean problem, momentum included, whenever and however late the merges come.
+    A merge adds mean - sent, which sums to zero over the workers. So their mean moves as one worker
+    on the mean problem, momentum included, whenever and however late the merges come.
     """
     x = trajectory(LocalSGD, delay=delay, fragments=fragments)
 
     def mean_gradient(rank, params):
-        return [sum(g) / toy.WORKERS for g in zip(*(toy.gradient(r, params) for r in range(toy.WORKERS)), strict=True)]
+        return [
+            sum(g) / toy.WORKERS
+            for g in zip(*(toy.gradient(r, params) for r in range(toy.WORKERS)), strict=True)
+        ]
 
-    single = Cluster(partial(LocalSGD, tau=1, **toy.OPTIONS), [toy.start()]).run(ROUNDS * TAU, mean_gradient)
+    single = Cluster(partial(LocalSGD, tau=1, **toy.OPTIONS), [toy.start()]).run(
+        ROUNDS * TAU, mean_gradient
+    )
     close(x.mean(1), single[:, 0])
     assert x.std(1).max() > 0.01
 
@@ -152,7 +263,10 @@ def test_the_mean_of_overlapped_bmuf_is_that_of_blocking_bmuf(gain, fragments):
 
 @pytest.mark.parametrize(("gain", "bounded"), [(1.0, False), (0.5, True)])
 def test_half_a_correction_is_stable_where_a_whole_one_swings(gain, bounded):
-    """Stiff: a round of local steps overshoots the minimum, to -0.32 of the distance; -0.32 - gain is what stays."""
+    """Stiff: a round of local steps overshoots the minimum, to -0.32 of the distance.
+
+    -0.32 - gain is what stays.
+    """
     plain = {"lr": 1.2, "momentum": 0, "nesterov": False, "tau": 1}
     workers = cluster(OverlapBMUF, block_momentum=0, gain=gain, **plain)
     spread = [float(x.std(0)[6:10].max()) for x in workers.run(60, toy.gradient)]
@@ -173,9 +287,14 @@ def test_overlap_without_a_pull_leaves_workers_alone():
 
 @pytest.mark.parametrize("delay", [0, TAU])
 def test_easgd_converges_just_inside_its_bound(delay):
-    """Workers that stand still, one of them apart: the anchor's mode is 1 - (m+1) alpha, the spread's 1 - alpha."""
+    """Workers that stand still, one of them apart.
+
+    The anchor's mode is 1 - (m+1) alpha, the spread's 1 - alpha.
+    """
     bound = 2 / (toy.WORKERS + 1)
-    workers = cluster(EASGD, tau=1, alpha=0.97 * bound, delay=min(delay, 1), momentum=0, nesterov=False)
+    workers = cluster(
+        EASGD, tau=1, alpha=0.97 * bound, delay=min(delay, 1), momentum=0, nesterov=False
+    )
     with torch.no_grad():
         workers.params[0][0].add_(1.0)
     spread = [x.std(0).max() for x in workers.run(300, toy.zero)]
@@ -188,8 +307,12 @@ def test_easgd_converges_just_inside_its_bound(delay):
 
 # Learning-rate schedules and the momentum kept in units of the gradient.
 
+
 def reference(lrs, *, alpha, beta, delay, slow_lr=1.0):
-    """Plain numpy, the momentum as in the papers: u <- beta u + (z - mean)/lr; z <- z - slow_lr lr u."""
+    """Plain numpy, the momentum as in the papers: u <- beta u + (z - mean)/lr.
+
+    Z <- z - slow_lr lr u.
+    """
     data = [(problem.DATA[f"lsq|X{r}"], problem.DATA[f"lsq|Y{r}"]) for r in range(problem.WORKERS)]
     x = np.stack([problem.DATA["lsq|init"]] * problem.WORKERS)
     z, u = x[0].copy(), np.zeros_like(x[0])
@@ -218,11 +341,19 @@ SCHEDULES = {
     "every step": [0.1 / (1 + i) for i in range(20)],
 }
 CARRYING = {
-    "overlap": (partial(OverlapLocalSGD, alpha=0.6, outer_momentum=0.7), {"alpha": 0.6, "beta": 0.7, "delay": TAU}),
-    "overlap-blocking": (partial(OverlapLocalSGD, alpha=0.6, outer_momentum=0.7, delay=0),
-                         {"alpha": 0.6, "beta": 0.7, "delay": 0}),
+    "overlap": (
+        partial(OverlapLocalSGD, alpha=0.6, outer_momentum=0.7),
+        {"alpha": 0.6, "beta": 0.7, "delay": TAU},
+    ),
+    "overlap-blocking": (
+        partial(OverlapLocalSGD, alpha=0.6, outer_momentum=0.7, delay=0),
+        {"alpha": 0.6, "beta": 0.7, "delay": 0},
+    ),
     "local": (partial(LocalSGD, outer_momentum=0.7), {"alpha": 1, "beta": 0.7, "delay": 0}),
-    "slowmo": (partial(SlowMo, slow_momentum=0.7, slow_lr=0.5), {"alpha": 1, "beta": 0.7, "delay": 0, "slow_lr": 0.5}),
+    "slowmo": (
+        partial(SlowMo, slow_momentum=0.7, slow_lr=0.5),
+        {"alpha": 1, "beta": 0.7, "delay": 0, "slow_lr": 0.5},
+    ),
 }
 
 
@@ -242,12 +373,17 @@ def scheduled(make, lrs):
 def test_momentum_follows_the_learning_rate(name, schedule):
     make, rule = CARRYING[name]
     lrs = SCHEDULES[schedule]
-    np.testing.assert_allclose(scheduled(make, lrs).numpy(), reference(lrs, **rule), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        scheduled(make, lrs).numpy(), reference(lrs, **rule), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", CARRYING)
 def test_a_learning_rate_of_0_in_between_ends_the_momentum(name):
-    """Steps of length 0 have no gradient units: nothing is divided by 0, and what comes after starts anew."""
+    """Steps of length 0 have no gradient units.
+
+    Nothing is divided by 0, and what comes after starts anew.
+    """
     x = scheduled(CARRYING[name][0], [0.1] * 2 * TAU + [0.0] * 6 * TAU + [0.1] * 2 * TAU)
     assert torch.isfinite(x).all()
     torch.testing.assert_close(x[8 * TAU - 1], x[7 * TAU - 1], rtol=0, atol=0.02)
@@ -272,7 +408,9 @@ def test_effective_learning_rate(alpha, beta):
     workers = cluster(OverlapLocalSGD, alpha=alpha, outer_momentum=beta, momentum=0, nesterov=False)
     x = workers.run(100 * TAU, lambda rank, params: [torch.ones_like(p) for p in params])
     speed = (x[-1 - TAU] - x[-1]) / TAU
-    torch.testing.assert_close(speed, torch.full_like(speed, 0.1 * (1 - alpha) / (1 - alpha * beta)))
+    torch.testing.assert_close(
+        speed, torch.full_like(speed, 0.1 * (1 - alpha) / (1 - alpha * beta))
+    )
 
 
 @pytest.mark.parametrize("tau", [1, 3, 8])

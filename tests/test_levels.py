@@ -1,4 +1,7 @@
-"""Groups of workers that average more often than all do: over real gloo processes, and what is refused."""
+"""Groups of workers that average more often than all do.
+
+Over real gloo processes, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,26 @@ CASES: dict[str, tuple[Any, set[int], set[int]]] = {
     "local-sgd": (partial(LocalSGD, tau=4), EVERY_4, set(range(2, 16, 2))),
     "cocod-sgd": (partial(CoCoDSGD, tau=4), EVERY_4, set(range(2, 16, 2))),
     "overlap": (partial(OverlapLocalSGD, tau=4), EVERY_4, set(range(2, 16, 2))),
-    "carry": (partial(BMUF, tau=4, delay=1, block_momentum=0.5, carry=True), EVERY_4, set(range(2, 16, 2))),
+    "carry": (
+        partial(BMUF, tau=4, delay=1, block_momentum=0.5, carry=True),
+        EVERY_4,
+        set(range(2, 16, 2)),
+    ),
     "samples": (partial(LocalSGD, tau=4), EVERY_4, set(range(2, 16, 2))),
     "schedule": (partial(LocalSGD, tau=Schedule({0: 8, 5: 4})), LATER_4, set(range(2, 16, 2))),
     "post-local": (partial(LocalSGD, tau=PostLocal(start=3, tau=4)), POST, {5, 7, 9, 11, 13, 15}),
-    "reset": (partial(LocalSGD, tau=4, reset_inner=True, momentum=0.9), EVERY_4, set(range(2, 16, 2))),
+    "reset": (
+        partial(LocalSGD, tau=4, reset_inner=True, momentum=0.9),
+        EVERY_4,
+        set(range(2, 16, 2)),
+    ),
     # No plain loop for these: which parts meet when, and that resuming changes nothing.
     "fragments": (partial(LocalSGD, tau=4, fragments=2), set(), set()),
-    "fragments-schedule": (partial(LocalSGD, tau=Schedule({0: 4, 5: 6}), fragments=2), set(), set()),
+    "fragments-schedule": (
+        partial(LocalSGD, tau=Schedule({0: 4, 5: 6}), fragments=2),
+        set(),
+        set(),
+    ),
     "codec": (partial(LocalSGD, tau=4, codec="int8+ef"), set(), set()),
 }
 
@@ -50,11 +65,16 @@ def _samples(rank, step):
 
 
 def _train(optimizer, params, rank, steps, samples=False):
-    """Local steps on (x - c)^2 / 2, with another c on every worker and for every element; x after each."""
+    """Local steps on (x - c)^2 / 2, with another c on every worker and for every element.
+
+    X after each.
+    """
     xs = []
     for step in steps:
         for i, p in enumerate(params):
-            p.grad = p.detach() - rank - 10 * i - torch.arange(p.numel(), dtype=p.dtype).view(p.shape)
+            p.grad = (
+                p.detach() - rank - 10 * i - torch.arange(p.numel(), dtype=p.dtype).view(p.shape)
+            )
         optimizer.step()
         optimizer.average(samples=_samples(rank, step) if samples else None)
         xs.append(torch.cat([p.detach() for p in params]))
@@ -62,7 +82,10 @@ def _train(optimizer, params, rank, steps, samples=False):
 
 
 def _two_levels(rank):
-    """Of each case x after each step and after a flush; resumed in flight, in the middle of a pair's round, too."""
+    """Of each case x after each step and after a flush.
+
+    Resumed in flight, in the middle of a pair's round, too.
+    """
     pair, workers, out, made = pairs()[rank // 2], ProcessGroupCommunicator(), {}, []
     for name, (make, *_) in CASES.items():
         dtype, samples = torch.float32 if name == "codec" else torch.float64, name in BY_SAMPLES
@@ -77,7 +100,10 @@ def _two_levels(rank):
             xs = _train(optimizer, params, rank, range(1, 1 + (stop or STEPS)), samples)
             if stop:
                 file = io.BytesIO()
-                torch.save({"model": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
+                torch.save(
+                    {"model": [p.detach() for p in params], "optimizer": optimizer.state_dict()},
+                    file,
+                )
                 file.seek(0)
                 saved = torch.load(file, weights_only=True)
                 params, optimizer = start(7)
@@ -93,8 +119,14 @@ def _two_levels(rank):
 
 
 def _reference(name, launches, means):
-    """[steps, workers, dimension] of the same, by a plain loop; z, v, sent are those of the algorithms' equations."""
-    x, c = torch.zeros(4, 4, dtype=torch.float64), torch.tensor([0.0, 1, 10, 11], dtype=torch.float64)
+    """[steps, workers, dimension] of the same, by a plain loop.
+
+    Z, v, sent are those of the algorithms' equations.
+    """
+    x, c = (
+        torch.zeros(4, 4, dtype=torch.float64),
+        torch.tensor([0.0, 1, 10, 11], dtype=torch.float64),
+    )
     c = c + torch.arange(4, dtype=torch.float64)[:, None]
     made, at = torch.zeros(4, dtype=torch.float64), {"pair": 0.0, "all": 0.0}
 
@@ -146,14 +178,18 @@ def results():
 
 @pytest.mark.parametrize("name", [name for name, (_, launches, _) in CASES.items() if launches])
 def test_two_levels_equal_a_plain_loop(results, name):
-    torch.testing.assert_close(results[name, None][:-1], _reference(name, *CASES[name][1:]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        results[name, None][:-1], _reference(name, *CASES[name][1:]), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_in_flight_and_flushed_they_are_bit_equal(results, name):
     """After steps 9 and 15 a mean over all may be on its way, and the pairs are in the middle of a round."""
     for stop in (9, STEPS):
-        assert torch.equal(results.get((name, stop), results[name, None]), results[name, None]), stop
+        assert torch.equal(results.get((name, stop), results[name, None]), results[name, None]), (
+            stop
+        )
 
 
 def test_a_flush_ends_with_the_mean_of_all(results):
@@ -172,10 +208,12 @@ def _meet(x):
 
 def test_each_fragment_meets_its_group_before_all(results):
     x = results["fragments", None][:-1]
-    # The second fragment's rounds end at steps 2, 6, ...: at those it meets all, between them its pair.
+    # The second fragment's rounds end at steps 2, 6, ...: at those it meets all, between them its
+    # pair.
     assert _meet(x[..., :2]) == ([4, 8, 12], [2, 4, 6, 8, 10, 12, 14])
     assert _meet(x[..., 2:]) == ([2, 6, 10, 14], [2, 4, 6, 8, 10, 12, 14])
-    # At step 8 tau becomes 6: the first fragment goes on from there, the second begins 3 steps later.
+    # At step 8 tau becomes 6: the first fragment goes on from there, the second begins 3 steps
+    # later.
     x = results["fragments-schedule", None][:-1]
     assert _meet(x[..., :2]) == ([4, 8, 14], [2, 4, 6, 8, 10, 12, 14])
     assert _meet(x[..., 2:]) == ([2, 6, 11], [2, 4, 6, 8, 9, 11, 13, 15])
@@ -201,8 +239,11 @@ LOADERS = (3, 5, 9, 6)
 
 def _uneven(rank):
     pair, out = pairs()[rank // 2], {}
-    for name, make in {"local-sgd": partial(LocalSGD, tau=4), "overlap": partial(OverlapLocalSGD, tau=4),
-                       "late": partial(LocalSGD, tau=4, delay=3)}.items():
+    for name, make in {
+        "local-sgd": partial(LocalSGD, tau=4),
+        "overlap": partial(OverlapLocalSGD, tau=4),
+        "late": partial(LocalSGD, tau=4, delay=3),
+    }.items():
         params = _parameters(rank, torch.float64)
         optimizer = make(params, lr=0.1, levels={2: pair}, timeout_s=30.0)
         with optimizer.join():
@@ -215,7 +256,10 @@ def _uneven(rank):
 
 
 def test_loaders_of_different_lengths():
-    """Who has run out weighs in its pair as among all: by the local steps it still made, then not at all."""
+    """Who has run out weighs in its pair as among all.
+
+    By the local steps it still made, then not at all.
+    """
     results = run(_uneven, WORKERS)
     for name in results[0]:
         joined = torch.stack([result[name][0] for result in results])
@@ -246,23 +290,35 @@ def test_alone_levels_average_nothing_and_are_checked_all_the_same():
     assert params[0].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(("tau", "levels", "message"), [
-    (4, {3: None}, "4 is no multiple of 3; allowed are periods of which each divides the next"),
-    (12, {2: None, 3: None}, "3 is no multiple of 2"),
-    (4, {4: None}, "period of levels=4: allowed is an integer, from 1 to 3"),
-    (4, {0: None}, "period of levels=0: allowed is an integer, from 1 to 3"),
-    (4, [2], r"levels=\[2\]: allowed is a mapping of periods to process groups"),
-    (1, {1: None}, "levels= beside tau=1: all average after every local step"),
-    (Schedule({0: 4, 9: 6}), {4: None}, "period of levels=4|6 is no multiple of 4"),
-    (Schedule({0: 8, 9: 6}), {4: None}, "6 is no multiple of 4"),
-    (PostLocal(start=3, tau=Schedule({0: 8, 9: 6})), {4: None}, "6 is no multiple of 4"),
-    (AdaComm(8), {2: None}, "levels= beside tau=AdaComm.*may choose a tau that the periods of levels do not divide"),
-    (PostLocal(start=3, tau=HideCommunication()), {2: None}, "levels= beside tau=PostLocal"),
-])
+@pytest.mark.parametrize(
+    ("tau", "levels", "message"),
+    [
+        (4, {3: None}, "4 is no multiple of 3; allowed are periods of which each divides the next"),
+        (12, {2: None, 3: None}, "3 is no multiple of 2"),
+        (4, {4: None}, "period of levels=4: allowed is an integer, from 1 to 3"),
+        (4, {0: None}, "period of levels=0: allowed is an integer, from 1 to 3"),
+        (4, [2], r"levels=\[2\]: allowed is a mapping of periods to process groups"),
+        (1, {1: None}, "levels= beside tau=1: all average after every local step"),
+        (Schedule({0: 4, 9: 6}), {4: None}, "period of levels=4|6 is no multiple of 4"),
+        (Schedule({0: 8, 9: 6}), {4: None}, "6 is no multiple of 4"),
+        (PostLocal(start=3, tau=Schedule({0: 8, 9: 6})), {4: None}, "6 is no multiple of 4"),
+        (
+            AdaComm(8),
+            {2: None},
+            "levels= beside tau=AdaComm.*may choose a tau that the periods of levels do not divide",
+        ),
+        (PostLocal(start=3, tau=HideCommunication()), {2: None}, "levels= beside tau=PostLocal"),
+    ],
+)
 def test_periods_that_do_not_fit_are_refused(tau, levels, message):
     with pytest.raises(ValueError, match=message):
-        OverlapLocalSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, tau=tau, levels=levels,
-                        communicator=SingleWorker())
+        OverlapLocalSGD(
+            [torch.nn.Parameter(torch.ones(2))],
+            lr=0.1,
+            tau=tau,
+            levels=levels,
+            communicator=SingleWorker(),
+        )
 
 
 def _level_of_nan(rank):
@@ -289,7 +345,13 @@ def _level_of_nan(rank):
     with pytest.raises(ValueError, match="are not among the workers"):
         LocalSGD(params, lr=0.1, tau=4, levels={2: dist.group.WORLD}, group=groups[rank // 2])
     with pytest.raises(ValueError, match="levels= beside"):
-        LocalSGD(params, lr=0.1, tau=4, levels={2: groups[rank // 2]}, communicator=VirtualCommunicator(Fabric(1), 0))
+        LocalSGD(
+            params,
+            lr=0.1,
+            tau=4,
+            levels={2: groups[rank // 2]},
+            communicator=VirtualCommunicator(Fabric(1), 0),
+        )
     return out
 
 

@@ -1,4 +1,7 @@
-"""What holds for every algorithm beside `levels=`, at every delay and split; over real gloo processes."""
+"""What holds for every algorithm beside `levels=`, at every delay and split.
+
+Over real gloo processes.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,30 @@ from tests.workers import run
 TAU, STEPS, STOPS = 4, 12, (5, 8, 10)
 MAKERS = toy.variants(tau=TAU, fragments=(2,))
 PAIRS, CROSSED, ALONE = [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0], [1], [2], [3]]
-LEVELS = {"pairs": {2: PAIRS}, "two levels": {1: PAIRS, 2: CROSSED}, "alone": {1: ALONE, 2: ALONE}, "none": {}}
+LEVELS = {
+    "pairs": {2: PAIRS},
+    "two levels": {1: PAIRS, 2: CROSSED},
+    "alone": {1: ALONE, 2: ALONE},
+    "none": {},
+}
 # More than one level, which costs many messages, at one delay of each.
-KINDS = {name: ["pairs", "alone", "none", *["two levels"] * (f"delay{TAU}" in name)] for name in MAKERS}
-# What all algorithms take and a plain loop would have to repeat; with each of them what two workers share and resume.
+KINDS = {
+    name: ["pairs", "alone", "none", *["two levels"] * (f"delay{TAU}" in name)] for name in MAKERS
+}
+# What all algorithms take and a plain loop would have to repeat; with each of them what two workers
+# share and resume.
 OPTIONS: dict[str, dict[str, Any]] = {
     "codec": {"tau": TAU, "codec": "int8+ef", "fragments": 2, "pattern": "strided"},
     "phases": {"tau": PostLocal(start=3, tau=Schedule({0: 4, 9: 2 * TAU})), "reset_inner": True},
     "samples": {"tau": Schedule({0: 4, 6: 6}), "fragments": 2},
 }
-OPTIONED = {f"{name}, {option}": partial(algorithm, **{**toy.OPTIONS, **OPTIONS[option]})
-            for name, algorithm in distoptim.ALGORITHMS.items() for option in OPTIONS}
-# What a worker keeps of its own, until the next launch or for good; the members of a group have it in common.
+OPTIONED = {
+    f"{name}, {option}": partial(algorithm, **{**toy.OPTIONS, **OPTIONS[option]})
+    for name, algorithm in distoptim.ALGORITHMS.items()
+    for option in OPTIONS
+}
+# What a worker keeps of its own, until the next launch or for good; the members of a group have it
+# in common.
 OWN = ("sent", "base", "own")
 
 
@@ -65,8 +80,13 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def memory(optimizer: Any, *, own: bool) -> Tensor:
     """The algorithm's states: the workers' own parts of them, or the rest."""
     saved = [rule.save(slot.state) for slot in optimizer._engine.slots]
-    parts = [tensors({name: value for name, value in state.items() if (name in OWN) == own}) for state in saved]
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *(part for found in parts for part in found)])
+    parts = [
+        tensors({name: value for name, value in state.items() if (name in OWN) == own})
+        for state in saved
+    ]
+    return torch.cat(
+        [torch.zeros(0, dtype=torch.float64), *(part for found in parts for part in found)]
+    )
 
 
 class Worker:
@@ -74,23 +94,38 @@ class Worker:
 
     def __init__(self, rank: int) -> None:
         self.rank, self.communicator = rank, Recorder()
-        self.groups = {str(groups): [dist.new_group(ranks) for ranks in groups][
-            next(i for i, ranks in enumerate(groups) if rank in ranks)] for groups in (PAIRS, CROSSED, ALONE)}
+        self.groups = {
+            str(groups): [dist.new_group(ranks) for ranks in groups][
+                next(i for i, ranks in enumerate(groups) if rank in ranks)
+            ]
+            for groups in (PAIRS, CROSSED, ALONE)
+        }
 
-    def start(self, make: Any, levels: Any, value: float = 0.0) -> tuple[list[torch.nn.Parameter], Any]:
+    def start(
+        self, make: Any, levels: Any, value: float = 0.0
+    ) -> tuple[list[torch.nn.Parameter], Any]:
         dtype = torch.float32 if "codec" in make.keywords else torch.float64
         params = [torch.nn.Parameter(p + value) for p in toy.start(dtype)]
         groups = {period: self.groups[str(ranks)] for period, ranks in levels.items()}
         return params, make(params, levels=groups, communicator=self.communicator)
 
-    def train(self, params: Any, optimizer: Any, steps: range, *, samples: bool = False,
-              stops: Sequence[int] = ()) -> tuple[dict[str, Tensor], dict[int, bytes]]:
+    def train(
+        self,
+        params: Any,
+        optimizer: Any,
+        steps: range,
+        *,
+        samples: bool = False,
+        stops: Sequence[int] = (),
+    ) -> tuple[dict[str, Tensor], dict[int, bytes]]:
         """What came of these local steps, and files saved after some of them."""
         found: dict[str, list[Tensor]] = {"x": [], "shared": [], "own": []}
         saved = {}
         self.communicator.sent.clear()
         for step in steps:
-            for p, g in zip(params, toy.gradient(self.rank, [p.detach() for p in params]), strict=True):
+            for p, g in zip(
+                params, toy.gradient(self.rank, [p.detach() for p in params]), strict=True
+            ):
                 p.grad = g
             optimizer.step()
             optimizer.average(samples=1.0 + self.rank * (step % 3) if samples else None)
@@ -99,14 +134,22 @@ class Worker:
                 found[name].append(memory(optimizer, own=own))
             if step in stops:
                 file = io.BytesIO()
-                torch.save({"model": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
+                torch.save(
+                    {"model": [p.detach() for p in params], "optimizer": optimizer.state_dict()},
+                    file,
+                )
                 saved[step] = file.getvalue()
         optimizer._engine.settle()
         sent = torch.cat([torch.zeros(0), *self.communicator.sent])
-        return {"x": torch.stack(found.pop("x")), "sent": sent,
-                **{name: torch.cat(rows) for name, rows in found.items()}}, saved
+        return {
+            "x": torch.stack(found.pop("x")),
+            "sent": sent,
+            **{name: torch.cat(rows) for name, rows in found.items()},
+        }, saved
 
-    def resume(self, make: Any, levels: Any, stop: int, file: bytes, samples: bool) -> dict[str, Tensor]:
+    def resume(
+        self, make: Any, levels: Any, stop: int, file: bytes, samples: bool
+    ) -> dict[str, Tensor]:
         saved = torch.load(io.BytesIO(file), weights_only=True)
         params, optimizer = self.start(make, levels, value=7.0)
         with torch.no_grad():
@@ -121,14 +164,18 @@ def everything(rank: int) -> dict[tuple[str, str], dict[str, Tensor]]:
     worker, out = Worker(rank), {}
     for i, (name, make) in enumerate({**MAKERS, **OPTIONED}.items()):
         samples, pairs = "samples" in name, LEVELS["pairs"]
-        # Of the many variants each stops at one place, of the algorithms' kinds of options each everywhere.
-        stops = STOPS if name in OPTIONED else STOPS[i % len(STOPS):][:1]
-        out[name, "pairs"], saved = worker.train(*worker.start(make, pairs), range(1, STEPS + 1), samples=samples,
-                                                 stops=stops)
+        # Of the many variants each stops at one place, of the algorithms' kinds of options each
+        # everywhere.
+        stops = STOPS if name in OPTIONED else STOPS[i % len(STOPS) :][:1]
+        out[name, "pairs"], saved = worker.train(
+            *worker.start(make, pairs), range(1, STEPS + 1), samples=samples, stops=stops
+        )
         for stop in stops:
             out[name, f"from {stop}"] = worker.resume(make, pairs, stop, saved[stop], samples)
         for kind in KINDS.get(name, [])[1:]:
-            out[name, kind], _ = worker.train(*worker.start(make, LEVELS[kind]), range(1, STEPS + 1))
+            out[name, kind], _ = worker.train(
+                *worker.start(make, LEVELS[kind]), range(1, STEPS + 1)
+            )
     worker.communicator.close()
     return out
 
@@ -137,14 +184,23 @@ def everything(rank: int) -> dict[tuple[str, str], dict[str, Tensor]]:
 def results():
     """(name, kind) -> x, states and what was sent: of every worker."""
     found = run(everything, toy.WORKERS, timeout_s=180.0)
-    return {key: {part: torch.stack([result[key][part] for result in found], -2) for part in found[0][key]}
-            for key in found[0]}
+    return {
+        key: {
+            part: torch.stack([result[key][part] for result in found], -2) for part in found[0][key]
+        }
+        for key in found[0]
+    }
 
 
 def by_definition(make: Any, levels: dict[int, list[list[int]]]) -> Tensor:
-    """x of virtual workers that know nothing of levels: the test averages the groups' parameters before `average()`."""
+    """x of virtual workers that know nothing of levels.
+
+    The test averages the groups' parameters before `average()`.
+    """
     workers = Cluster(make, [toy.start()] * toy.WORKERS)
-    fragments = [[slot.fragment for slot in optimizer._engine.slots] for optimizer in workers.optimizers]
+    fragments = [
+        [slot.fragment for slot in optimizer._engine.slots] for optimizer in workers.optimizers
+    ]
     out = []
     for step in range(1, STEPS + 1):
         workers.local_step(toy.gradient)
@@ -161,8 +217,15 @@ def by_definition(make: Any, levels: dict[int, list[list[int]]]) -> Tensor:
     return torch.stack(out)
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in KINDS.items() for kind in kinds
-                                            if kind in ("pairs", "two levels")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name, kinds in KINDS.items()
+        for kind in kinds
+        if kind in ("pairs", "two levels")
+    ],
+)
 def test_groups_average_before_the_algorithm_does_what_it_does_without(results, name, kind):
     expected = by_definition(MAKERS[name], LEVELS[kind])
     torch.testing.assert_close(results[name, kind]["x"], expected, rtol=0, atol=1e-12)
@@ -185,7 +248,9 @@ def test_members_of_a_group_send_the_same(results, name):
 
 
 @pytest.mark.parametrize("name", [*MAKERS, *OPTIONED])
-def test_anchors_and_outer_states_are_bit_equal_on_all_workers_and_the_rest_inside_groups(results, name):
+def test_anchors_and_outer_states_are_bit_equal_on_all_workers_and_the_rest_inside_groups(
+    results, name
+):
     found = results[name, "pairs"]
     shared = found["shared"].unbind(-2)
     assert all(torch.equal(state, shared[0]) for state in shared)
@@ -194,7 +259,11 @@ def test_anchors_and_outer_states_are_bit_equal_on_all_workers_and_the_rest_insi
     assert torch.equal(own[2], own[3])
     assert torch.isfinite(found["x"]).all()
     # Each algorithm remembers something, but for a mean that is adopted at once.
-    assert found["shared"].numel() or found["own"].numel() or name.startswith(("local-sgd", "cocod-sgd-delay0"))
+    assert (
+        found["shared"].numel()
+        or found["own"].numel()
+        or name.startswith(("local-sgd", "cocod-sgd-delay0"))
+    )
 
 
 @pytest.mark.parametrize("name", [*MAKERS, *OPTIONED])
@@ -202,4 +271,6 @@ def test_resumed_in_flight_they_go_on_bit_equally(results, name):
     stops = [stop for stop in STOPS if (name, f"from {stop}") in results]
     assert stops
     for stop in stops:
-        assert torch.equal(results[name, f"from {stop}"]["x"], results[name, "pairs"]["x"][stop:]), stop
+        assert torch.equal(
+            results[name, f"from {stop}"]["x"], results[name, "pairs"]["x"][stop:]
+        ), stop

@@ -12,10 +12,16 @@ from tests import problem
 from tests.cluster import Cluster
 from tests.workers import run
 
-FILES = {name: np.load(problem.REFERENCE / f"{name}.npz") for name in ("original_lsq", "tau_timing_lsq")}
+FILES = {
+    name: np.load(problem.REFERENCE / f"{name}.npz") for name in ("original_lsq", "tau_timing_lsq")
+}
 # The elastic strength is refused from 2/(m+1) = 0.4 on: those runs of the original code diverge.
-CASES = [(name, key) for name, arrays in FILES.items() for key in arrays.files
-         if not ("EASGD|" in key and ("a0.5" in key or "a0.6" in key))]
+CASES = [
+    (name, key)
+    for name, arrays in FILES.items()
+    for key in arrays.files
+    if not ("EASGD|" in key and ("a0.5" in key or "a0.6" in key))
+]
 
 
 def build(key, params, **options):
@@ -28,8 +34,14 @@ def build(key, params, **options):
                 value.setdefault(prefix, float(part.removeprefix(prefix)))
                 break
     tau = int(value["tau"])
-    options = dict(options, tau=tau, lr=problem.LR, momentum=problem.MOMENTUM, weight_decay=problem.WEIGHT_DECAY,
-                   nesterov=value["nest"] == 1)
+    options = dict(
+        options,
+        tau=tau,
+        lr=problem.LR,
+        momentum=problem.MOMENTUM,
+        weight_decay=problem.WEIGHT_DECAY,
+        nesterov=value["nest"] == 1,
+    )
     match method:
         case "LocalSGD":
             return LocalSGD(params, gmf=value["g"], **options)
@@ -44,7 +56,13 @@ def build(key, params, **options):
         case "BMUF-CBM":
             return BMUF(params, block_momentum=value["g"], block_lr=value["zeta="], **options)
         case "BMUF-NBM":
-            return BMUF(params, block_momentum=value["g"], block_lr=value["zeta="], nesterov_block=True, **options)
+            return BMUF(
+                params,
+                block_momentum=value["g"],
+                block_lr=value["zeta="],
+                nesterov_block=True,
+                **options,
+            )
         case "SlowMo":
             return SlowMo(params, slow_momentum=value["g"], slow_lr=value["slow_lr="], **options)
     raise ValueError(key)
@@ -52,7 +70,9 @@ def build(key, params, **options):
 
 @pytest.mark.parametrize(("name", "key"), CASES)
 def test_lockstep_equals_reference(name, key):
-    cluster = Cluster(lambda params, **options: build(key, params, **options), [problem.start()] * problem.WORKERS)
+    cluster = Cluster(
+        lambda params, **options: build(key, params, **options), [problem.start()] * problem.WORKERS
+    )
     trajectory = [cluster.x()]
     for t in range(problem.STEPS):
         if name == "original_lsq" and t == 0:
@@ -63,7 +83,9 @@ def test_lockstep_equals_reference(name, key):
         else:
             cluster.step(problem.gradient)
         trajectory.append(cluster.x())
-    np.testing.assert_allclose(torch.stack(trajectory).numpy(), FILES[name][key], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        torch.stack(trajectory).numpy(), FILES[name][key], rtol=0, atol=1e-12
+    )
 
 
 def _real(rank, keys):
@@ -74,7 +96,9 @@ def _real(rank, keys):
         optimizer = build(key, params, communicator=communicator)
         trajectory = [torch.cat([p.detach().reshape(-1) for p in params])]
         for t in range(problem.STEPS):
-            for p, g in zip(params, problem.gradient(rank, [p.detach() for p in params]), strict=True):
+            for p, g in zip(
+                params, problem.gradient(rank, [p.detach() for p in params]), strict=True
+            ):
                 p.grad = g
             optimizer.step()
             optimizer.zero_grad()
@@ -88,7 +112,9 @@ def _real(rank, keys):
 
 @pytest.mark.parametrize("name", FILES)
 def test_four_gloo_processes_equal_reference(name):
-    keys = [case for case in CASES if case[0] == name and "nest1" in case[1] and "tau1" not in case[1]]
+    keys = [
+        case for case in CASES if case[0] == name and "nest1" in case[1] and "tau1" not in case[1]
+    ]
     results = run(_real, problem.WORKERS, keys)
     for _, key in keys:
         ours = np.stack([result[key] for result in results], axis=1)

@@ -22,11 +22,17 @@ from tests.cluster import Cluster
 from tests.test_contract import COPIES
 
 TABLE = Schedule({0: 2, 5: 4, 12: 3})
-PERIODS = {"schedule": TABLE, "post-local": PostLocal(start=4, tau=3),
-           "post-local-schedule": PostLocal(start=3, tau=TABLE)}
+PERIODS = {
+    "schedule": TABLE,
+    "post-local": PostLocal(start=4, tau=3),
+    "post-local-schedule": PostLocal(start=3, tau=TABLE),
+}
 # The algorithms as they are, the overlapped ones also in three messages.
-MAKERS = {f"{name}-{count}": partial(algorithm, fragments=count, **toy.OPTIONS)
-          for name, algorithm in distoptim.ALGORITHMS.items() for count in (1, 2)}
+MAKERS = {
+    f"{name}-{count}": partial(algorithm, fragments=count, **toy.OPTIONS)
+    for name, algorithm in distoptim.ALGORITHMS.items()
+    for count in (1, 2)
+}
 
 
 def cluster(make, tau, **options):
@@ -55,7 +61,10 @@ def test_a_schedule_changes_where_a_round_ends(algorithm, caplog):
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_rounds_before_a_change_are_those_of_the_first_tau(make):
-    fixed, changing = cluster(make, 3).run(6, toy.gradient), cluster(make, Schedule({0: 3, 6: 4})).run(6, toy.gradient)
+    fixed, changing = (
+        cluster(make, 3).run(6, toy.gradient),
+        cluster(make, Schedule({0: 3, 6: 4})).run(6, toy.gradient),
+    )
     assert torch.equal(fixed[:5], changing[:5])
 
 
@@ -99,8 +108,14 @@ class Switch:
 
 
 def virtual(network, tau, **options):
-    return Virtual(workers=3, model=lambda: torch.nn.Linear(4, 4), compute=Constant(1.0), network=network, threads=1,
-                   optimizer=partial(OverlapLocalSGD, tau=tau, lr=0.1, **options))
+    return Virtual(
+        workers=3,
+        model=lambda: torch.nn.Linear(4, 4),
+        compute=Constant(1.0),
+        network=network,
+        threads=1,
+        optimizer=partial(OverlapLocalSGD, tau=tau, lr=0.1, **options),
+    )
 
 
 @pytest.mark.parametrize(("seconds", "tau"), [(0.5, 1), (1.5, 2), (7.0, 8)])
@@ -132,7 +147,9 @@ def test_a_link_that_becomes_ten_times_slower_and_recovers():
             while run.stats()["syncs"] == before["syncs"]:
                 run.step()
             after = run.stats()
-            exposed.append((after["exposed_s"] - before["exposed_s"]) / (after["steps"] - before["steps"]))
+            exposed.append(
+                (after["exposed_s"] - before["exposed_s"]) / (after["steps"] - before["steps"])
+            )
         # Two rounds wait: the one that is surprised, and the one launched while the news travels.
         assert max(exposed[3:]) < 0.02, exposed
         assert (max(exposed) > 0.5) == slow
@@ -162,9 +179,15 @@ def with_loss(losses, tau, steps, **options):
 
 
 def test_adacomm_follows_the_root_of_the_loss():
-    """Loss 4 until step 8, then 1: tau = ceil(8 sqrt(1/4)) = 4; where it stays, half of that, and half again."""
-    out, _ = with_loss(lambda step: torch.tensor(4.0 if step < 8 else 1.0), AdaComm(8, interval=8), 40)
-    # A mean is decided on at the end of the next round, and the first only says what the others are compared with.
+    """Loss 4 until step 8, then 1: tau = ceil(8 sqrt(1/4)) = 4.
+
+    Where it stays, half of that, and half again.
+    """
+    out, _ = with_loss(
+        lambda step: torch.tensor(4.0 if step < 8 else 1.0), AdaComm(8, interval=8), 40
+    )
+    # A mean is decided on at the end of the next round, and the first only says what the others are
+    # compared with.
     assert out == [8] * 23 + [4] * 8 + [2] * 8 + [1]
 
 
@@ -177,20 +200,28 @@ def test_adacomm_rounds_up():
 
 def test_adacomm_with_the_ratio_of_learning_rates():
     p = torch.nn.Parameter(torch.zeros(2))
-    optimizer = LocalSGD([p], tau=AdaComm(2, interval=2, follow_lr=True), lr=1.0, communicator=SingleWorker())
+    optimizer = LocalSGD(
+        [p], tau=AdaComm(2, interval=2, follow_lr=True), lr=1.0, communicator=SingleWorker()
+    )
     taus = []
     for step in range(12):
         optimizer.param_groups[0]["lr"] = 1.0 if step < 4 else 1 / 4
         optimizer.average(loss=3.0)
         taus.append(optimizer.stats()["tau"])
-    # The loss is stuck; then the learning rate falls to a quarter: ceil(2 sqrt(4)); then the loss is stuck.
+    # The loss is stuck; then the learning rate falls to a quarter: ceil(2 sqrt(4)); then the loss
+    # is stuck.
     assert taus == [2] * 5 + [1] * 2 + [4] * 4 + [2]
 
 
 def test_adacomm_takes_the_end_of_a_warm_up_for_the_first_learning_rate():
-    """lr rises from 0 to 1 and falls to a quarter: tau stays while it rises, then it is ceil(4 sqrt(4))."""
+    """lr rises from 0 to 1 and falls to a quarter.
+
+    Tau stays while it rises, then it is ceil(4 sqrt(4)).
+    """
     p = torch.nn.Parameter(torch.zeros(2))
-    optimizer = LocalSGD([p], tau=AdaComm(4, interval=4, follow_lr=True), lr=0.0, communicator=SingleWorker())
+    optimizer = LocalSGD(
+        [p], tau=AdaComm(4, interval=4, follow_lr=True), lr=0.0, communicator=SingleWorker()
+    )
     taus = []
     for step in range(28):
         optimizer.param_groups[0]["lr"] = step // 4 / 4 if step < 20 else 1 / 4
@@ -227,11 +258,18 @@ BAD = {
     "adacomm gamma": (lambda: AdaComm(2, gamma=1.0), "gamma=1.0"),
     "hide bounds": (lambda: HideCommunication(smallest=5, largest=4), "largest=4"),
     "post in post": (lambda: PostLocal(start=1, tau=PostLocal(start=2, tau=2)), "PostLocal"),
-    "hide blocking": (lambda: toy.alone(LocalSGD, [torch.nn.Parameter(torch.zeros(1))], tau=HideCommunication()),
-                      "delay=0"),
-    "delay over the smallest": (lambda: toy.alone(CoCoDSGD, [torch.nn.Parameter(torch.zeros(1))], tau=TABLE, delay=3),
-                                "delay=3"),
-    "no period": (lambda: toy.alone(LocalSGD, [torch.nn.Parameter(torch.zeros(1))], tau="4"), "tau='4'"),
+    "hide blocking": (
+        lambda: toy.alone(LocalSGD, [torch.nn.Parameter(torch.zeros(1))], tau=HideCommunication()),
+        "delay=0",
+    ),
+    "delay over the smallest": (
+        lambda: toy.alone(CoCoDSGD, [torch.nn.Parameter(torch.zeros(1))], tau=TABLE, delay=3),
+        "delay=3",
+    ),
+    "no period": (
+        lambda: toy.alone(LocalSGD, [torch.nn.Parameter(torch.zeros(1))], tau="4"),
+        "tau='4'",
+    ),
 }
 
 
@@ -250,14 +288,18 @@ def disagree(rank):
 
 def test_workers_agree_on_the_period():
     for message in workers_.run(disagree, 2):
-        assert message.startswith("workers disagree on tau: rank 0 has Schedule(taus={0: 2, 5: 1})"), message
+        assert message.startswith(
+            "workers disagree on tau: rank 0 has Schedule(taus={0: 2, 5: 1})"
+        ), message
 
 
 def test_a_mapping_is_a_schedule():
     taus = {0: 2, 3: 4}
     for make in (OverlapLocalSGD, LocalSGD):
-        plain, short = (toy.alone(make, [torch.nn.Parameter(torch.zeros(2))], tau=tau, lr=0.1)
-                        for tau in (Schedule(taus), taus))
+        plain, short = (
+            toy.alone(make, [torch.nn.Parameter(torch.zeros(2))], tau=tau, lr=0.1)
+            for tau in (Schedule(taus), taus)
+        )
         for optimizer in (plain, short):
             seen = []
             for _ in range(12):

@@ -1,4 +1,7 @@
-"""Work in pieces: every element once, beside its counterpart, and algorithms with the same numbers as in one."""
+"""Work in pieces.
+
+Every element once, beside its counterpart, and algorithms with the same numbers as in one.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,33 @@ def cut(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
-@pytest.mark.parametrize("x", [
-    torch.arange(11), torch.arange(12).reshape(4, 3), torch.arange(12).reshape(4, 3).T, torch.arange(7).reshape(1, 7),
-    torch.arange(36).reshape(3, 3, 2, 2).to(memory_format=torch.channels_last), torch.tensor(5), torch.zeros(0, 3),
-    torch.arange(6)[::2], torch.arange(3).expand(2, 3)], ids=lambda x: str((list(x.shape), x.stride())))
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.arange(11),
+        torch.arange(12).reshape(4, 3),
+        torch.arange(12).reshape(4, 3).T,
+        torch.arange(7).reshape(1, 7),
+        torch.arange(36).reshape(3, 3, 2, 2).to(memory_format=torch.channels_last),
+        torch.tensor(5),
+        torch.zeros(0, 3),
+        torch.arange(6)[::2],
+        torch.arange(3).expand(2, 3),
+    ],
+    ids=lambda x: str((list(x.shape), x.stride())),
+)
 def test_every_element_is_in_one_piece_with_its_counterpart(cut, x):
     other = torch.arange(100, 100 + x.numel()).view(x.shape)
     found = list(pieces(x, other))
     assert [a.shape for a, _ in found] == [b.shape for _, b in found]
-    pairs = [pair for a, b in found for pair in zip(a.reshape(-1).tolist(), b.reshape(-1).tolist(), strict=True)]
-    assert sorted(pairs) == sorted(zip(x.reshape(-1).tolist(), other.reshape(-1).tolist(), strict=True))
+    pairs = [
+        pair
+        for a, b in found
+        for pair in zip(a.reshape(-1).tolist(), b.reshape(-1).tolist(), strict=True)
+    ]
+    assert sorted(pairs) == sorted(
+        zip(x.reshape(-1).tolist(), other.reshape(-1).tolist(), strict=True)
+    )
 
 
 def test_pieces_are_small_views_of_consecutive_memory(cut):
@@ -58,7 +78,11 @@ def test_no_algorithm_sees_the_pieces(name, dtype, request):
     whole = trajectory()
     request.getfixturevalue("cut")
     # CO2 has a sum in it, the length of a move; of a bfloat16 the last digit may turn.
-    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype] if "co2" in name else 0
+    tolerance = (
+        {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+        if "co2" in name
+        else 0
+    )
     torch.testing.assert_close(trajectory(), whole, rtol=tolerance, atol=tolerance)
 
 

@@ -37,13 +37,19 @@ def train(optimizer, params, steps, rank):
 
 # The start
 
+
 def _start(rank):
     out = {}
     for name, make in ALGORITHMS.items():
         params = parameters(rank, (2, 3), (3,))
         optimizer = make(params, lr=0.1, tau=2)
-        out[name] = [float(p.mean()) for p in params], [slot.buffer.tensor[:-1].mean().item() if slot.flight else None
-                                                        for slot in optimizer._engine.slots]
+        out[name] = (
+            [float(p.mean()) for p in params],
+            [
+                slot.buffer.tensor[:-1].mean().item() if slot.flight else None
+                for slot in optimizer._engine.slots
+            ],
+        )
         optimizer.close()
     return out
 
@@ -56,24 +62,49 @@ def test_everybody_starts_from_rank_0s_parameters():
 
 MISMATCHES = {
     "tau": (lambda p, odd: LocalSGD(p, tau=5 if odd else 4), "tau: rank 0 has 4, rank 2 has 5"),
-    "delay": (lambda p, odd: CoCoDSGD(p, tau=4, delay=2 if odd else 4), "delay: rank 0 has 4, rank 2 has 2"),
-    "algorithm": (lambda p, odd: (EASGD if odd else CoCoDSGD)(p, tau=4),
-                  "algorithm: rank 0 has CoCoDSGD, rank 2 has EASGD"),
-    "hyperparameter": (lambda p, odd: OverlapLocalSGD(p, tau=4, alpha=0.5 if odd else 0.6),
-                       "alpha: rank 0 has 0.6, rank 2 has 0.5"),
-    "inner optimizer": (lambda p, odd: LocalSGD((torch.optim.Adam if odd else torch.optim.SGD)(p), tau=4),
-                        "inner optimizer: rank 0 has SGD, rank 2 has Adam"),
-    "shape": (lambda p, odd: LocalSGD(parameters(0, (2, 3), (4 if odd else 3,)), tau=4),
-              "fragment 0: rank 0 has part (0, 1): float32[2, 3] float32[3], "
-              "rank 2 has part (0, 1): float32[2, 3] float32[4]"),
-    "order": (lambda p, odd: LocalSGD(p[::-1] if odd else p, tau=4),
-              "fragment 0: rank 0 has part (0, 1): float32[2, 3] "),
-    "number": (lambda p, odd: LocalSGD(p[:1] if odd else p, tau=4),
-              "fragment 0: rank 0 has part (0, 1): float32[2, 3] "),
-    "frozen": (lambda p, odd: LocalSGD([p[0].requires_grad_(not odd), p[1]], tau=4), "fragment 0: "),
-    "dtype": (lambda p, odd: LocalSGD([x.to(torch.float64 if odd else x.dtype).detach().requires_grad_() for x in p],
-                                      tau=4), "fragment 0: "),
-    "fragments": (lambda p, odd: LocalSGD(p, tau=4, fragments=2 if odd else 1), "number of fragments: rank 0 has 1"),
+    "delay": (
+        lambda p, odd: CoCoDSGD(p, tau=4, delay=2 if odd else 4),
+        "delay: rank 0 has 4, rank 2 has 2",
+    ),
+    "algorithm": (
+        lambda p, odd: (EASGD if odd else CoCoDSGD)(p, tau=4),
+        "algorithm: rank 0 has CoCoDSGD, rank 2 has EASGD",
+    ),
+    "hyperparameter": (
+        lambda p, odd: OverlapLocalSGD(p, tau=4, alpha=0.5 if odd else 0.6),
+        "alpha: rank 0 has 0.6, rank 2 has 0.5",
+    ),
+    "inner optimizer": (
+        lambda p, odd: LocalSGD((torch.optim.Adam if odd else torch.optim.SGD)(p), tau=4),
+        "inner optimizer: rank 0 has SGD, rank 2 has Adam",
+    ),
+    "shape": (
+        lambda p, odd: LocalSGD(parameters(0, (2, 3), (4 if odd else 3,)), tau=4),
+        "fragment 0: rank 0 has part (0, 1): float32[2, 3] float32[3], "
+        "rank 2 has part (0, 1): float32[2, 3] float32[4]",
+    ),
+    "order": (
+        lambda p, odd: LocalSGD(p[::-1] if odd else p, tau=4),
+        "fragment 0: rank 0 has part (0, 1): float32[2, 3] ",
+    ),
+    "number": (
+        lambda p, odd: LocalSGD(p[:1] if odd else p, tau=4),
+        "fragment 0: rank 0 has part (0, 1): float32[2, 3] ",
+    ),
+    "frozen": (
+        lambda p, odd: LocalSGD([p[0].requires_grad_(not odd), p[1]], tau=4),
+        "fragment 0: ",
+    ),
+    "dtype": (
+        lambda p, odd: LocalSGD(
+            [x.to(torch.float64 if odd else x.dtype).detach().requires_grad_() for x in p], tau=4
+        ),
+        "fragment 0: ",
+    ),
+    "fragments": (
+        lambda p, odd: LocalSGD(p, tau=4, fragments=2 if odd else 1),
+        "number of fragments: rank 0 has 1",
+    ),
 }
 
 
@@ -84,8 +115,10 @@ def _handshake(rank):
         with pytest.raises(ValueError, match="workers disagree on") as caught:
             make(parameters(0, (2, 3), (3,)), odd)
         messages[name] = str(caught.value)
-    with mock.patch("distoptim.optimizer.__version__", "9.9" if odd else "9.8"), \
-            pytest.raises(ValueError, match=r"version: rank 0 has 9[.]8, rank 2 has 9[.]9"):
+    with (
+        mock.patch("distoptim.optimizer.__version__", "9.9" if odd else "9.8"),
+        pytest.raises(ValueError, match=r"version: rank 0 has 9[.]8, rank 2 has 9[.]9"),
+    ):
         LocalSGD(parameters(0), tau=4)
     # A process group outlives it.
     optimizer = LocalSGD(parameters(0), tau=4)
@@ -101,13 +134,16 @@ def test_workers_that_disagree_all_fail_with_a_message_that_names_both():
 
 # Groups
 
+
 def _islands(rank):
     islands = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine, other = islands[rank // 2], islands[1 - rank // 2]
     with pytest.raises(ValueError, match="not a member"):
         LocalSGD(parameters(rank), tau=1, group=other)
     near, far = parameters(rank), parameters(rank)
-    inside = OverlapLocalSGD(near, lr=0.1, tau=2, alpha=0.5, outer_momentum=0, delay=0, group=mine, size=2)
+    inside = OverlapLocalSGD(
+        near, lr=0.1, tau=2, alpha=0.5, outer_momentum=0, delay=0, group=mine, size=2
+    )
     across = LocalSGD(far, lr=0.1, tau=4, size=4)
     start = float(near[0][0])
     for _ in range(4):
@@ -140,6 +176,7 @@ def test_islands_average_on_their_own_beside_an_optimizer_of_all():
 
 
 # Evaluation, flush, quarantine
+
 
 def _evaluation(rank):
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
@@ -186,9 +223,19 @@ def test_evaluation_of_the_mean(backend):
                 continue
             mean = torch.stack([other["before"][key] for other in results]).mean(0)
             torch.testing.assert_close(value, mean)
-        # After one merge, all are apart by one step of 0.1 rank and what the mean has not yet brought.
-        apart = torch.stack([torch.cat([other["before"][k].reshape(-1) for k in ("0.weight", "0.bias", "1.weight",
-                                                                                "1.bias")]) for other in results])
+        # After one merge, all are apart by one step of 0.1 rank and what the mean has not yet
+        # brought.
+        apart = torch.stack(
+            [
+                torch.cat(
+                    [
+                        other["before"][k].reshape(-1)
+                        for k in ("0.weight", "0.bias", "1.weight", "1.bias")
+                    ]
+                )
+                for other in results
+            ]
+        )
         assert apart.shape[1] == result["numel"]
         expected = (apart - apart.mean(0)).square().sum(1).mean().sqrt()
         assert result["distance"] == pytest.approx(float(expected), rel=1e-5)
@@ -235,7 +282,10 @@ def _quarantine(rank):
             train(optimizer, params, TAU, rank)
         told = len(caught)
         # Then all of them.
-        with pytest.warns(QuarantineWarning), pytest.raises(FloatingPointError, match="no worker has finite values"):
+        with (
+            pytest.warns(QuarantineWarning),
+            pytest.raises(FloatingPointError, match="no worker has finite values"),
+        ):
             train(optimizer, params, 2 * TAU, math.nan)
         out[name] = told, optimizer.stats()["quarantined"]
     communicator.close()
@@ -250,6 +300,7 @@ def test_not_a_number_on_one_worker_and_then_on_all():
 
 
 # The emulated link
+
 
 def test_link_times():
     link = Link(latency_s=1e-3, bandwidth_gbit_s=1.0)
@@ -288,10 +339,13 @@ def _collectives(rank):
         time.sleep(0.003 * pauses.randrange(2))
         work = dist.all_reduce(x, async_op=True)
         time.sleep(0.003 * pauses.randrange(2))
-        dist.all_gather(everybody := [torch.zeros(1) for _ in range(size)], torch.tensor([float(rank)]))
+        dist.all_gather(
+            everybody := [torch.zeros(1) for _ in range(size)], torch.tensor([float(rank)])
+        )
         work.wait()
         out["mixed"].append((float(x[0]), [float(y) for y in everybody]))
-    # Tensors that gloo's thread frees, for which it needs the interpreter, while the next collective starts.
+    # Tensors that gloo's thread frees, for which it needs the interpreter, while the next
+    # collective starts.
     for _ in range(500):
         dist.all_gather([torch.zeros(1)[:] for _ in range(size)], torch.ones(1)[:])
     # Rows for everybody, over two groups, in another order on each rank.
@@ -299,8 +353,12 @@ def _collectives(rank):
     emulate(latency_s=0.02, bandwidth_gbit_s=1.0)
     got = [torch.zeros(size, 1000) for _ in groups]
     start = time.monotonic()
-    works = [dist.all_to_all_single(got[i], torch.full((size, 1000), float(rank)), group=groups[i], async_op=True)
-             for i in ((0, 1) if rank % 2 else (1, 0))]
+    works = [
+        dist.all_to_all_single(
+            got[i], torch.full((size, 1000), float(rank)), group=groups[i], async_op=True
+        )
+        for i in ((0, 1) if rank % 2 else (1, 0))
+    ]
     for work in works:
         work.wait()
     out["crossed"] = time.monotonic() - start, [rows.mean(1).tolist() for rows in got]
@@ -331,7 +389,9 @@ def test_collectives_on_the_emulated_link():
         assert (total, gathered) == (6.0, [0, 1, 2, 3])
         assert result["mixed"] == [(6.0, [0, 1, 2, 3])] * 20
         seconds, got = result["crossed"]
-        assert seconds >= 2 * Link(0.02, 1.0).broadcast_s(4000, 4), "one after the other on one cable"
+        assert seconds >= 2 * Link(0.02, 1.0).broadcast_s(4000, 4), (
+            "one after the other on one cable"
+        )
         assert got == [[0.0, 1.0, 2.0, 3.0]] * 2
         assert result.get("pair", 2.0) == 2.0
         assert result["mesh"] == (1.0 if rank < 2 else 5.0)
@@ -339,8 +399,11 @@ def test_collectives_on_the_emulated_link():
 
 def _ddp(rank):
     torch.manual_seed(0)
-    module = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(),
-                                                         torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)))
+    module = DistributedDataParallel(
+        torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)
+        )
+    )
     sgd = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     torch.manual_seed(rank + 1)
     for _ in range(3):

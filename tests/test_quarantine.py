@@ -1,4 +1,7 @@
-"""A worker whose parameters are not finite is left out of the mean, told so, and brought back; nobody else notices."""
+"""A worker whose parameters are not finite is left out of the mean, told so, and brought back.
+
+Nobody else notices.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from tests.test_semantics import parameters, set_gradients, train
 
 MAKERS = toy.variants(fragments=(1,))
 SICK, HEALTHY = 1, [0, 2, 3]
-AT = 2 * toy.TAU  # the local step, one that ends a round, at which the sick worker's gradient is not finite
+AT = (
+    2 * toy.TAU
+)  # the local step, one that ends a round, at which the sick worker's gradient is not finite
 
 
 @pytest.fixture(params=MAKERS)
@@ -31,8 +36,10 @@ def cluster(make):
 
 
 def sick(value):
-    return lambda rank, params: [torch.full_like(p, value) if rank == SICK else g
-                                 for p, g in zip(params, toy.gradient(rank, params), strict=True)]
+    return lambda rank, params: [
+        torch.full_like(p, value) if rank == SICK else g
+        for p, g in zip(params, toy.gradient(rank, params), strict=True)
+    ]
 
 
 def fall_ill(workers, value=math.nan):
@@ -67,21 +74,32 @@ def test_it_goes_back_to_the_anchor(make):
         pytest.skip("an algorithm without an anchor")
     before = []
     with pytest.warns(QuarantineWarning):
-        workers.step(sick(math.nan), before_launch=lambda: before.append(workers.anchors()[SICK].clone()))
+        workers.step(
+            sick(math.nan), before_launch=lambda: before.append(workers.anchors()[SICK].clone())
+        )
     engine = workers.optimizers[SICK]._engine
     expected = before[0]
     if engine.delay == 0 and make.func is not EASGD:
         # Where the mean of the others has pulled it meanwhile.
-        expected = expected.lerp(workers.anchors()[SICK], getattr(engine.rule, "alpha", 1.0))  # CO2 adopts the anchor
+        expected = expected.lerp(
+            workers.anchors()[SICK], getattr(engine.rule, "alpha", 1.0)
+        )  # CO2 adopts the anchor
     if engine.delay and hasattr(engine.slots[0].state, "own"):
         # Eager DiLoCo: less its share of what its own momentum does without it.
         expected = expected - (
-            engine.slots[0].state.own.tensor * engine.rule.outer_lr * engine.rule.outer_momentum / toy.WORKERS)
+            engine.slots[0].state.own.tensor
+            * engine.rule.outer_lr
+            * engine.rule.outer_momentum
+            / toy.WORKERS
+        )
     torch.testing.assert_close(workers.x()[SICK], expected, rtol=0, atol=1e-12)
 
 
 def test_the_others_go_on_as_if_it_had_sent_their_mean(make):
-    """That is a mean over three. Until a mean arrives in which the sick worker's new parameters are."""
+    """That is a mean over three.
+
+    Until a mean arrives in which the sick worker's new parameters are.
+    """
     workers = cluster(make)
     if make.func is EASGD:
         pytest.skip("the anchor moves by the sum, see below")
@@ -90,15 +108,21 @@ def test_the_others_go_on_as_if_it_had_sent_their_mean(make):
     def substitute():
         mean = expected.x()[HEALTHY].mean(0)
         with torch.no_grad():
-            for p, value in zip(expected.params[SICK], mean.split([p.numel() for p in toy.start()]), strict=True):
+            for p, value in zip(
+                expected.params[SICK], mean.split([p.numel() for p in toy.start()]), strict=True
+            ):
                 p.copy_(value.reshape(p.shape))
 
     fall_ill(workers)
     expected.step(toy.gradient, before_launch=substitute)
     torch.testing.assert_close(workers.x()[HEALTHY], expected.x()[HEALTHY], rtol=0, atol=1e-12)
     steps = toy.TAU + workers.optimizers[0]._engine.delay - 1
-    torch.testing.assert_close(workers.run(steps, toy.gradient)[:, HEALTHY],
-                               expected.run(steps, toy.gradient)[:, HEALTHY], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        workers.run(steps, toy.gradient)[:, HEALTHY],
+        expected.run(steps, toy.gradient)[:, HEALTHY],
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("delay", [0, 1, toy.TAU])
@@ -120,13 +144,17 @@ def test_easgd_sums_over_the_healthy(delay):
 
 
 def test_only_the_sick_fragment_is_replaced():
-    workers = Cluster(toy.variants(fragments=(3,))["overlap-local-sgd-delay3-fragments3"],
-                      [toy.start()] * toy.WORKERS)
+    workers = Cluster(
+        toy.variants(fragments=(3,))["overlap-local-sgd-delay3-fragments3"],
+        [toy.start()] * toy.WORKERS,
+    )
     workers.run(toy.TAU, toy.gradient)
     with torch.no_grad():
         workers.params[SICK][0].fill_(math.nan)
     with pytest.warns(QuarantineWarning, match="fragment 0"):
-        workers.run(toy.TAU, lambda rank, params: [torch.nan_to_num(g) for g in toy.gradient(rank, params)])
+        workers.run(
+            toy.TAU, lambda rank, params: [torch.nan_to_num(g) for g in toy.gradient(rank, params)]
+        )
     assert workers.optimizers[SICK].stats()["quarantined"] == 1
     assert torch.isfinite(workers.x()).all()
 

@@ -36,7 +36,9 @@ def _memory(optimizer):
         if isinstance(slot.state, Anchored):
             out.append(slot.state.anchor.tensor)
             if slot.state.outer is not None:
-                out += [value for state in slot.state.outer.state.values() for value in state.values()]
+                out += [
+                    value for state in slot.state.outer.state.values() for value in state.values()
+                ]
         if slot.coder is not None:
             out.append(slot.coder.reference)
     return [x.clone() for x in out if isinstance(x, torch.Tensor)]
@@ -62,8 +64,12 @@ def _apart(rank, name):
     with torch.no_grad():
         torch._foreach_copy_(params, saved[1])
     optimizer.load_state_dict(saved[0])
-    loaded = {"x": [p.detach().clone() for p in params], "memory": _memory(optimizer), "step": optimizer._engine.step,
-              "anchored": isinstance(optimizer._engine.slots[0].state, Anchored)}
+    loaded = {
+        "x": [p.detach().clone() for p in params],
+        "memory": _memory(optimizer),
+        "step": optimizer._engine.step,
+        "anchored": isinstance(optimizer._engine.slots[0].state, Anchored),
+    }
     train(optimizer, params, 3 * TAU, rank)
     optimizer.flush()
     with optimizer.averaged():
@@ -106,7 +112,9 @@ def _some_plain(rank):
     params = parameters(0)
     optimizer = distoptim.LocalSGD(params, lr=0.1, tau=TAU)
     saved = optimizer.state_dict() if rank == 0 else optimizer.inner.state_dict()
-    with pytest.raises(ValueError, match=r"disagree on what to resume: rank 0 has rounds, rank 1 has a plain"):
+    with pytest.raises(
+        ValueError, match=r"disagree on what to resume: rank 0 has rounds, rank 1 has a plain"
+    ):
         optimizer.load_state_dict(saved)
     # Nothing was changed, and all can go on.
     train(optimizer, params, TAU, rank)

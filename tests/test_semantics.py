@@ -1,4 +1,7 @@
-"""The optimizer in a training script: mixed precision, schedulers, odd parameters, checkpoints, evaluation."""
+"""The optimizer in a training script.
+
+Mixed precision, schedulers, odd parameters, checkpoints, evaluation.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,15 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import distoptim
-from distoptim import ALGORITHMS, EASGD, AveragingOptimizer, CoCoDSGD, LocalSGD, OverlapLocalSGD, SlowMo
+from distoptim import (
+    ALGORITHMS,
+    EASGD,
+    AveragingOptimizer,
+    CoCoDSGD,
+    LocalSGD,
+    OverlapLocalSGD,
+    SlowMo,
+)
 from distoptim.comm import SingleWorker
 from tests import toy
 from tests.cluster import Cluster
@@ -41,15 +52,19 @@ def train(optimizer, params, steps):
 
 # Mixed precision, accumulation, schedulers
 
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_grad_scaler_skips_steps_but_not_the_phase(fused):
     """Two workers, one of which overflows: unfused, the scaler does not even call its step()."""
-    workers = Cluster(lambda params, **o: LocalSGD(torch.optim.SGD(params, lr=0.1, fused=fused), tau=TAU, **o),
-                      [parameters(2) for _ in range(2)])
+    workers = Cluster(
+        lambda params, **o: LocalSGD(torch.optim.SGD(params, lr=0.1, fused=fused), tau=TAU, **o),
+        [parameters(2) for _ in range(2)],
+    )
     scalers = [torch.amp.GradScaler("cpu", init_scale=4.0) for _ in workers.optimizers]
     for step in range(2 * TAU):
         for rank, (optimizer, params, scaler) in enumerate(
-                zip(workers.optimizers, workers.params, scalers, strict=True)):
+            zip(workers.optimizers, workers.params, scalers, strict=True)
+        ):
             overflow = rank == 1 and step in (1, 3)
             before = params[0].detach().clone()
             scaler.scale(params[0].sum() * (float("inf") if overflow else 1.0)).backward()
@@ -117,6 +132,7 @@ def test_one_cycle_lr():
 
 # Parameters of all kinds
 
+
 class Odd(torch.nn.Module):
     """Tied, frozen, unused, 0-dim, empty, transposed, strided, channels_last, half and complex parameters."""
 
@@ -131,7 +147,9 @@ class Odd(torch.nn.Module):
         self.empty = torch.nn.Parameter(torch.empty(0, 3))
         self.transposed = torch.nn.Parameter(base[:6].reshape(2, 3).clone().t())
         self.strided = torch.nn.Parameter(base.clone()[::2])
-        self.channels_last = torch.nn.Parameter(base.reshape(2, 3, 2, 2).clone().to(memory_format=torch.channels_last))
+        self.channels_last = torch.nn.Parameter(
+            base.reshape(2, 3, 2, 2).clone().to(memory_format=torch.channels_last)
+        )
         self.p_bfloat16 = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
         self.p_float64 = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
         self.p_complex64 = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
@@ -146,8 +164,10 @@ class Odd(torch.nn.Module):
 @pytest.mark.parametrize("fragments", [1, 3])
 def test_parameters_of_all_kinds(name, fragments):
     modules = [Odd() for _ in range(2)]
-    cluster = Cluster(partial(ALGORITHMS[name], tau=TAU, lr=0.01, fragments=fragments),
-                      [list(module.parameters()) for module in modules])
+    cluster = Cluster(
+        partial(ALGORITHMS[name], tau=TAU, lr=0.01, fragments=fragments),
+        [list(module.parameters()) for module in modules],
+    )
     layout = {n: (p.data_ptr(), p.stride(), p.dtype) for n, p in modules[0].named_parameters()}
     start = {n: p.detach().clone() for n, p in modules[0].named_parameters()}
     for _ in range(3 * TAU):
@@ -169,8 +189,12 @@ def test_parameters_of_all_kinds(name, fragments):
             continue
         want = torch.zeros(()) if n in ("frozen", "unused") else expected
         loose = n == "p_bfloat16"
-        torch.testing.assert_close(moved[n], want.to(p.dtype).expand(p.shape), rtol=0.1 if loose else 1e-4,
-                                   atol=0.01 if loose else 1e-4)
+        torch.testing.assert_close(
+            moved[n],
+            want.to(p.dtype).expand(p.shape),
+            rtol=0.1 if loose else 1e-4,
+            atol=0.01 if loose else 1e-4,
+        )
 
 
 def test_bfloat16_parameters_have_float32_anchors():
@@ -186,15 +210,20 @@ def test_bfloat16_parameters_have_float32_anchors():
 @pytest.mark.parametrize("change", [1.0, 0.5, 0.0])
 def test_momentum_is_rescaled_per_param_group(change):
     """Two groups, of which one's learning rate changes, are two optimizers."""
+
     def make(params, **o):
-        return OverlapLocalSGD([{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.2}], tau=TAU, **o)
+        return OverlapLocalSGD(
+            [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.2}], tau=TAU, **o
+        )
 
     def split(keep, lr, params, **o):
         return OverlapLocalSGD(params[keep], lr=lr, tau=TAU, **o)
 
     both = Cluster(make, [toy.start()] * 2)
-    first, second = (Cluster(partial(split, keep, lr), [toy.start()] * 2)
-                     for keep, lr in ((slice(0, 1), 0.1), (slice(1, 3), 0.2)))
+    first, second = (
+        Cluster(partial(split, keep, lr), [toy.start()] * 2)
+        for keep, lr in ((slice(0, 1), 0.1), (slice(1, 3), 0.2))
+    )
     for step in range(4 * TAU):
         if step == 2 * TAU - 1:
             for optimizer in both.optimizers:
@@ -204,8 +233,12 @@ def test_momentum_is_rescaled_per_param_group(change):
         both.step(toy.gradient)
         for cluster, keep in ((first, slice(0, 1)), (second, slice(1, 3))):
             # Parameters outside `keep` stay, without a gradient.
-            cluster.step(lambda rank, params, keep=keep: [
-                g if keep.start <= i < keep.stop else None for i, g in enumerate(toy.gradient(rank, params))])
+            cluster.step(
+                lambda rank, params, keep=keep: [
+                    g if keep.start <= i < keep.stop else None
+                    for i, g in enumerate(toy.gradient(rank, params))
+                ]
+            )
         x = both.x()
         assert torch.equal(x[:, :6], first.x()[:, :6])
         assert torch.equal(x[:, 6:], second.x()[:, 6:])
@@ -223,6 +256,7 @@ def test_learning_rate_0(name):
 
 
 # The inner optimizer, closures and hooks
+
 
 def test_lbfgs_with_a_closure():
     params = parameters(2)
@@ -265,8 +299,12 @@ def test_step_hooks():
     optimizer = alone(LocalSGD, params, tau=2)
     calls = []
     optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append(("pre", o is optimizer)))
-    optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append(("post", o is optimizer)))
-    optimizer.inner.register_step_post_hook(lambda o, args, kwargs: calls.append(("inner", o is optimizer.inner)))
+    optimizer.register_step_post_hook(
+        lambda o, args, kwargs: calls.append(("post", o is optimizer))
+    )
+    optimizer.inner.register_step_post_hook(
+        lambda o, args, kwargs: calls.append(("inner", o is optimizer.inner))
+    )
     train(optimizer, params, 1)
     assert calls == [("pre", True), ("inner", True), ("post", True)]
 
@@ -281,7 +319,9 @@ def test_zero_grad():
     assert params[0].grad is None
 
 
-@pytest.mark.parametrize("new", [torch.nn.Parameter(torch.ones(2)), [torch.nn.Parameter(torch.ones(2))]])
+@pytest.mark.parametrize(
+    "new", [torch.nn.Parameter(torch.ones(2)), [torch.nn.Parameter(torch.ones(2))]]
+)
 def test_add_param_group_is_refused(new):
     optimizer = alone(LocalSGD, parameters(2), tau=2)
     with pytest.raises(ValueError, match="fixed at construction"):
@@ -291,7 +331,9 @@ def test_add_param_group_is_refused(new):
 
 @pytest.mark.parametrize("given", [{"lr": 0.1}, {"momentum": 0.9}, {"lr": 0.1, "nesterov": True}])
 def test_arguments_of_the_inner_optimizer_beside_one_are_refused(given):
-    with pytest.raises(ValueError, match=f"{', '.join(given)}: belongs to the optimizer that was given"):
+    with pytest.raises(
+        ValueError, match=f"{', '.join(given)}: belongs to the optimizer that was given"
+    ):
         alone(LocalSGD, torch.optim.SGD(parameters(2)), tau=2, **given)
 
 
@@ -307,8 +349,17 @@ def test_nothing_to_train():
 
 
 def test_arguments_of_the_original_code():
-    optimizer = alone(OverlapLocalSGD, parameters(2), lr=0.1, tau=2, gmf=0.3, size=1, momentum=0.9, nesterov=True,
-                      weight_decay=1e-4)
+    optimizer = alone(
+        OverlapLocalSGD,
+        parameters(2),
+        lr=0.1,
+        tau=2,
+        gmf=0.3,
+        size=1,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=1e-4,
+    )
     assert optimizer._rule.outer_momentum == 0.3
 
 
@@ -345,7 +396,9 @@ def test_reset_inner_forgets_the_momentum_at_every_merge():
     assert momenta(True) == [True, False, True, False]
 
 
-# Flush and evaluation. In lockstep, collective calls of all workers need real processes, unless one is alone.
+# Flush and evaluation. In lockstep, collective calls of all workers need real processes, unless one
+# is alone.
+
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("at", [1, TAU, TAU + 2])
@@ -401,13 +454,17 @@ def test_nothing_is_trained_inside_averaged():
 def test_averaged_refuses_a_module_that_is_not_trained():
     mine, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     optimizer = alone(LocalSGD, mine.parameters(), tau=2, lr=0.1)
-    with pytest.raises(ValueError, match=r"averaged\(Linear\): none of its parameters"), optimizer.averaged(other):
+    with (
+        pytest.raises(ValueError, match=r"averaged\(Linear\): none of its parameters"),
+        optimizer.averaged(other),
+    ):
         pass
     with optimizer.averaged(torch.nn.Sequential(mine, torch.nn.BatchNorm1d(2))):
         pass
 
 
 # One worker
+
 
 def test_one_worker_works_and_warns_once():
     params = parameters(2)
@@ -437,6 +494,7 @@ def test_closed():
 
 
 # Checkpoints
+
 
 def save_and_load(state):
     file = io.BytesIO()
@@ -470,7 +528,9 @@ def same(a, b):
     """Bit-equal trees of tensors and plain data."""
     leaves, others = tree_leaves(a), tree_leaves(b)
     return len(leaves) == len(others) and all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(leaves, others, strict=True))
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(leaves, others, strict=True)
+    )
 
 
 WRONG = {
@@ -541,7 +601,9 @@ def test_resume_at_another_number_of_workers(name):
     x = six.run(2 * TAU, toy.gradient)
     assert torch.isfinite(x).all()
     if four.has_anchor():
-        assert all(torch.equal(six.anchors()[0], other) for other in six.anchors()), "they share nothing"
+        assert all(torch.equal(six.anchors()[0], other) for other in six.anchors()), (
+            "they share nothing"
+        )
     assert six.optimizers[0]._engine.slots[0].launched == TAU + 1 + 2 * TAU
 
 
@@ -556,6 +618,7 @@ def test_the_outer_hyperparameters_are_the_constructors():
 
 # Observability and imports
 
+
 def test_profiler_labels():
     params = parameters(2)
     optimizer = alone(OverlapLocalSGD, params, tau=2)
@@ -566,7 +629,9 @@ def test_profiler_labels():
 
 
 def python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 def test_importing_is_cheap_and_silent():

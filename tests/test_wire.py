@@ -1,4 +1,7 @@
-"""How coded means travel: bytes, order of the second stages, what is lost and added again, failures, real workers."""
+"""How coded means travel.
+
+Bytes, order of the second stages, what is lost and added again, failures, real workers.
+"""
 
 from __future__ import annotations
 
@@ -73,10 +76,17 @@ def test_bytes_on_the_wire(monkeypatch: pytest.MonkeyPatch, name: str, m: int) -
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_large_models_send_as_many_bytes_as_their_all_reduce_would_with_so_many_bits(name: str) -> None:
-    bits, numel = {"bf16": 16, "int8": 8 + 32 / BLOCK, "e3m0": 4 + 8 / BLOCK, "2bit": 2 + 32 / BLOCK}[name], 10**6
+def test_large_models_send_as_many_bytes_as_their_all_reduce_would_with_so_many_bits(
+    name: str,
+) -> None:
+    bits, numel = (
+        {"bf16": 16, "int8": 8 + 32 / BLOCK, "e3m0": 4 + 8 / BLOCK, "2bit": 2 + 32 / BLOCK}[name],
+        10**6,
+    )
     for m in (2, 3, 4, 8):
-        run = Cluster(partial(distoptim.LocalSGD, lr=0.1, tau=1, codec=name), [[torch.zeros(numel)]] * m)
+        run = Cluster(
+            partial(distoptim.LocalSGD, lr=0.1, tau=1, codec=name), [[torch.zeros(numel)]] * m
+        )
         coder = run.optimizers[0]._engine.slots[0].coder
         assert coder.nbytes == pytest.approx(bits / 8 * numel, rel=3e-3)
         assert coder.nbytes * 2 * (m - 1) / m == pytest.approx(sent_per_mean(name, m, numel))
@@ -84,8 +94,13 @@ def test_large_models_send_as_many_bytes_as_their_all_reduce_would_with_so_many_
 
 @pytest.mark.parametrize("numel", [300, 9 * BLOCK - 100])
 def test_parts_may_be_empty(numel: int) -> None:
-    """8 workers and 2 blocks: one stage; 9 blocks: two stages in parts of 2, of which the last three are empty."""
-    run = Cluster(partial(distoptim.LocalSGD, lr=0.1, tau=1, codec="int8"), [[torch.zeros(numel)]] * 8)
+    """8 workers and 2 blocks: one stage; 9 blocks.
+
+    Two stages in parts of 2, of which the last three are empty.
+    """
+    run = Cluster(
+        partial(distoptim.LocalSGD, lr=0.1, tau=1, codec="int8"), [[torch.zeros(numel)]] * 8
+    )
     assert run.optimizers[0]._engine.slots[0].coder.two_stages == (numel > 300)
     target = numbers(numel)
     x = run.run(40, lambda rank, params: [params[0] - target - (rank - 3.5)])[-1]
@@ -111,7 +126,9 @@ def test_two_stages_lose_nothing_in_the_sum(name: str, weight: float) -> None:
         assert all(torch.equal(buffers[0], b) for b in buffers)
         assert buffers[0][-1] == weight
         got += buffers[0][:-1] / weight - coders[0].reference
-    kept = torch.cat([c.mean_residual for c in coders]) + sum(c.residual for c in coders) / len(coders)
+    kept = torch.cat([c.mean_residual for c in coders]) + sum(c.residual for c in coders) / len(
+        coders
+    )
     torch.testing.assert_close(got + kept, given, rtol=0, atol=1e-4)
     assert all(c.mean_residual.abs().max() > 0.01 for c in coders)
 
@@ -161,7 +178,9 @@ class Wire:
         self.log: list[str] = []
         self.first: list[Leg] = []
         self.second: list[Leg] = []
-        self.relays = Relays(partial(self.leg, self.first, "a"), partial(self.leg, self.second, "b"))
+        self.relays = Relays(
+            partial(self.leg, self.first, "a"), partial(self.leg, self.second, "b")
+        )
 
     def leg(self, legs: list[Leg], name: str, *_: Tensor) -> Leg:
         legs.append(Leg(f"{name}{len(legs)}", self.log))
@@ -170,7 +189,9 @@ class Wire:
     def launch(self) -> Any:
         i = len(self.first)
         row = torch.zeros(2, 4)
-        return self.relays.launch(Relay(row, row, lambda: self.log.append(f"between {i}"), row[0], row))
+        return self.relays.launch(
+            Relay(row, row, lambda: self.log.append(f"between {i}"), row[0], row)
+        )
 
 
 def test_second_stages_start_in_the_order_of_the_first() -> None:
@@ -182,7 +203,14 @@ def test_second_stages_start_in_the_order_of_the_first() -> None:
     assert wire.log == ["start a0", "start a1", "start a2"], "the one before has not ended"
     wire.first[0].end()
     handles[2].poll()
-    assert wire.log[3:] == ["wait a0", "between 0", "start b0", "wait a1", "between 1", "start b1"], "any poll will do"
+    assert wire.log[3:] == [
+        "wait a0",
+        "between 0",
+        "start b0",
+        "wait a1",
+        "between 1",
+        "start b1",
+    ], "any poll will do"
     handles[2].wait(60.0)
     assert wire.log[9:] == ["wait a2", "between 2", "start b2", "wait b2"]
     assert handles[2].waited_s == 0.5
@@ -230,10 +258,18 @@ def test_a_failed_first_stage_is_told_to_who_waits() -> None:
 # The virtual cluster.
 
 
-def clocked(workers: int = 4, network: Any = None, make: Any = distoptim.LocalSGD, **options: Any) -> sim.Cluster:
+def clocked(
+    workers: int = 4, network: Any = None, make: Any = distoptim.LocalSGD, **options: Any
+) -> sim.Cluster:
     """One second a step; models that start at zero, each to be drawn to another point."""
-    return sim.Cluster(workers=workers, compute=sim.Constant(1.0), network=network, threads=1,
-                       model=lambda: torch.nn.Linear(60, 60), optimizer=partial(make, lr=0.1, **options))
+    return sim.Cluster(
+        workers=workers,
+        compute=sim.Constant(1.0),
+        network=network,
+        threads=1,
+        model=lambda: torch.nn.Linear(60, 60),
+        optimizer=partial(make, lr=0.1, **options),
+    )
 
 
 def loss(model: torch.nn.Module, rank: int) -> Tensor:
@@ -255,17 +291,30 @@ def test_virtual_time_is_that_of_the_bytes_of_both_stages(name: str, m: int) -> 
 def test_hide_communication_sees_both_stages() -> None:
     name, link = "e3m0+ef", Link(latency_s=0.0, bandwidth_gbit_s=1e-5)
     needed = sent_per_mean(name, 4, 3660) * 8 / 1e4
-    run = clocked(4, sim.Ring([link]), distoptim.OverlapLocalSGD, tau=HideCommunication(), codec=name)
+    run = clocked(
+        4, sim.Ring([link]), distoptim.OverlapLocalSGD, tau=HideCommunication(), codec=name
+    )
     for _ in range(40):
         run.step(loss)
     assert run.stats()["tau"] == math.ceil(needed)
 
 
 def test_virtual_runs_resume_in_flight_with_codes_at_the_same_time() -> None:
-    """Fragments in flight, on a link that makes workers wait: parameters and clocks of a run that never stopped."""
+    """Fragments in flight, on a link that makes workers wait.
+
+    Parameters and clocks of a run that never stopped.
+    """
     link = Link(latency_s=0.01, bandwidth_gbit_s=2e-6)
-    make = partial(clocked, 4, sim.Ring([link]), distoptim.StreamingDiLoCo, tau=4, delay=3, fragments=2,
-                   codec="2bit+ef")
+    make = partial(
+        clocked,
+        4,
+        sim.Ring([link]),
+        distoptim.StreamingDiLoCo,
+        tau=4,
+        delay=3,
+        fragments=2,
+        codec="2bit+ef",
+    )
     torch.manual_seed(0)
     expected = make()
     for _ in range(8):
@@ -282,7 +331,8 @@ def test_virtual_runs_resume_in_flight_with_codes_at_the_same_time() -> None:
     assert expected.stats()["exposed_s"] == resumed.stats()["exposed_s"] > 0
 
 
-# Real workers. Every worker does its steps at times of its own, so that second stages start at other moments.
+# Real workers. Every worker does its steps at times of its own, so that second stages start at
+# other moments.
 
 
 def pace(rank: int, step: int) -> None:
@@ -308,7 +358,12 @@ def flat(params: list[Any]) -> Tensor:
 
 STREAMING: dict[str, Any] = {"tau": 6, "delay": 3, "fragments": 3, "codec": "2bit+ef", "lr": 0.05}
 FULL: dict[str, Any] = {"tau": 3, "delay": 2, "carry": True, "lr": 0.05, "codec": "e3m0+ef"}
-PHASES: dict[str, Any] = {"tau": PostLocal(start=3, tau=4), "lr": 0.05, "codec": "int8", "fragments": 2}
+PHASES: dict[str, Any] = {
+    "tau": PostLocal(start=3, tau=4),
+    "lr": 0.05,
+    "codec": "int8",
+    "fragments": 2,
+}
 
 
 def whole_path(rank: int) -> dict[str, Any]:
@@ -357,7 +412,9 @@ def whole_path(rank: int) -> dict[str, Any]:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for codec in (None, "int8"):
         params = fresh()
-        optimizer = distoptim.LocalSGD(params, tau=4, lr=0.05, codec=codec, levels={2: pairs[rank // 2]})
+        optimizer = distoptim.LocalSGD(
+            params, tau=4, lr=0.05, codec=codec, levels={2: pairs[rank // 2]}
+        )
         steps(optimizer, params, rank, 9)
         optimizer.flush()
         out[f"levels {codec}"] = flat(params)
@@ -387,7 +444,9 @@ def count_what_gloo_gets() -> list[int]:
 @pytest.mark.parametrize("backend", ["gloo", "emulated"])
 def test_four_real_workers(backend: str) -> None:
     results = workers.run(whole_path, 4, backend=backend)
-    streaming = Cluster(partial(distoptim.StreamingDiLoCo, **STREAMING), [START] * 4).run(24, gradient)[-1]
+    streaming = Cluster(partial(distoptim.StreamingDiLoCo, **STREAMING), [START] * 4).run(
+        24, gradient
+    )[-1]
     sampled = Cluster(partial(distoptim.BMUF, **FULL), [START] * 4)
     for _ in range(8):
         for rank, optimizer in enumerate(sampled.optimizers):

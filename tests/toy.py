@@ -1,4 +1,7 @@
-"""A quadratic in three parameters, whose minimum is another one on every worker; and all algorithms to try on it."""
+"""A quadratic in three parameters, whose minimum is another one on every worker.
+
+And all algorithms to try on it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
 
 _generator = torch.Generator().manual_seed(0)
 _START = [torch.randn(shape, generator=_generator, dtype=torch.float64) for shape in SHAPES]
-_MINIMA = [[torch.randn(shape, generator=_generator, dtype=torch.float64) for shape in SHAPES] for _ in range(8)]
+_MINIMA = [
+    [torch.randn(shape, generator=_generator, dtype=torch.float64) for shape in SHAPES]
+    for _ in range(8)
+]
 
 # Algorithms whose default is without one of their parts.
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,28 +42,45 @@ def start(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def gradient(rank: int, params: list[Tensor]) -> list[Tensor]:
-    return [(p - c.to(p.dtype)) * (1 + 0.1 * i) for i, (p, c) in enumerate(zip(params, _MINIMA[rank], strict=True))]
+    return [
+        (p - c.to(p.dtype)) * (1 + 0.1 * i)
+        for i, (p, c) in enumerate(zip(params, _MINIMA[rank], strict=True))
+    ]
 
 
 def zero(rank: int, params: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) for p in params]
 
 
-def variants(tau: int = TAU, fragments: tuple[int, ...] = (1, 3)) -> dict[str, Callable[..., AveragingOptimizer]]:
-    """Every algorithm at delay 0, 1 and tau where it has one, in one message and in several; by name."""
+def variants(
+    tau: int = TAU, fragments: tuple[int, ...] = (1, 3)
+) -> dict[str, Callable[..., AveragingOptimizer]]:
+    """Every algorithm at delay 0, 1 and tau where it has one, in one message and in several.
+
+    By name.
+    """
     out = {}
     for name, (base, options) in {**{name: (name, {}) for name in ALGORITHMS}, **EXTRA}.items():
         algorithm = ALGORITHMS[base]
         delays: list[dict[str, Any]] = [{}]
         takes = inspect.signature(algorithm).parameters
         if "delay" in takes:
-            delays = [{"delay": delay, **({"carry": True} if delay and "carry" in takes else {})}
-                      for delay in sorted({0, min(1, tau), tau})]
+            delays = [
+                {"delay": delay, **({"carry": True} if delay and "carry" in takes else {})}
+                for delay in sorted({0, min(1, tau), tau})
+            ]
         for delay in delays:
             for count in fragments:
-                label = "-".join([name, *(f"delay{d}" for key, d in delay.items() if key == "delay"),
-                                  f"fragments{count}"])
-                out[label] = partial(algorithm, tau=tau, fragments=count, **{**OPTIONS, **options, **delay})
+                label = "-".join(
+                    [
+                        name,
+                        *(f"delay{d}" for key, d in delay.items() if key == "delay"),
+                        f"fragments{count}",
+                    ]
+                )
+                out[label] = partial(
+                    algorithm, tau=tau, fragments=count, **{**OPTIONS, **options, **delay}
+                )
     return out
 
 

@@ -12,16 +12,18 @@ from distoptim.period import Change, Period
 
 @dataclass(frozen=True)
 class HideCommunication(Period):
-    """The smallest tau that hides the means behind computation, as measured: ceil((1 + margin) communication / step).
+    """The smallest tau that hides the means behind computation, as measured: ceil((1 + margin)
+    communication / step).
 
-    Both times are measured by every worker and their means travel with the parameters, so that all workers decide
-    alike and nothing waits for it. tau comes down only where twice the margin would fit, lest it swing. It needs an
-    algorithm whose delay is the whole round.
+    Both times are measured by every worker and their means travel with the parameters, so that all
+    workers decide alike and nothing waits for it. tau comes down only where twice the margin would
+    fit, lest it swing. It needs an algorithm whose delay is the whole round.
 
     Args:
         smallest: bound of tau, and where it begins, >= 1.
         largest: bound of tau, >= smallest.
-        margin: time left over, as a share of the communication's, in [0, 10]; default 0.1, against jitter.
+        margin: time left over, as a share of the communication's, in [0, 10]; default 0.1, against
+            jitter.
 
     Raises:
         ValueError: a value outside its range.
@@ -38,7 +40,9 @@ class HideCommunication(Period):
         checks.integer("largest", self.largest, self.smallest)
         checks.number("margin", self.margin, 0, 10)
 
-    def choose(self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]) -> Change:
+    def choose(
+        self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
+    ) -> Change:
         """From the ratio of the two times."""
         if not means or means["communication_s"] <= 0 or means["step_s"] <= 0:
             return tau, "nothing measured yet"
@@ -53,18 +57,22 @@ class HideCommunication(Period):
 
 @dataclass(frozen=True)
 class AdaComm(Period):
-    """tau falls with the loss: tau = ceil(tau0 sqrt(loss / loss0)), once every `interval` local steps.
+    """tau falls with the loss: tau = ceil(tau0 sqrt(loss / loss0)), once every `interval` local
+    steps.
 
-    Where that is no smaller than before, tau <- ceil(gamma tau). Report the loss with `average(loss=loss)`; what
-    counts is its mean over the workers and the interval, and loss0 is that of the first round.
+    Where that is no smaller than before, tau <- ceil(gamma tau). Report the loss with
+    `average(loss=loss)`; what counts is its mean over the workers and the interval, and loss0 is
+    that of the first round.
 
     Args:
         tau0: the first tau, >= 1.
-        interval: local steps between two decisions, >= 1; the paper has 60 seconds, on which workers cannot agree.
+        interval: local steps between two decisions, >= 1; the paper has 60 seconds, on which
+            workers cannot agree.
         gamma: factor where the loss is stuck, in (0, 1); default 0.5, the paper's.
-        follow_lr: tau = ceil(tau0 sqrt(lr0 / lr loss / loss0)) instead, so that a learning rate that decays makes
-            rounds longer. lr0 is the largest so far, not the first, which a warm-up would make too small; gamma then
-            waits for intervals with an unchanged lr. Both are our choice; without warm-up lr0 is the paper's.
+        follow_lr: tau = ceil(tau0 sqrt(lr0 / lr loss / loss0)) instead, so that a learning rate
+            that decays makes rounds longer. lr0 is the largest so far, not the first, which a
+            warm-up would make too small; gamma then waits for intervals with an unchanged lr. Both
+            are our choice; without warm-up lr0 is the paper's.
         largest: bound of tau, >= tau0.
 
     Raises:
@@ -98,7 +106,9 @@ class AdaComm(Period):
         """tau0."""
         return self.tau0
 
-    def choose(self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]) -> Change:
+    def choose(
+        self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
+    ) -> Change:
         """From the mean loss of the interval, where one ends."""
         if not means or not all(map(math.isfinite, means.values())):
             return tau, "no loss"

@@ -1,4 +1,7 @@
-"""An engine's state as plain data and tensors, and back: what a checkpoint holds of a running round."""
+"""An engine's state as plain data and tensors, and back.
+
+What a checkpoint holds of a running round.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ class Place:
     Attributes:
         step: local steps made.
         tau: of the present round.
-        fragments: of each, how many means were merged, the steps of the last and of the next launch, and at which step
-            the mean in flight is due.
+        fragments: of each, how many means were merged, the steps of the last and of the next
+            launch, and at which step the mean in flight is due.
     """
 
     step: int
@@ -40,7 +43,8 @@ class Place:
 def save(engine: Engine) -> dict[str, Any]:
     """Everything needed to go on bit-equal; what is in flight is waited for and saved as its mean.
 
-    A mean that cannot be had because a peer is gone is left out: the failure comes up at the next `average()`.
+    A mean that cannot be had because a peer is gone is left out: the failure comes up at the next
+        `average()`.
     """
     engine.settle()
     return {
@@ -52,10 +56,19 @@ def save(engine: Engine) -> dict[str, Any]:
         "workers": engine.communicator.size,
         "step": engine.step,
         "fragments": [
-            {"signature": slot.fragment.signature(), "next_launch": slot.next_launch, "launched": slot.launched,
-             "merges": slot.merges, "samples": slot.samples, "seconds": slot.seconds, "state": rule.save(slot.state),
-             "flight": _save_flight(slot), "coder": None if slot.coder is None else slot.coder.save()}
-            for slot in engine.slots],
+            {
+                "signature": slot.fragment.signature(),
+                "next_launch": slot.next_launch,
+                "launched": slot.launched,
+                "merges": slot.merges,
+                "samples": slot.samples,
+                "seconds": slot.seconds,
+                "state": rule.save(slot.state),
+                "flight": _save_flight(slot),
+                "coder": None if slot.coder is None else slot.coder.save(),
+            }
+            for slot in engine.slots
+        ],
     }
 
 
@@ -68,13 +81,19 @@ def check(engine: Engine, saved: dict[str, Any]) -> None:
     found = saved.get("format") if isinstance(saved, dict) else saved
     if found != FORMAT:
         raise ValueError(f"checkpoint has format {found!r}: allowed is {FORMAT}")
-    mine = {"rule": type(engine.rule).__name__,
-            "fragments": [slot.fragment.signature() for slot in engine.slots],
-            "state": [rule.layout(rule.save(slot.state)) for slot in engine.slots]}
-    theirs = {"rule": saved["rule"],
-              "fragments": [f["signature"] for f in saved["fragments"]],
-              "state": [rule.layout(f["state"]) for f in saved["fragments"]]}
-    mine["codec"] = [_coding(None if slot.coder is None else slot.coder.save()) for slot in engine.slots]
+    mine = {
+        "rule": type(engine.rule).__name__,
+        "fragments": [slot.fragment.signature() for slot in engine.slots],
+        "state": [rule.layout(rule.save(slot.state)) for slot in engine.slots],
+    }
+    theirs = {
+        "rule": saved["rule"],
+        "fragments": [f["signature"] for f in saved["fragments"]],
+        "state": [rule.layout(f["state"]) for f in saved["fragments"]],
+    }
+    mine["codec"] = [
+        _coding(None if slot.coder is None else slot.coder.save()) for slot in engine.slots
+    ]
     theirs["codec"] = [_coding(f.get("coder")) for f in saved["fragments"]]
     for key, value in mine.items():
         if theirs[key] != value:
@@ -85,9 +104,9 @@ def check(engine: Engine, saved: dict[str, Any]) -> None:
 def load(engine: Engine, saved: dict[str, Any]) -> None:
     """Put a state that fits (see `check`) into an engine.
 
-    With period, delay and number of workers unchanged the run goes on as if it had never stopped. Otherwise what
-    was in flight is dropped and a new round begins; at another number of workers every worker starts from the
-    anchor, where there is one.
+    With period, delay and number of workers unchanged the run goes on as if it had never stopped.
+    Otherwise what was in flight is dropped and a new round begins; at another number of workers
+    every worker starts from the anchor, where there is one.
     """
     same_workers = saved["workers"] == engine.communicator.size
     goes_on = same_workers and engine.pace.load(saved["pace"])
@@ -113,9 +132,19 @@ def load(engine: Engine, saved: dict[str, Any]) -> None:
 
 def place(saved: dict[str, Any]) -> Place:
     """Of a saved state."""
-    return Place(saved["step"], saved["tau"], tuple(
-        (_merges(f), f["launched"], f["next_launch"], None if f["flight"] is None else f["flight"]["due"])
-        for f in saved["fragments"]))
+    return Place(
+        saved["step"],
+        saved["tau"],
+        tuple(
+            (
+                _merges(f),
+                f["launched"],
+                f["next_launch"],
+                None if f["flight"] is None else f["flight"]["due"],
+            )
+            for f in saved["fragments"]
+        ),
+    )
 
 
 def _merges(record: dict[str, Any]) -> int:
@@ -134,9 +163,16 @@ def _save_flight(slot: Slot) -> dict[str, Any] | None:
     flight = slot.flight
     if flight is None:
         return None
-    return {"mean": slot.buffer.tensor, "finite": bool(flight.finite), "due": flight.due, "lr": flight.lr}
+    return {
+        "mean": slot.buffer.tensor,
+        "finite": bool(flight.finite),
+        "due": flight.due,
+        "lr": flight.lr,
+    }
 
 
 def _load_flight(slot: Slot, saved: dict[str, Any]) -> Flight:
     slot.buffer.tensor.copy_(saved["mean"])
-    return Flight(Handle(slot.buffer.tensor), torch.tensor(saved["finite"]), saved["due"], saved["lr"])
+    return Flight(
+        Handle(slot.buffer.tensor), torch.tensor(saved["finite"]), saved["due"], saved["lr"]
+    )

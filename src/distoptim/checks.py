@@ -8,8 +8,15 @@ from numbers import Real
 LARGEST = 1e30  # far enough from the end of float32 that a product with a parameter is finite
 
 
-def number(name: str, value: object, low: float, high: float, *, open_low: bool = False,
-           open_high: bool = False) -> float:
+def number(
+    name: str,
+    value: object,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
     """`value` as a float if it is a finite number in the range; ends belong to it unless open.
 
     Raises:
@@ -20,9 +27,16 @@ def number(name: str, value: object, low: float, high: float, *, open_low: bool 
             x = float(value)
         except OverflowError:
             x = math.inf
-        if math.isfinite(x) and (low < x if open_low else low <= x) and (x < high if open_high else x <= high):
+        if (
+            math.isfinite(x)
+            and (low < x if open_low else low <= x)
+            and (x < high if open_high else x <= high)
+        ):
             return x
-    left, right = "(" if open_low or low == -math.inf else "[", ")" if open_high or high == math.inf else "]"
+    left, right = (
+        "(" if open_low or low == -math.inf else "[",
+        ")" if open_high or high == math.inf else "]",
+    )
     raise ValueError(f"{name}={value!r}: allowed is a number in {left}{low:g}, {high:g}{right}")
 
 
@@ -49,7 +63,9 @@ def flag(name: str, value: object) -> bool:
     raise ValueError(f"{name}={value!r}: allowed is True or False")
 
 
-def outer_momentum(value: object, gmf: object, *, default: float, name: str = "outer_momentum") -> float:
+def outer_momentum(
+    value: object, gmf: object, *, default: float, name: str = "outer_momentum"
+) -> float:
     """The momentum given under either of its names, in [0, 1).
 
     Raises:

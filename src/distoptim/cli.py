@@ -10,7 +10,8 @@ _EXTRA = ("click", "matplotlib", "rich")
 def main() -> None:
     """Run the command line and exit with its code.
 
-    Codes: 0 done, 1 a worker failed, 2 a wrong value or file, 128 + signal when stopped by one (130 for Ctrl-C).
+    Codes: 0 done, 1 a worker failed, 2 a wrong value or file, 128 + signal when stopped by one (130
+        for Ctrl-C).
     """
     try:
         import click

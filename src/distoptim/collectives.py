@@ -1,4 +1,7 @@
-"""Blocking on collectives: bounded waits, one error for all ways in which they fail, and leaving in order."""
+"""Blocking on collectives.
+
+Bounded waits, one error for all ways in which they fail, and leaving in order.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +47,17 @@ class Collectives(ABC):
             RuntimeError: they are the workers' mean, and what is done to them would be lost.
         """
         if self.evaluating:
-            raise RuntimeError("inside averaged() parameters are the workers' mean, and local again after it; train "
-                               "outside of the block")
+            raise RuntimeError(
+                "inside averaged() parameters are the workers' mean, and local again after it; train "
+                "outside of the block"
+            )
 
     @torch.no_grad()
-    def mean_of(self, fragment: Fragment, weight: float = 1.0, *, may_be_empty: bool = False) -> Flat:
-        """The workers' weighted mean of a fragment's values now, in a new buffer; blocking and collective.
+    def mean_of(
+        self, fragment: Fragment, weight: float = 1.0, *, may_be_empty: bool = False
+    ) -> Flat:
+        """The workers' weighted mean of a fragment's values now, in a new buffer; blocking and
+        collective.
 
         Its last element is 1, or 0 where all weights are and that may be.
         """
@@ -71,7 +79,10 @@ class Collectives(ABC):
         self.failure = self.failure or CommunicationError("the optimizer has been closed")
 
     def settle(self) -> None:
-        """Wait for what is in flight without merging it. A failure is kept for the next step, not raised."""
+        """Wait for what is in flight without merging it.
+
+        A failure is kept for the next step, not raised.
+        """
         for slot in list(self._flying):
             if slot.flight is not None:
                 try:
@@ -100,11 +111,15 @@ class Collectives(ABC):
             self._fail(slot, self.communicator.now() - handle.launched_at, error)
 
     def _fail(self, slot: Slot | None, seconds: float, error: Exception) -> NoReturn:
-        """Give up communication for good, keeping parameters and state; peers see our groups close."""
+        """Give up communication for good, keeping parameters and state.
+
+        Peers see our groups close.
+        """
         self.failure = CommunicationError(
             f"rank {self.communicator.rank}: mean of {packing.name_of(slot)} failed {seconds:.1f} s after its launch "
             f"(timeout {self.timeout_s:g} s): {error}. Parameters and anchor are valid: save them, and restart "
-            "with the workers that are left")
+            "with the workers that are left"
+        )
         for other in self.slots:
             other.flight = None
         self._plan()

@@ -1,4 +1,7 @@
-"""Time: when to launch, when to merge, what is in flight. The only place that counts local steps."""
+"""Time: when to launch, when to merge, what is in flight.
+
+The only place that counts local steps.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,11 @@ logger = logging.getLogger("distoptim")
 class Engine(Collectives):
     """Keeps the rounds of all fragments.
 
-    A fragment is launched at local steps offset, offset + tau, ... (tau, 2 tau, ... for offset 0) and merged
-    `delay` local steps later. At delay = tau, merge and next launch fall together, and round 0 counts as in
-    flight from the start: all workers "sent" the same x0, so its mean is known without communication.
+    A fragment is launched at local steps offset, offset + tau, ... (tau, 2 tau, ... for offset 0)
+    and merged `delay` local steps later. At delay = tau, merge and next launch fall together, and
+    round 0 counts as in
+    flight from the start: all workers "sent" the same x0, so its mean is known without
+        communication.
 
     Args:
         fragments: in the order in which all ranks launch them.
@@ -47,18 +52,30 @@ class Engine(Collectives):
         codec: in which payloads travel; None: as they are.
     """
 
-    def __init__(self, fragments: Sequence[Fragment], rule: Rule, communicator: Communicator, *, tau: Tau,
-                 delay: Tau, timeout_s: float, inner_lr: Callable[[int], float],
-                 forget: Callable[[Sequence[Tensor]], None], reset_inner: bool = False,
-                 codec: Coding | None = None) -> None:
+    def __init__(
+        self,
+        fragments: Sequence[Fragment],
+        rule: Rule,
+        communicator: Communicator,
+        *,
+        tau: Tau,
+        delay: Tau,
+        timeout_s: float,
+        inner_lr: Callable[[int], float],
+        forget: Callable[[Sequence[Tensor]], None],
+        reset_inner: bool = False,
+        codec: Coding | None = None,
+    ) -> None:
         super().__init__(communicator, timeout_s)
         self.rule, self.pace = rule, Pace(tau, delay)
         self.step, self.counters = 0, Counters()
         self._inner_lr, self._forget, self._reset_inner = inner_lr, forget, reset_inner
         self.ended = self.may_be_empty = False
         self.slots = [
-            Slot(i, f, rule.start(f), f.flat(extra=1 + extra), 0, extra=extra) for i, f in enumerate(fragments)
-            for extra in [0 if i else len(self.pace.period.measures)]]
+            Slot(i, f, rule.start(f), f.flat(extra=1 + extra), 0, extra=extra)
+            for i, f in enumerate(fragments)
+            for extra in [0 if i else len(self.pace.period.measures)]
+        ]
         self._codec = codec
         self._code()
         self._begin()
@@ -78,11 +95,19 @@ class Engine(Collectives):
         return Adopt() if self.pace.synchronous else self.rule
 
     def _code(self) -> None:
-        """Make the coders; in the synchronous phase what all workers share is the last mean, not the anchor."""
+        """Make the coders.
+
+        In the synchronous phase what all workers share is the last mean, not the anchor.
+        """
         if self._codec is not None:
             for slot in self.slots:
-                slot.coder = Coder(self._codec, self.communicator, slot.fragment, extra=1 + slot.extra,
-                                   shared=None if self.pace.synchronous else slot.shared)
+                slot.coder = Coder(
+                    self._codec,
+                    self.communicator,
+                    slot.fragment,
+                    extra=1 + slot.extra,
+                    shared=None if self.pace.synchronous else slot.shared,
+                )
 
     def _begin(self) -> None:
         """Begin the algorithm's first round, from parameters that all workers share."""
@@ -90,7 +115,9 @@ class Engine(Collectives):
             self.place(slot)
             if self.delay == self.tau:
                 finite = self._pack(slot, start=True)
-                self._take_off(slot, Handle(slot.buffer.tensor), finite, launched=slot.next_launch - self.tau)
+                self._take_off(
+                    slot, Handle(slot.buffer.tensor), finite, launched=slot.next_launch - self.tau
+                )
         self._plan()
 
     def place(self, slot: Slot) -> None:
@@ -108,7 +135,10 @@ class Engine(Collectives):
             self.counters.tick(self.communicator.now())
 
     def count(self) -> None:
-        """The first part of `tick`, before anything is merged; a simulator calls the parts for all workers in turn."""
+        """The first part of `tick`, before anything is merged.
+
+        A simulator calls the parts for all workers in turn.
+        """
         self._check()
         self.counters.tick(self.communicator.now())
         self.step += 1
@@ -117,7 +147,10 @@ class Engine(Collectives):
 
     @torch.no_grad()
     def launch_due(self) -> None:
-        """Launch the fragments whose round ends at this step; the first one may change the length of the rounds."""
+        """Launch the fragments whose round ends at this step.
+
+        The first one may change the length of the rounds.
+        """
         first = self.slots[0]
         if first.next_launch <= self.step and self.pace.change(self.step):
             # Nothing may be in flight when rounds begin anew.
@@ -173,16 +206,22 @@ class Engine(Collectives):
 
     def _end_synchronous_phase(self) -> None:
         self.pace.synchronous = False
-        logger.info("local step %d: tau 1 -> %d: the synchronous phase is over", self.step, self.tau)
+        logger.info(
+            "local step %d: tau 1 -> %d: the synchronous phase is over", self.step, self.tau
+        )
         for slot in self.slots:
             slot.state = self.rule.start(slot.fragment)
         self._code()
         self._begin()
 
     def _plan(self) -> None:
-        self._flying = sorted((s for s in self.slots if s.flight is not None), key=lambda s: s.launched)
+        self._flying = sorted(
+            (s for s in self.slots if s.flight is not None), key=lambda s: s.launched
+        )
         self._flights = [slot.flight for slot in self._flying if slot.flight is not None]
-        self._next_event = min([slot.next_launch for slot in self.slots] + [flight.due for flight in self._flights])
+        self._next_event = min(
+            [slot.next_launch for slot in self.slots] + [flight.due for flight in self._flights]
+        )
 
     def _launch(self, slot: Slot) -> None:
         start = time.perf_counter()
@@ -200,12 +239,19 @@ class Engine(Collectives):
 
     def _pack(self, slot: Slot, *, start: bool = False) -> Tensor:
         pace = self.pace
-        weight = 1.0 if start else pace.weight(step=self.step, since=max(0, slot.launched), samples=slot.samples)
+        weight = (
+            1.0
+            if start
+            else pace.weight(step=self.step, since=max(0, slot.launched), samples=slot.samples)
+        )
         extra: list[Tensor | float] = []
         if slot.extra and not start:
-            extra = pace.measure(step=self.step, lr=self._inner_lr(0),
-                                 computed_s=self.communicator.now() - self.counters.collect(),
-                                 communication_s=sum(s.seconds for s in self.slots))
+            extra = pace.measure(
+                step=self.step,
+                lr=self._inner_lr(0),
+                computed_s=self.communicator.now() - self.counters.collect(),
+                communication_s=sum(s.seconds for s in self.slots),
+            )
         slot.samples = pace.samples or 0.0
         return packing.pack(self._active, slot, weight, extra, self._heal)
 
@@ -214,7 +260,10 @@ class Engine(Collectives):
         self.counters.quarantined += 1
         warnings.warn(
             f"rank {self.communicator.rank}: parameters of {packing.name_of(slot)} are not finite at local step "
-            f"{self.step}: left out of this mean and replaced", QuarantineWarning, stacklevel=2)
+            f"{self.step}: left out of this mean and replaced",
+            QuarantineWarning,
+            stacklevel=2,
+        )
         fallback = self._active.fallback(slot.state)
         if fallback is not None:
             slot.fragment.write(fallback)
@@ -230,14 +279,20 @@ class Engine(Collectives):
         start = time.perf_counter()
         with record_function("distoptim::merge"):
             buffer = slot.buffer.tensor
-            weight = packing.normalise(buffer, flight.handle, packing.name_of(slot),
-                                       self.may_be_empty or self.pace.left_at is not None)
+            weight = packing.normalise(
+                buffer,
+                flight.handle,
+                packing.name_of(slot),
+                self.may_be_empty or self.pace.left_at is not None,
+            )
             if weight == 0:
                 self.ended = True
                 return
             workers = self.pace.share(weight) * self.communicator.size
             if slot.extra:
-                self.pace.told([flight.handle.tail(i - 1 - slot.extra) / weight for i in range(slot.extra)])
+                self.pace.told(
+                    [flight.handle.tail(i - 1 - slot.extra) / weight for i in range(slot.extra)]
+                )
             if slot.fragment.device.type != "cpu" and not flight.finite:
                 self._heal(slot)
             if slot.coder is not None:

@@ -13,7 +13,8 @@ from distoptim.fragments import build
 
 @contextlib.contextmanager
 def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
-    """Within the block the engine's parameters, and the module's floating-point buffers, are the workers' mean.
+    """Within the block the engine's parameters, and the module's floating-point buffers, are the
+    workers' mean.
 
     Raises:
         ValueError: the module has parameters to train and none of the engine's.
@@ -43,14 +44,21 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
 def _check(engine: Engine, module: torch.nn.Module | None) -> None:
     """Whether the module is the one that is trained."""
     mine = {id(p) for slot in engine.slots for p in slot.fragment.params}
-    theirs = {id(p) for p in module.parameters() if p.requires_grad} if module is not None else set()
+    theirs = (
+        {id(p) for p in module.parameters() if p.requires_grad} if module is not None else set()
+    )
     if theirs and not theirs & mine:
-        raise ValueError(f"averaged({type(module).__name__}): none of its parameters is this optimizer's; allowed is "
-                         "the module that is trained")
+        raise ValueError(
+            f"averaged({type(module).__name__}): none of its parameters is this optimizer's; allowed is "
+            "the module that is trained"
+        )
 
 
 def _reshard(module: torch.nn.Module | None) -> None:
-    """Make FSDP gather parameters anew: after a forward pass without a backward one the root keeps the old ones."""
+    """Make FSDP gather parameters anew.
+
+    After a forward pass without a backward one the root keeps the old ones.
+    """
     for part in module.modules() if module is not None else ():
         if hasattr(part, "set_reshard_after_forward"):
             part.reshard()  # type: ignore[operator]  # an FSDPModule's method

@@ -24,7 +24,9 @@ class Face(torch.optim.Optimizer):
         """
         params = param_group["params"]
         if not isinstance(params, list) or params:
-            raise ValueError("the parameters of a distoptim optimizer are fixed at construction; make a new one")
+            raise ValueError(
+                "the parameters of a distoptim optimizer are fixed at construction; make a new one"
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients."""

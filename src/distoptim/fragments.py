@@ -43,8 +43,8 @@ class Fragment:
 
     Parameters are read and written in place and never rebound. Half-precision parameters are held,
     averaged and merged in float32; a non-contiguous one keeps its memory order in the flat buffer
-    (so channels_last costs no permutation), and a complex one counts as pairs of reals. Of a DTensor, this
-    rank's shard is meant.
+    (so channels_last costs no permutation), and a complex one counts as pairs of reals. Of a
+    DTensor, this rank's shard is meant.
 
     Args:
         params: the parameters, in the order of the optimizer's param groups.
@@ -52,7 +52,9 @@ class Fragment:
         part: which part of how many it is of; part k of n starts floor(k tau / n) local steps late.
     """
 
-    def __init__(self, params: Sequence[Tensor], *, groups: Sequence[int], part: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], *, groups: Sequence[int], part: tuple[int, int] = (0, 1)
+    ) -> None:
         self.params = list(params)
         self.part = part
         self.device = self.params[0].device
@@ -65,7 +67,10 @@ class Fragment:
         self.segments = _segments([x.numel() for x in local], groups)
 
     def local(self) -> list[Tensor]:
-        """The parameters as real tensors; views, made anew at each call since `.data` may be rebound."""
+        """The parameters as real tensors.
+
+        Views, made anew at each call since `.data` may be rebound.
+        """
         shards = [islands.local(p) for p in self.params]
         return [torch.view_as_real(x) if x.is_complex() else x for x in shards]
 
@@ -102,7 +107,8 @@ class Fragment:
     def pull(self, towards: Flat, weight: float) -> None:
         """X <- (1 - weight) x + weight towards."""
         if self.same_dtype:
-            # Backwards: z's end was written last and is still in the cache; then x's start is, for who reads it next.
+            # Backwards: z's end was written last and is still in the cache; then x's start is, for
+            # who reads it next.
             torch._foreach_lerp_(self.local()[::-1], towards.views[::-1], weight)
         else:
             for whole in zip(self.local(), towards.views, strict=True):
@@ -111,8 +117,10 @@ class Fragment:
 
     def signature(self) -> str:
         """What must agree on all workers and with a checkpoint: dtype, shapes, memory order."""
-        shapes = [f"{p.dtype}{list(islands.local(p).shape)}{_order(x)}"
-                  for p, x in zip(self.params, self.local(), strict=True)]
+        shapes = [
+            f"{p.dtype}{list(islands.local(p).shape)}{_order(x)}"
+            for p, x in zip(self.params, self.local(), strict=True)
+        ]
         return " ".join(shapes).replace("torch.", "")
 
 
@@ -149,10 +157,12 @@ def _segments(sizes: Sequence[int], groups: Sequence[int]) -> list[tuple[int, sl
 
 
 def trainable(param_groups: Sequence[dict[str, object]]) -> tuple[list[Tensor], list[int]]:
-    """The parameters to be averaged, each once, with their param group: those that require a gradient.
+    """The parameters to be averaged, each once, with their param group: those that require a
+    gradient.
 
     Raises:
-        ValueError: nothing to train, or a parameter that is not a dense floating-point or complex one.
+        ValueError: nothing to train, or a parameter that is not a dense floating-point or complex
+            one.
     """
     params: list[Tensor] = []
     groups: list[int] = []
@@ -164,8 +174,10 @@ def trainable(param_groups: Sequence[dict[str, object]]) -> tuple[list[Tensor], 
             if not p.requires_grad or id(p) in seen:
                 continue
             if p.dtype not in _WORK_DTYPE or p.layout is not torch.strided:
-                raise ValueError(f"cannot average a parameter of dtype {p.dtype} and layout {p.layout}; "
-                                 f"allowed are dense parameters of {[str(d) for d in _WORK_DTYPE]}")
+                raise ValueError(
+                    f"cannot average a parameter of dtype {p.dtype} and layout {p.layout}; "
+                    f"allowed are dense parameters of {[str(d) for d in _WORK_DTYPE]}"
+                )
             seen.add(id(p))
             params.append(p)
             groups.append(index)
@@ -181,19 +193,23 @@ def names(param_groups: Sequence[dict[str, object]]) -> list[str]:
         members, known = group["params"], group.get("param_names", [])
         assert isinstance(members, list)
         assert isinstance(known, list)
-        out.update({id(p): name for p, name in zip(members, known, strict=False) if p.requires_grad})
+        out.update(
+            {id(p): name for p, name in zip(members, known, strict=False) if p.requires_grad}
+        )
     return list(out.values())
 
 
-def partition(fragments: Fragments, params: Sequence[Tensor], tau: int, pattern: str = SEQUENTIAL) -> list[list[int]]:
+def partition(
+    fragments: Fragments, params: Sequence[Tensor], tau: int, pattern: str = SEQUENTIAL
+) -> list[list[int]]:
     """Which parameters, by index, each fragment holds.
 
     Args:
         fragments: how many, or the parts themselves: modules or lists of parameters.
         params: all trainable ones.
         tau: local steps in a round.
-        pattern: of a number: "sequential" cuts the list into runs of near equal size, "strided" deals it out one by
-            one, parameter i to fragment i mod n.
+        pattern: of a number: "sequential" cuts the list into runs of near equal size, "strided"
+            deals it out one by one, parameter i to fragment i mod n.
 
     Raises:
         ValueError: more fragments than local steps in a round (two would share a step) or than
@@ -203,23 +219,36 @@ def partition(fragments: Fragments, params: Sequence[Tensor], tau: int, pattern:
         raise ValueError(f"pattern={pattern!r}: allowed is {SEQUENTIAL!r} or {STRIDED!r}")
     if isinstance(fragments, int):
         if isinstance(fragments, bool) or not 1 <= fragments <= min(tau, len(params)):
-            raise ValueError(f"fragments={fragments!r}: allowed is an integer from 1 to "
-                             f"min(tau={tau}, {len(params)} parameters)")
+            raise ValueError(
+                f"fragments={fragments!r}: allowed is an integer from 1 to "
+                f"min(tau={tau}, {len(params)} parameters)"
+            )
         if pattern == STRIDED:
             return [list(range(k, len(params), fragments)) for k in range(fragments)]
         return list(_runs([p.numel() for p in params], fragments))
     if pattern != SEQUENTIAL:
-        raise ValueError(f"pattern={pattern!r} is for a number of fragments; these are given one by one")
+        raise ValueError(
+            f"pattern={pattern!r} is for a number of fragments; these are given one by one"
+        )
     index = {id(p): i for i, p in enumerate(params)}
     try:
-        members = [list(part.parameters() if isinstance(part, torch.nn.Module) else part) for part in fragments]
+        members = [
+            list(part.parameters() if isinstance(part, torch.nn.Module) else part)
+            for part in fragments
+        ]
         parts = [[index[id(p)] for p in part if p.requires_grad] for part in members]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError("fragments: each must be a module or a list of parameters of this optimizer") from error
+        raise ValueError(
+            "fragments: each must be a module or a list of parameters of this optimizer"
+        ) from error
     if sorted(i for part in parts for i in part) != list(range(len(params))) or not all(parts):
-        raise ValueError("fragments: together they must hold every trainable parameter exactly once, none empty")
+        raise ValueError(
+            "fragments: together they must hold every trainable parameter exactly once, none empty"
+        )
     if len(parts) > tau:
-        raise ValueError(f"fragments: {len(parts)} of them, but tau={tau} local steps to place them in")
+        raise ValueError(
+            f"fragments: {len(parts)} of them, but tau={tau} local steps to place them in"
+        )
     return [sorted(part) for part in parts]
 
 
@@ -228,7 +257,9 @@ def _runs(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
     total, done, start = sum(sizes), 0, 0
     for k in range(1, count + 1):
         stop, last = start, len(sizes) - (count - k)
-        while stop == start or (stop < last and (k == count or done + sizes[stop] / 2 <= total * k / count)):
+        while stop == start or (
+            stop < last and (k == count or done + sizes[stop] / 2 <= total * k / count)
+        ):
             done += sizes[stop]
             stop += 1
         yield list(range(start, stop))
@@ -243,6 +274,11 @@ def build(params: Sequence[Tensor], groups: Sequence[int], parts: Partition) -> 
         for i in part:
             by_kind.setdefault((str(params[i].device), _WORK_DTYPE[params[i].dtype]), []).append(i)
         for members in by_kind.values():
-            out.append(Fragment([params[i] for i in members], groups=[groups[i] for i in members],
-                                part=(k, len(parts))))
+            out.append(
+                Fragment(
+                    [params[i] for i in members],
+                    groups=[groups[i] for i in members],
+                    part=(k, len(parts)),
+                )
+            )
     return out

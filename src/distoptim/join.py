@@ -14,8 +14,9 @@ from distoptim.engine import Engine
 def join(engine: Engine, tick: Callable[[], None]) -> Iterator[None]:
     """Go on without data until nobody has any, then take over the workers' mean.
 
-    That all have run out is seen in a mean to which nobody has added anything, at the same step by all. So no
-    message is needed beside the means; torch's Join has a blocking one at every local step.
+    That all have run out is seen in a mean to which nobody has added anything, at the same step by
+    all. So no message is needed beside the means; torch's Join has a blocking one at every local
+    step.
 
     Args:
         engine: whose means these are.
@@ -33,7 +34,10 @@ def join(engine: Engine, tick: Callable[[], None]) -> Iterator[None]:
 
 @torch.no_grad()
 def _end(engine: Engine, weight: float) -> None:
-    """Drop what is in flight of workers that have all run out of data; x <- weighted mean, and begin anew."""
+    """Drop what is in flight of workers that have all run out of data.
+
+    X <- weighted mean, and begin anew.
+    """
     engine.drain()
     for slot in engine.slots:
         mean = engine.mean_of(slot.fragment, weight, may_be_empty=True)

@@ -28,68 +28,109 @@ from distoptim.version import __version__
 
 
 class AveragingOptimizer(Face):
-    """Base of all algorithms: a local (inner) optimizer on each worker, whose parameters are averaged every tau steps.
+    """Base of all algorithms: a local (inner) optimizer on each worker, whose parameters are
+    averaged every tau steps.
 
-    `step()` is a local step of the inner optimizer; `average()` after it counts the step, merges a mean that is
-    due and launches the next in the background. All workers must call `average()` equally often. At the start
-    everybody gets rank 0's parameters.
+    `step()` is a local step of the inner optimizer; `average()` after it counts the step, merges a
+    mean that is due and launches the next in the background. All workers must call `average()`
+    equally often. At the start everybody gets rank 0's parameters.
 
     Args:
-        params: parameters or param groups, for which a torch.optim.SGD is built; or any torch optimizer, which is
-            then the inner one. Its list of parameters is fixed from here on; frozen ones are left out.
+        params: parameters or param groups, for which a torch.optim.SGD is built; or any torch
+            optimizer, which is then the inner one. Its list of parameters is fixed from here on;
+            frozen ones are left out.
         rule: what is sent and how the mean meets the parameters.
-        tau: local steps in a round, >= 1; or {step: tau}, or an object that chooses them (`PostLocal`, `AdaComm`,
-            `HideCommunication`). More hides and saves more communication, and lets workers drift further.
+        tau: local steps in a round, >= 1; or {step: tau}, or an object that chooses them
+            (`PostLocal`, `AdaComm`, `HideCommunication`). More hides and saves more communication,
+            and lets workers drift further.
         delay: local steps between launch and merge, in [0, tau]. 0 waits; tau hides a whole round.
         lr, momentum, dampening, weight_decay, nesterov: of the torch.optim.SGD, with its defaults.
         size: number of workers, checked if given (the original code's argument).
         group: the workers; None means all.
-        device_mesh: says the workers instead, as its dimension called "replicate" or "dp_replicate", or its only one;
-            the ranks along the others are one worker together (DDP, FSDP2, ...) and average DTensors shard by shard.
-        levels: period in local steps -> smaller group of workers that also averages inside itself, blocking, as often;
-            periods divide each other and every tau. One more copy of the model each.
+        device_mesh: says the workers instead, as its dimension called "replicate" or
+            "dp_replicate", or its only one; the ranks along the others are one worker together
+            (DDP, FSDP2, ...) and average DTensors shard by shard.
+        levels: period in local steps -> smaller group of workers that also averages inside itself,
+            blocking, as often; periods divide each other and every tau. One more copy of the model
+            each.
         communicator: moves the bytes instead of torch.distributed (simulation, tests).
-        fragments: in how many messages, evenly spread over the round, the parameters are averaged (1 to tau);
-            or modules or lists of parameters, one per message. Must be equal on all workers.
-        pattern: of n fragments: "sequential", runs of near equal size; "strided", parameter i in fragment i mod n.
+        fragments: in how many messages, evenly spread over the round, the parameters are averaged
+            (1 to tau); or modules or lists of parameters, one per message. Must be equal on all
+            workers.
+        pattern: of n fragments: "sequential", runs of near equal size; "strided", parameter i in
+            fragment i mod n.
         timeout_s: bound of every wait, in [0.001, 1e9] seconds; torch's own default of 30 minutes.
         average_in_step: let `step()` do what `average()` does, for frameworks that own the loop.
-        reset_inner: forget the inner optimizer's state (momentum) at every merge instead of keeping it.
-        codec: in which the difference to what all workers share travels: "bf16", "int8", "e3m0" or "2bit", with "+ef"
-            behind it for error feedback, or an object; default None, float32. Fewer bytes for any number of workers.
-            Float32 means on the CPU only. `averaged()` and levels send float32 always.
+        reset_inner: forget the inner optimizer's state (momentum) at every merge instead of keeping
+            it.
+        codec: in which the difference to what all workers share travels: "bf16", "int8", "e3m0" or
+            "2bit", with "+ef" behind it for error feedback, or an object; default None, float32.
+            Fewer bytes for any number of workers. Float32 means on the CPU only. `averaged()` and
+            levels send float32 always.
 
     Raises:
         ValueError: a value outside its range, or workers that disagree.
         CommunicationError: from `average()`: a worker is gone or a collective timed out.
     """
 
-    def __init__(self, params: Params, *, rule: Rule, tau: Tau, delay: Tau, lr: float | Tensor | None = None,
-                 momentum: float | None = None, dampening: float | None = None, weight_decay: float | None = None,
-                 nesterov: bool | None = None, size: int | None = None, group: dist.ProcessGroup | None = None,
-                 device_mesh: DeviceMesh | None = None, levels: Mapping[int, dist.ProcessGroup] | None = None,
-                 communicator: Communicator | None = None, fragments: Fragments = 1, pattern: str = "sequential",
-                 timeout_s: float = 1800.0, average_in_step: bool = False, reset_inner: bool = False,
-                 codec: Coding | str | None = None) -> None:
+    def __init__(
+        self,
+        params: Params,
+        *,
+        rule: Rule,
+        tau: Tau,
+        delay: Tau,
+        lr: float | Tensor | None = None,
+        momentum: float | None = None,
+        dampening: float | None = None,
+        weight_decay: float | None = None,
+        nesterov: bool | None = None,
+        size: int | None = None,
+        group: dist.ProcessGroup | None = None,
+        device_mesh: DeviceMesh | None = None,
+        levels: Mapping[int, dist.ProcessGroup] | None = None,
+        communicator: Communicator | None = None,
+        fragments: Fragments = 1,
+        pattern: str = "sequential",
+        timeout_s: float = 1800.0,
+        average_in_step: bool = False,
+        reset_inner: bool = False,
+        codec: Coding | str | None = None,
+    ) -> None:
         pace = Pace(tau, delay)
         checks.number("timeout_s", timeout_s, 1e-3, 1e9)
         checks.flag("average_in_step", average_in_step)
         checks.flag("reset_inner", reset_inner)
         if isinstance(params, AveragingOptimizer):
             raise ValueError("an averaging optimizer cannot be the inner optimizer of another")
-        self.inner = inner_optimizer(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-                                     nesterov=nesterov)
+        self.inner = inner_optimizer(
+            params,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+        )
         members, _ = trainable(self.inner.param_groups)
         parts = partition(fragments, members, pace.period.smallest, pattern)
-        check_size(size, workers({"group": group, "device_mesh": device_mesh, "communicator": communicator}))
+        check_size(
+            size,
+            workers({"group": group, "device_mesh": device_mesh, "communicator": communicator}),
+        )
         group = averaging_group(group, device_mesh, communicator)
         if communicator is None:
             Island(members).check(group, pace.period.measures)
         self._rule, self._tau, self._delay, self._parts = rule, tau, delay, parts
         self._codec = find_codec(codec)
-        self._timeout_s, self._average_in_step, self._reset_inner = timeout_s, average_in_step, reset_inner
+        self._timeout_s, self._average_in_step, self._reset_inner = (
+            timeout_s,
+            average_in_step,
+            reset_inner,
+        )
         self._communicator = connect(group, timeout_s) if communicator is None else communicator
-        self._inner_groups = connect_levels(levels, Island(members), self._communicator, tau=tau, timeout_s=timeout_s)
+        self._inner_groups = connect_levels(
+            levels, Island(members), self._communicator, tau=tau, timeout_s=timeout_s
+        )
         self._build_engine(introduce=True)
         self._face()
 
@@ -98,15 +139,33 @@ class AveragingOptimizer(Face):
         params, groups = trainable(self.inner.param_groups)
         fragments = build(params, groups, self._parts)
         if introduce:
-            handshake.introduce(self._communicator, {
-                "distoptim version": __version__, "algorithm": type(self).__name__,
-                "inner optimizer": type(self.inner).__name__, "tau": self._tau, "delay": self._delay,
-                "levels": list(self._inner_groups), "codec": repr(self._codec),
-                **self._rule.facts(),
-            }, fragments, names(self.inner.param_groups))
+            handshake.introduce(
+                self._communicator,
+                {
+                    "distoptim version": __version__,
+                    "algorithm": type(self).__name__,
+                    "inner optimizer": type(self.inner).__name__,
+                    "tau": self._tau,
+                    "delay": self._delay,
+                    "levels": list(self._inner_groups),
+                    "codec": repr(self._codec),
+                    **self._rule.facts(),
+                },
+                fragments,
+                names(self.inner.param_groups),
+            )
         self._engine = Engine(
-            fragments, self._rule, self._communicator, tau=self._tau, delay=self._delay, timeout_s=self._timeout_s,
-            inner_lr=self._lr, forget=self._forget, reset_inner=self._reset_inner, codec=self._codec)
+            fragments,
+            self._rule,
+            self._communicator,
+            tau=self._tau,
+            delay=self._delay,
+            timeout_s=self._timeout_s,
+            inner_lr=self._lr,
+            forget=self._forget,
+            reset_inner=self._reset_inner,
+            codec=self._codec,
+        )
         self._levels = Levels(self._engine, self._inner_groups, self._forget)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -128,12 +187,15 @@ class AveragingOptimizer(Face):
         """Count a local step; merge and launch what is due. The one extra line of a training loop.
 
         Args:
-            loss: of this step, for a period that follows it (`AdaComm`); read at the launch, not here.
-            samples: this step's, >= 0; a worker's payload then weighs as many as it had since the last launch. All
-                workers say it, at every step, or none. By default all weigh the same.
+            loss: of this step, for a period that follows it (`AdaComm`); read at the launch, not
+                here.
+            samples: this step's, >= 0; a worker's payload then weighs as many as it had since the
+                last launch. All workers say it, at every step, or none. By default all weigh the
+                same.
 
         Raises:
-            CommunicationError: a collective failed or timed out; parameters and anchor are valid and can be saved.
+            CommunicationError: a collective failed or timed out; parameters and anchor are valid
+                and can be saved.
             FloatingPointError: no worker had finite parameters.
             ValueError: `samples` on some steps or workers only.
             RuntimeError: `average_in_step` is set; inside `averaged()`.
@@ -146,21 +208,25 @@ class AveragingOptimizer(Face):
         self._levels.tick()
 
     def flush(self) -> None:
-        """Merge what is in flight and average the steps since the last launch, blocking; a new round begins."""
+        """Merge what is in flight and average the steps since the last launch, blocking.
+
+        A new round begins.
+        """
         self._levels.flush()
 
     def join(self) -> contextlib.AbstractContextManager[None]:
         """A `with` block around the loop of workers that may have different numbers of local steps.
 
-        Who leaves the block goes on taking part in the others' means, with weight 0, until all have left; then all hold
-        the workers' mean, weighted by the samples (else local steps) they had in the block. Leaving it by an
-        exception communicates nothing.
+        Who leaves the block goes on taking part in the others' means, with weight 0, until all have
+        left; then all hold the workers' mean, weighted by the samples (else local steps) they had
+        in the block. Leaving it by an exception communicates nothing.
         """
         return self._levels.join()
 
     @contextlib.contextmanager
     def averaged(self, module: torch.nn.Module | None = None) -> Iterator[None]:
-        """Within the `with` block parameters are the workers' mean, for evaluation and saving; then local again.
+        """Within the `with` block parameters are the workers' mean, for evaluation and saving; then
+        local again.
 
         Entering is collective and blocks; rounds in flight go on untouched.
 
@@ -171,38 +237,48 @@ class AveragingOptimizer(Face):
             yield
 
     def consensus_distance(self) -> float:
-        """Root mean square over the workers of |x_i - mean x|, the Euclidean norm; collective, blocks."""
+        """Root mean square over the workers of |x_i - mean x|, the Euclidean norm.
+
+        Collective, blocks.
+        """
         return evaluation.consensus_distance(self._engine)
 
     def stats(self) -> dict[str, float]:
         """What this worker measured so far; costs nothing but reading.
 
-        Returns: `steps`, `tau` (the present one), `syncs` (merged fragments); `exposed_s` (seconds the computation
-        waited for communication), `hidden_s` (seconds of communication beside it), `overhead_s` (forming payloads,
-        coding and merging), `computation_s` (time between the first and the last `average()` less the exposed part),
-        `exposed_share` (exposed / computation), `bytes` (of the payloads: B bytes make each of m workers send
-        2 (m - 1)/m B on a ring; codes count as the payload that would make it send as much), `staleness` (mean local
-        steps from launch to merge), `quarantined` (payloads of this worker that were not finite).
+        Returns: `steps`, `tau` (the present one), `syncs` (merged fragments); `exposed_s` (seconds
+        the computation waited for communication), `hidden_s` (seconds of communication beside it),
+        `overhead_s` (forming payloads, coding and merging), `computation_s` (time between the first
+        and the last `average()` less the exposed part), `exposed_share` (exposed / computation),
+        `bytes` (of the payloads: B bytes make each of m workers send 2 (m - 1)/m B on a ring; codes
+        count as the payload that would make it send as much), `staleness` (mean local steps from
+        launch to merge), `quarantined` (payloads of this worker that were not finite).
         """
         return self._engine.counters.report(self._engine.step, self._engine.tau)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state dict with one key more: "distoptim", all of this worker's rounds.
+        """The inner optimizer's state dict with one key more: "distoptim", all of this worker's
+        rounds.
 
-        Each worker saves its own. What is in flight is waited for and saved as its mean, so a resumed run is
-        bit-equal to one that never stopped. With a codec and more than two workers the others must come to this or to
-        their next `average()` too, for the second stage of a coded mean.
+        Each worker saves its own. What is in flight is waited for and saved as its mean, so a
+        resumed run is bit-equal to one that never stopped. With a codec and more than two workers
+        the others must come to this or to their next `average()` too, for the second stage of a
+        coded mean.
         """
         return {**self.inner.state_dict(), "distoptim": self._levels.save()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict()`; load the model first. A plain optimizer's state dict starts a new run.
+        """Resume from `state_dict()`; load the model first. A plain optimizer's state dict starts a
+        new run.
 
-        Collective: all workers load, each what it saved. Where a failure has left them a round apart, all go on from
-        the one that is furthest: from its anchor, if there is one. After a failure or `close()` nobody is asked.
+        Collective: all workers load, each what it saved. Where a failure has left them a round
+            apart, all go on from
+        the one that is furthest: from its anchor, if there is one. After a failure or `close()`
+            nobody is asked.
 
         Raises:
-            ValueError: it is of another algorithm or of other parameters, or a plain optimizer's on some workers only.
+            ValueError: it is of another algorithm or of other parameters, or a plain optimizer's on
+                some workers only.
         """
         inner = dict(state_dict)
         ours = inner.pop("distoptim", None)
@@ -225,8 +301,19 @@ class AveragingOptimizer(Face):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the inner optimizer, the configuration and the rounds."""
-        keep = ("inner", "_rule", "_tau", "_delay", "_parts", "_timeout_s", "_average_in_step", "_reset_inner",
-                "_codec", "_communicator", "_inner_groups")
+        keep = (
+            "inner",
+            "_rule",
+            "_tau",
+            "_delay",
+            "_parts",
+            "_timeout_s",
+            "_average_in_step",
+            "_reset_inner",
+            "_codec",
+            "_communicator",
+            "_inner_groups",
+        )
         return {**{name: self.__dict__[name] for name in keep}, "saved": self._levels.save()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

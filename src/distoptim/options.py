@@ -17,7 +17,12 @@ from distoptim.comm.codec import Coding
 from distoptim.comm.islands import averaging_group
 from distoptim.fragments import Fragments
 
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]] | torch.optim.Optimizer
+Params = (
+    Iterable[Tensor]
+    | Iterable[dict[str, Any]]
+    | Iterable[tuple[str, Tensor]]
+    | torch.optim.Optimizer
+)
 
 
 class Options(TypedDict, total=False):
@@ -55,8 +60,10 @@ def workers(options: Options | dict[str, Any]) -> int:
             raise ValueError(f"group={group!r}: this worker is not a member of it")
         return size
     if not isinstance(communicator, Communicator):
-        raise ValueError(f"communicator={communicator!r}: allowed is an object with the methods of "
-                         "distoptim.comm.Communicator")
+        raise ValueError(
+            f"communicator={communicator!r}: allowed is an object with the methods of "
+            "distoptim.comm.Communicator"
+        )
     return communicator.size
 
 
@@ -79,7 +86,9 @@ def inner_optimizer(params: Params, **given: Any) -> torch.optim.Optimizer:
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(params, torch.optim.Optimizer):
         if given:
-            raise ValueError(f"{', '.join(given)}: belongs to the optimizer that was given; set it there")
+            raise ValueError(
+                f"{', '.join(given)}: belongs to the optimizer that was given; set it there"
+            )
         return params
     for name, value in given.items():
         if name == "nesterov":
@@ -88,5 +97,7 @@ def inner_optimizer(params: Params, **given: Any) -> torch.optim.Optimizer:
             # Stays a tensor: a compiled step reads it anew each time.
             checks.number(name, value.item() if value.numel() == 1 else value, 0, checks.LARGEST)
         else:
-            given[name] = checks.number(name, value, 0 if name != "dampening" else -checks.LARGEST, checks.LARGEST)
+            given[name] = checks.number(
+                name, value, 0 if name != "dampening" else -checks.LARGEST, checks.LARGEST
+            )
     return torch.optim.SGD(params, **given)

@@ -20,10 +20,12 @@ class Pace:
 
     Args:
         tau: local steps in a round, or what chooses them.
-        delay: local steps from launch to merge, in [0, the smallest tau]; `tau` itself: always the whole round.
+        delay: local steps from launch to merge, in [0, the smallest tau]; `tau` itself: always the
+            whole round.
 
     Raises:
-        ValueError: a value outside its range; HideCommunication with another delay than the whole round.
+        ValueError: a value outside its range; HideCommunication with another delay than the whole
+            round.
     """
 
     def __init__(self, tau: Tau, delay: Tau) -> None:
@@ -31,8 +33,10 @@ class Pace:
         self.whole = delay is tau or delay == tau
         self._delay = 0 if self.whole else checks.integer("delay", delay, 0, self.period.smallest)
         if "communication_s" in self.period.measures and not self.whole:
-            raise ValueError(f"delay={delay} with tau={tau!r}: a longer round hides no more at a fixed delay; leave "
-                             "delay away, in an algorithm where it is then the whole round")
+            raise ValueError(
+                f"delay={delay} with tau={tau!r}: a longer round hides no more at a fixed delay; leave "
+                "delay away, in an algorithm where it is then the whole round"
+            )
         self._tau = self.period.first
         self.synchronous = self.period.start > 0
         self.memory: dict[str, float] = {}
@@ -70,21 +74,28 @@ class Pace:
         if loss is not None and "loss" in self.period.measures:
             self.losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
         if samples is not None:
-            self.samples = (self.samples or 0.0) + checks.number("samples", samples, 0, checks.LARGEST)
+            self.samples = (self.samples or 0.0) + checks.number(
+                "samples", samples, 0, checks.LARGEST
+            )
 
     def counts(self, samples: bool) -> None:
         """Note whether a local step comes with its samples.
 
         Raises:
-            ValueError: it does and others did not, or the other way round: the round's weight would be a part of it.
+            ValueError: it does and others did not, or the other way round: the round's weight would
+                be a part of it.
         """
         if self._counts is None:
             self._counts = samples or self.samples is not None
         if samples != self._counts:
-            raise ValueError(f"average() {'with' if samples else 'without'} samples= after steps "
-                             f"{'without' if samples else 'with'}; allowed is at every step or never")
+            raise ValueError(
+                f"average() {'with' if samples else 'without'} samples= after steps "
+                f"{'without' if samples else 'with'}; allowed is at every step or never"
+            )
 
-    def measure(self, *, step: int, computed_s: float, communication_s: float, lr: float) -> list[Tensor | float]:
+    def measure(
+        self, *, step: int, computed_s: float, communication_s: float, lr: float
+    ) -> list[Tensor | float]:
         """What this worker sends of `Period.measures`, over the time since it was last asked.
 
         Raises:
@@ -98,7 +109,9 @@ class Pace:
             values["step_s"] = (computed_s - mark[0]) / max(1, step - mark[1])
         if "loss" in self.period.measures and self.left_at is None:
             if not self.losses:
-                raise ValueError(f"tau={self.period!r} follows the loss: allowed is average(loss=loss) at every step")
+                raise ValueError(
+                    f"tau={self.period!r} follows the loss: allowed is average(loss=loss) at every step"
+                )
             values["loss"] = torch.stack([torch.as_tensor(x) for x in self.losses]).float().mean()
         self.losses.clear()
         return [values.get(name, 0.0) for name in self.period.measures]
@@ -109,7 +122,10 @@ class Pace:
             self.means = dict(zip(self.period.measures, means, strict=True))
 
     def weight(self, *, step: int, since: int, samples: float) -> float:
-        """What this worker's payload weighs: its samples since the last launch, or its share of local steps made."""
+        """What this worker's payload weighs.
+
+        Its samples since the last launch, or its share of local steps made.
+        """
         if self.samples is not None:
             return self.samples - samples
         if self.left_at is None:
@@ -117,19 +133,29 @@ class Pace:
         return max(0, min(self.left_at, step) - since) / max(1, step - since)
 
     def share(self, mean: float) -> float:
-        """Of the workers, how many are in a mean of this mean weight; weights by samples do not tell, and count as 1.
+        """Of the workers, how many are in a mean of this mean weight; weights by samples do not
+        tell, and count as 1.
 
         Raises:
             ValueError: others weigh by samples, this worker does not.
         """
         if self.samples is None and self.left_at is None and mean > 1.001:
-            raise ValueError("another worker calls average(samples=...), this one does not; allowed is on all or none")
+            raise ValueError(
+                "another worker calls average(samples=...), this one does not; allowed is on all or none"
+            )
         return min(mean, 1.0)
 
     def save(self) -> dict[str, Any]:
         """As plain data."""
-        return {"period": repr(self.period), "whole": self.whole, "tau": self._tau, "memory": dict(self.memory),
-                "means": dict(self.means), "losses": [float(x) for x in self.losses], "samples": self.samples}
+        return {
+            "period": repr(self.period),
+            "whole": self.whole,
+            "tau": self._tau,
+            "memory": dict(self.memory),
+            "means": dict(self.means),
+            "losses": [float(x) for x in self.losses],
+            "samples": self.samples,
+        }
 
     def load(self, saved: dict[str, Any]) -> bool:
         """Take over a saved state of the same period; whether it was one."""
@@ -137,7 +163,9 @@ class Pace:
             return False
         self._tau, self.samples = saved["tau"], saved["samples"]
         self._counts = None
-        self.memory, self.means, self.losses = dict(saved["memory"]), dict(saved["means"]), list(saved["losses"])
+        self.memory, self.means, self.losses = (
+            dict(saved["memory"]),
+            dict(saved["means"]),
+            list(saved["losses"]),
+        )
         return True
-
-

@@ -14,9 +14,15 @@ from distoptim.fragments import Fragment
 from distoptim.slot import Slot
 
 
-def pack(rule: Rule, slot: Slot, weight: float, extra: Sequence[Tensor | float],
-         heal: Callable[[Slot], None]) -> Tensor:
-    """Fill a slot's buffer: payload, `extra` and 1, all times the weight; or 0 where the payload is not finite.
+def pack(
+    rule: Rule,
+    slot: Slot,
+    weight: float,
+    extra: Sequence[Tensor | float],
+    heal: Callable[[Slot], None],
+) -> Tensor:
+    """Fill a slot's buffer: payload, `extra` and 1, all times the weight; or 0 where the payload is
+    not finite.
 
     Returns: whether it was finite, on the host once the collective has ended.
     """
@@ -25,7 +31,8 @@ def pack(rule: Rule, slot: Slot, weight: float, extra: Sequence[Tensor | float],
     finite = weigh(buffer.tensor, fragment)
     on_cpu = fragment.device.type == "cpu"
     if not on_cpu:
-        # The flag follows the payload through the stream; reading it here would stop host and device.
+        # The flag follows the payload through the stream; reading it here would stop host and
+        # device.
         finite = finite.to("cpu", non_blocking=True)
     elif not finite:
         heal(slot)
@@ -36,7 +43,7 @@ def pack(rule: Rule, slot: Slot, weight: float, extra: Sequence[Tensor | float],
     for i, value in enumerate(extra):
         buffer.tensor[fragment.numel + i] = value
     if extra:
-        buffer.tensor[fragment.numel:-1].mul_(buffer.tensor[-1])
+        buffer.tensor[fragment.numel : -1].mul_(buffer.tensor[-1])
     if weight != 1:
         buffer.tensor.mul_(weight)
     return finite
@@ -50,8 +57,10 @@ def normalise(buffer: Tensor, handle: Handle, name: str, may_be_empty: bool = Fa
     """
     weight = handle.tail()
     if weight == 0 and not may_be_empty:
-        raise FloatingPointError(f"{name}: no worker has finite values (and samples to weigh them by, where they are "
-                                 "given); the anchor is as it was")
+        raise FloatingPointError(
+            f"{name}: no worker has finite values (and samples to weigh them by, where they are "
+            "given); the anchor is as it was"
+        )
     if weight not in (0, 1):
         buffer.div_(weight)
     return weight
@@ -63,11 +72,13 @@ def name_of(slot: Slot | None) -> str:
 
 
 def weigh(buffer: Tensor, fragment: Fragment) -> Tensor:
-    """Set the last element to 1 if all are finite, else everything to 0; return which. A sum that overflows is not.
+    """Set the last element to 1 if all are finite, else everything to 0; return which. A sum that
+    overflows is not.
 
-    All ranks of an island decide alike: a worker of which one shard were missing would be torn apart.
+    All ranks of an island decide alike: a worker of which one shard were missing would be torn
+        apart.
     """
-    buffer[fragment.numel:] = 0
+    buffer[fragment.numel :] = 0
     total = buffer.sum()
     if buffer.device.type == "cpu":
         finite = fragment.island.everywhere(torch.tensor(math.isfinite(total)))

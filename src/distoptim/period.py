@@ -12,14 +12,17 @@ Change = tuple[int, str]
 
 
 class Period(ABC):
-    """Says how many local steps the next round has; asked where a round ends, before the next launch.
+    """Says how many local steps the next round has; asked where a round ends, before the next
+    launch.
 
-    Subclasses are frozen dataclasses, on which all workers must agree. What they decide must follow from what is
+    Subclasses are frozen dataclasses, on which all workers must agree. What they decide must follow
+    from what is
     equal on all workers: the local step and the means.
 
     Attributes:
-        measures: what each worker sends along, so that its mean over the workers can be decided on: of "loss",
-            "lr", "step_s" (computing a local step) and "communication_s" (all means of a round).
+        measures: what each worker sends along, so that its mean over the workers can be decided on:
+            of "loss", "lr", "step_s" (computing a local step) and "communication_s" (all means of a
+            round).
         start: local step until which the workers average after every local step.
     """
 
@@ -41,13 +44,16 @@ class Period(ABC):
         """Every tau it can choose, if that is known before."""
         return None
 
-    def choose(self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]) -> Change:
+    def choose(
+        self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
+    ) -> Change:
         """The next round's tau and the reason.
 
         Args:
             step: local steps done.
             tau: of the round that ends.
-            means: the workers' means of `measures`, as sent at the start of the round merged last; or empty.
+            means: the workers' means of `measures`, as sent at the start of the round merged last;
+                or empty.
             memory: what it wants to remember; part of the checkpoint.
         """
         return tau, "fixed"
@@ -78,7 +84,8 @@ class Fixed(Period):
 
 
 def period_of(tau: object) -> Period:
-    """A period object as it is, a mapping of local steps to taus as a schedule, an integer as a fixed one.
+    """A period object as it is, a mapping of local steps to taus as a schedule, an integer as a
+    fixed one.
 
     Raises:
         ValueError: it is neither.
@@ -108,7 +115,9 @@ class Schedule(Period):
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not isinstance(self.taus, Mapping) or 0 not in self.taus:
-            raise ValueError(f"taus={self.taus!r}: allowed is a mapping of local steps to tau that begins at step 0")
+            raise ValueError(
+                f"taus={self.taus!r}: allowed is a mapping of local steps to tau that begins at step 0"
+            )
         for step, tau in self.taus.items():
             checks.integer("step of the schedule", step, 0)
             checks.integer("tau", tau, 1)
@@ -128,16 +137,19 @@ class Schedule(Period):
         """Those of the table."""
         return frozenset(self.taus.values())
 
-    def choose(self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]) -> Change:
+    def choose(
+        self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
+    ) -> Change:
         """As the table says."""
         return self.taus[max(s for s in self.taus if s <= step)], "schedule"
 
 
 class PostLocal(Period):
-    """Averaging after every local step, blocking, until local step `start`; then the algorithm with its tau.
+    """Averaging after every local step, blocking, until local step `start`; then the algorithm with
+    its tau.
 
-    Until then x <- mean after each local step, whatever the algorithm; it begins at `start` from the shared x, its
-    anchors there too.
+    Until then x <- mean after each local step, whatever the algorithm; it begins at `start` from
+    the shared x, its anchors there too.
 
     Args:
         start: local steps of the synchronous phase, >= 1.
@@ -153,7 +165,9 @@ class PostLocal(Period):
         self.start = checks.integer("start", start, 1)
         self.then = period_of(tau)
         if self.then.start:
-            raise ValueError(f"tau={tau!r} inside PostLocal: allowed is an integer or another kind of period")
+            raise ValueError(
+                f"tau={tau!r} inside PostLocal: allowed is an integer or another kind of period"
+            )
         self.measures = self.then.measures
 
     @property
@@ -171,7 +185,9 @@ class PostLocal(Period):
         """Of the phase after `start`."""
         return self.then.choices
 
-    def choose(self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]) -> Change:
+    def choose(
+        self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
+    ) -> Change:
         """As in the phase after `start`."""
         return self.then.choose(step, tau, means, memory)
 

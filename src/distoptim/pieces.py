@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Numbers worked on at a time by a thread: few enough for a core's caches, many enough that calling torch costs little.
+# Numbers worked on at a time by a thread: few enough for a core's caches, many enough that calling
+# torch costs little.
 CHUNK = 2**18
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape, cut alike along their slowest dimension; whole where they are small or not on the CPU.
+    """Tensors of one shape, cut alike along their slowest dimension; whole where they are small or
+    not on the CPU.
 
     Numbers are the same in pieces as in one, but for sums.
     """

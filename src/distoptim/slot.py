@@ -21,8 +21,10 @@ class Flight:
     """One launched mean.
 
     Attributes:
-        handle: the collective, or a finished one where none is needed (the start, a mean from a checkpoint).
-        finite: on the host, whether this worker's payload was; valid once the handle has been waited for.
+        handle: the collective, or a finished one where none is needed (the start, a mean from a
+            checkpoint).
+        finite: on the host, whether this worker's payload was; valid once the handle has been
+            waited for.
         due: the local step of the merge.
         lr: inner learning rates at the launch, per segment.
     """
@@ -37,8 +39,9 @@ class Flight:
 class Slot:
     """A fragment, its algorithm's state, its communication buffer, its launches, merges and flight.
 
-    The buffer has one element more than the fragment, the worker's weight, so that mean = sum of weighted payloads /
-    sum of weights; before it, in the first slot, what the worker has measured for the period.
+    The buffer has one element more than the fragment, the worker's weight, so that mean = sum of
+    weighted payloads / sum of weights; before it, in the first slot, what the worker has measured
+    for the period.
     """
 
     index: int

@@ -10,16 +10,35 @@ from distoptim.train.records import Record
 
 
 def record(name, seconds=10.0):
-    config = {"algorithm": name, "model": "cnn", "data": "digits", "batch_size": 32, "tau": 4, "lr": 0.05, "workers": 4,
-              "latency_ms": 3.0, "bandwidth_gbit_s": 0.5}
+    config = {
+        "algorithm": name,
+        "model": "cnn",
+        "data": "digits",
+        "batch_size": 32,
+        "tau": 4,
+        "lr": 0.05,
+        "workers": 4,
+        "latency_ms": 3.0,
+        "bandwidth_gbit_s": 0.5,
+    }
     start = {"workers": 4, "machine": {"cores": 2, "processor": "some CPU"}}
     logs = [{"seconds": seconds * i / 10, "loss": 2.0 / (i + 1)} for i in range(1, 11)]
-    summary = {"seconds": seconds, "computation_s": 0.7 * seconds, "exposed_s": 0.3 * seconds, "exposed_share": 3 / 7,
-               "test_accuracy": 0.98765, "test_loss": 0.04321, "bytes": 12_345_678, "syncs": 99}
+    summary = {
+        "seconds": seconds,
+        "computation_s": 0.7 * seconds,
+        "exposed_s": 0.3 * seconds,
+        "exposed_share": 3 / 7,
+        "test_accuracy": 0.98765,
+        "test_loss": 0.04321,
+        "bytes": 12_345_678,
+        "syncs": 99,
+    }
     return Record(config, start, logs, [], summary)
 
 
-@pytest.mark.parametrize("names", [["ddp"], ["ddp", "bmuf", "overlap-local-sgd"], [f"method-{i}" for i in range(9)]])
+@pytest.mark.parametrize(
+    "names", [["ddp"], ["ddp", "bmuf", "overlap-local-sgd"], [f"method-{i}" for i in range(9)]]
+)
 def test_a_picture_of_the_promised_size_is_drawn(tmp_path, names):
     draw([record(name, 10.0 - i) for i, name in enumerate(names)], tmp_path / "x.png")
     content = (tmp_path / "x.png").read_bytes()
@@ -40,9 +59,18 @@ def test_the_note_tells_effective_learning_rates():
     assert note([record("ddp")]) == "All learning rates are 0.05, as given."
 
 
-@pytest.mark.parametrize("heights", [
-    [0.5], [0.1, 0.9], [0.5, 0.5, 0.5], [0.02, 0.01, 0.0, 0.5], [0.99, 0.98, 0.97, 1.0],
-    [0.3, 0.33, 0.36, 0.2, 0.9, 0.91], [-0.2, 1.3]])
+@pytest.mark.parametrize(
+    "heights",
+    [
+        [0.5],
+        [0.1, 0.9],
+        [0.5, 0.5, 0.5],
+        [0.02, 0.01, 0.0, 0.5],
+        [0.99, 0.98, 0.97, 1.0],
+        [0.3, 0.33, 0.36, 0.2, 0.9, 0.91],
+        [-0.2, 1.3],
+    ],
+)
 def test_labels_keep_their_order_and_do_not_touch(heights):
     places = spread(heights, gap=0.1)
     order = sorted(range(len(heights)), key=lambda i: heights[i])

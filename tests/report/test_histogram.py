@@ -18,9 +18,25 @@ def test_counts_are_those_of_the_shards():
 
 def test_the_command_prints_the_table_and_draws(tmp_path):
     path = tmp_path / "new" / "p.png"
-    done = subprocess.run([sys.executable, "-m", "distoptim", "partition", "--data", "synthetic", "--workers", "4",
-                           "--partition", "label-skew:1", "--out", str(path)], capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "distoptim",
+            "partition",
+            "--data",
+            "synthetic",
+            "--workers",
+            "4",
+            "--partition",
+            "label-skew:1",
+            "--out",
+            str(path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:5]]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]

@@ -67,8 +67,13 @@ def test_text_is_judged_by_its_loss(tmp_path):
         made[-1] |= {"validation_loss": loss, "validation_accuracy": accuracy}
         put(tmp_path / "trials", f"t{lr}", made)
     text = report.write(runs.read(tmp_path), tmp_path / "out")[0].read_text()
-    assert "Loss on the whole test set in nats per byte, mean ± standard deviation over 2 seeds." in text
-    quality, tried = text.split("## Test loss of the averaged model")[1].split("## Learning rates tried")
+    assert (
+        "Loss on the whole test set in nats per byte, mean ± standard deviation over 2 seeds."
+        in text
+    )
+    quality, tried = text.split("## Test loss of the averaged model")[1].split(
+        "## Learning rates tried"
+    )
     assert row(quality, "Local SGD") == ["**2.150 ± 0.071**", "**2.450 ± 0.071**"]
     assert row(quality, "CoCoD-SGD") == ["2.200 ± 0.071", "2.500 ± 0.071"]
     assert row(tried, "Local SGD", "2") == ["2.200", "**2.100**", "0.1"]
@@ -125,7 +130,9 @@ def test_the_page_is_well_formed_and_asks_for_nothing(made):
 def test_pictures_show_every_method_in_the_colours_of_the_page(made):
     for name in ("epochs", "seconds", "front", "times", "stragglers"):
         root = ElementTree.parse(made[1] / "report-pictures" / f"{name}.svg").getroot()
-        said = {"".join(e.itertext()).strip() for e in root.iter("{http://www.w3.org/2000/svg}text")}
+        said = {
+            "".join(e.itertext()).strip() for e in root.iter("{http://www.w3.org/2000/svg}text")
+        }
         assert {"sync", "Local SGD", "CoCoD-SGD", "Overlap-Local-SGD"} <= said, name
         text = (made[1] / "report-pictures" / f"{name}.svg").read_text()
         assert "currentColor" in text
@@ -137,13 +144,18 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def texts(svg):
-    """(text, its left end, its right end, height) in points; a letter is at least 4 wide in the size of names."""
+    """(text, its left end, its right end, height) in points.
+
+    A letter is at least 4 wide in the size of names.
+    """
     out = []
     for e in ElementTree.fromstring(svg).iter(f"{SVG}text"):
         text = "".join(e.itertext()).strip()
         place = re.findall(r"translate\(([-.\d]+) ([-.\d]+)", e.get("transform", ""))
         x, y = (float(e.get(k) or place[0][i]) for i, k in enumerate("xy"))
-        left = x - 4 * len(text) * (0 if "anchor: start" in (style := e.get("style")) else 1 if "end" in style else 0.5)
+        left = x - 4 * len(text) * (
+            0 if "anchor: start" in (style := e.get("style")) else 1 if "end" in style else 0.5
+        )
         out.append((text, left, left + 4 * len(text), y))
     return out
 
@@ -158,11 +170,16 @@ def test_no_text_leaves_a_picture_or_covers_another(tmp_path):
     width = float(re.findall(r'viewBox="0 0 ([.\d]+)', picture)[0])
     found = texts(picture)
     # But for the one that is turned.
-    assert all(left >= 0 and right <= width for text, left, right, _ in found if text != "test error, %")
+    assert all(
+        left >= 0 and right <= width for text, left, right, _ in found if text != "test error, %"
+    )
     assert {"tau 12", "tau 34", "tau 56"} <= {text for text, *_ in found}
     names = [place for text, *place in found if ", tau" in text]
     assert len(names) > 3
-    assert all(abs(a[2] - b[2]) > 8 or a[1] < b[0] or b[1] < a[0] for a, b in itertools.combinations(names, 2))
+    assert all(
+        abs(a[2] - b[2]) > 8 or a[1] < b[0] or b[1] < a[0]
+        for a, b in itertools.combinations(names, 2)
+    )
 
 
 def points(*places):
@@ -186,13 +203,17 @@ def test_an_axis_leaves_out_few_values_and_only_if_they_squeeze_all_others():
 
 def test_where_all_runs_diverged_the_picture_is_empty(tmp_path):
     put(tmp_path, "a", lines(diverged=True))
-    assert "test error, %" in {text for text, *_ in texts(front.front(runs.read(tmp_path).final, "seconds"))}
+    assert "test error, %" in {
+        text for text, *_ in texts(front.front(runs.read(tmp_path).final, "seconds"))
+    }
 
 
 def test_markers_are_moved_sideways_until_none_covers_another():
     places = [(100.0, 50.0)] * 5 + [(104.0, 53.0), (300.0, 50.0)]
     moved = front.apart(places)
-    assert all(abs(a[0] - b[0]) >= 10 or abs(a[1] - b[1]) >= 8 for a, b in itertools.combinations(moved, 2))
+    assert all(
+        abs(a[0] - b[0]) >= 10 or abs(a[1] - b[1]) >= 8 for a, b in itertools.combinations(moved, 2)
+    )
     assert [y for _, y in moved] == [y for _, y in places]
     assert moved[0] == places[0]
     assert moved[-1] == places[-1]
@@ -200,7 +221,8 @@ def test_markers_are_moved_sideways_until_none_covers_another():
 
 def test_a_name_goes_where_nothing_is_covered_or_nowhere():
     inside = (0.0, 0.0, 200.0, 100.0)
-    # To the left of the point, to its right where the left has no room or is taken, lower where both are.
+    # To the left of the point, to its right where the left has no room or is taken, lower where
+    # both are.
     assert front.room(50, (100, 50), inside, []) == (-9, 0, True)
     assert front.room(50, (30, 50), inside, []) == (9, 0, False)
     taken = [(95.0, 45.0, 105.0, 55.0), (40.0, 48.0, 90.0, 52.0), (110.0, 48.0, 160.0, 52.0)]
@@ -216,7 +238,11 @@ def test_what_is_far_from_all_others_stands_at_the_border_with_its_value(tmp_pat
                 tau, seconds = 1, 300.0
             elif label == "CoCoD-SGD" and tau == 8:
                 accuracy = 0.1
-            put(tmp_path, f"{label}{tau}", lines(label=label, tau=tau, seconds=seconds, accuracy=accuracy))
+            put(
+                tmp_path,
+                f"{label}{tau}",
+                lines(label=label, tau=tau, seconds=seconds, accuracy=accuracy),
+            )
     said = {text for text, *_ in texts(front.front(runs.read(tmp_path).final, "seconds"))}
     assert {"sync: 300 s", "CoCoD-SGD: 90.0 % (tau 8)"} <= said
     # So the axes need not reach them.
@@ -230,7 +256,12 @@ def test_a_method_has_the_same_style_in_all_reports(tmp_path):
         put(tmp_path / "one" / label, "x", lines(label=label))
     put(tmp_path / "all", "variant", lines(label="Overlap-Local-SGD", lr=0.5))
     assert runs.labels(runs.read(tmp_path / "all").final) == {
-        "sync": 0, "Local SGD": 1, "CoCoD-SGD": 3, "Overlap-Local-SGD, lr 0.1": 5, "Overlap-Local-SGD, lr 0.5": 6}
+        "sync": 0,
+        "Local SGD": 1,
+        "CoCoD-SGD": 3,
+        "Overlap-Local-SGD, lr 0.1": 5,
+        "Overlap-Local-SGD, lr 0.5": 6,
+    }
     alone = [runs.labels(runs.read(tmp_path / "one" / label).final)[label] for label in METHODS]
     assert alone == [0, 1, 3, 5]
 
@@ -243,7 +274,9 @@ def test_runs_of_different_configurations_are_not_mixed(tmp_path):
     again[0]["date"] = "2026-11-25"
     put(tmp_path, "again", again)
     found = runs.read(tmp_path)
-    assert [run.label for run in found.ended] == ["Local SGD, lr 0.1"] * 2 + ["Local SGD, lr 0.2"] * 2
+    assert [run.label for run in found.ended] == ["Local SGD, lr 0.1"] * 2 + [
+        "Local SGD, lr 0.2"
+    ] * 2
     assert found.ended[-1].value("test_accuracy") == 0.5
     assert found.notes == ["1 superseded by a later run of the same configuration, left out"]
 
@@ -268,11 +301,14 @@ def test_experiments_that_cannot_be_compared_are_told_apart(tmp_path):
             put(tmp_path / data, label, lines(label=label, data=data))
     text, page = (path.read_text() for path in report.write(runs.read(tmp_path), tmp_path))
     for data in ("digits", "fashion-mnist"):
-        assert f"## cnn-small on {data}, virtual workers: test accuracy of the averaged model" in text
+        assert (
+            f"## cnn-small on {data}, virtual workers: test accuracy of the averaged model" in text
+        )
     assert text.count("| sync | **90.00** |") == 2
     assert [run.style for run in runs.read(tmp_path).ended] == [0, 1, 0, 1]
     assert {path.stem for path in (tmp_path / "report-pictures").iterdir()} == {
-        f"{name}-{i}" for name in ("epochs", "seconds", "front", "times") for i in (0, 1)}
+        f"{name}-{i}" for name in ("epochs", "seconds", "front", "times") for i in (0, 1)
+    }
     checked = Checked()
     checked.feed(page)
     assert len(set(checked.ids)) == len(checked.ids)
@@ -307,24 +343,47 @@ def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path):
     put(tmp_path / "in", "a", lines())
     put(tmp_path / "in", "b", [{"kind": "start"}])
     for arguments, place in (([], "in"), (["--out", str(tmp_path / "out" / "deep")], "out/deep")):
-        done = CliRunner().invoke(cli, ["report", str(tmp_path / "in"), *arguments], catch_exceptions=False)
+        done = CliRunner().invoke(
+            cli, ["report", str(tmp_path / "in"), *arguments], catch_exceptions=False
+        )
         assert done.exit_code == 0
         assert f"{place}/report.html" in done.output
         assert "damaged, left out: b/record.jsonl:1: a record begins with" in done.output
         assert (tmp_path / place / "report.md").exists()
 
 
-@pytest.mark.parametrize(("prepare", "words"), [
-    (lambda folder: None, "nothing: no such folder"),
-    (lambda folder: folder.mkdir(), "nothing: no finished run there"),
-    (lambda folder: put(folder, "a", lines()[:-1]), "no finished run there; 1 unfinished, left out: a"),
-    (lambda folder: put(folder, "a", [{"kind": "start", "config": {}}]), "a/record.jsonl: no algorithm, tau, seed, lr"),
-    (lambda folder: put(folder, "a", [lines()[0], {"kind": "log", "step": 1}]), "a/record.jsonl: no epoch, seconds, l"),
-    (lambda folder: put(folder, "a", [lines()[0], {**lines()[-1], "seconds": None}]), "a/record.jsonl: no seconds in"),
-    (lambda folder: put(folder, "a", [{"kind": "start"}]), "a/record.jsonl:1: a record begins"),
-    (lambda folder: put(folder, "", [{"kind": "start"}]).rename(folder / "a.record.jsonl"), "a.record.jsonl:1: a rec"),
-    (lambda folder: (folder / "a" / "record.jsonl").mkdir(parents=True), "a/record.jsonl: Is a directory"),
-])
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda folder: None, "nothing: no such folder"),
+        (lambda folder: folder.mkdir(), "nothing: no finished run there"),
+        (
+            lambda folder: put(folder, "a", lines()[:-1]),
+            "no finished run there; 1 unfinished, left out: a",
+        ),
+        (
+            lambda folder: put(folder, "a", [{"kind": "start", "config": {}}]),
+            "a/record.jsonl: no algorithm, tau, seed, lr",
+        ),
+        (
+            lambda folder: put(folder, "a", [lines()[0], {"kind": "log", "step": 1}]),
+            "a/record.jsonl: no epoch, seconds, l",
+        ),
+        (
+            lambda folder: put(folder, "a", [lines()[0], {**lines()[-1], "seconds": None}]),
+            "a/record.jsonl: no seconds in",
+        ),
+        (lambda folder: put(folder, "a", [{"kind": "start"}]), "a/record.jsonl:1: a record begins"),
+        (
+            lambda folder: put(folder, "", [{"kind": "start"}]).rename(folder / "a.record.jsonl"),
+            "a.record.jsonl:1: a rec",
+        ),
+        (
+            lambda folder: (folder / "a" / "record.jsonl").mkdir(parents=True),
+            "a/record.jsonl: Is a directory",
+        ),
+    ],
+)
 def test_a_folder_without_runs_gives_one_line(tmp_path, monkeypatch, capsys, prepare, words):
     prepare(tmp_path / "nothing")
     monkeypatch.setattr("sys.argv", ["distoptim", "report", str(tmp_path / "nothing")])

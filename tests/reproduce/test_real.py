@@ -60,16 +60,24 @@ def test_an_interrupted_grid_goes_on_at_its_checkpoint_and_repeats_nothing(file,
     with pytest.raises(Stopped) as stopped:
         run.reproduce(grid, out, runner=Processes(), done=interrupt)
     assert stopped.value.signum == signal.SIGINT
-    first, wild = (path for (stage,) in [run.stages(grid, out, runner=Processes())] for _, path in stage.places())
+    first, wild = (
+        path
+        for (stage,) in [run.stages(grid, out, runner=Processes())]
+        for _, path in stage.places()
+    )
     assert checkpoint.exists(first)
     assert not records.finished(first)
     assert not wild.exists()
 
     assert run.reproduce(grid, out, runner=Processes()) == [first, wild]
-    assert [line["kind"] for line in lines(first) if line["kind"] in ("start", "resume", "summary")] == [
-        "start", "resume", "summary"]
+    assert [
+        line["kind"] for line in lines(first) if line["kind"] in ("start", "resume", "summary")
+    ] == ["start", "resume", "summary"]
     assert [line["step"] for line in records.read(first).logs] == list(range(1, 31))
-    assert (records.read(first).start["label"], records.read(first).summary["diverged"]) == ("overlap", False)
+    assert (records.read(first).start["label"], records.read(first).summary["diverged"]) == (
+        "overlap",
+        False,
+    )
     assert records.read(wild).summary["diverged"]
     assert not list(out.rglob(checkpoint.FOLDER))
 
@@ -82,21 +90,53 @@ def test_an_interrupted_grid_goes_on_at_its_checkpoint_and_repeats_nothing(file,
 
 def test_under_torchrun_every_process_is_one_worker_of_every_run(file, tmp_path):
     file.write_text(GRID + "[tune]\nlr = [0.01, 0.02]\nepochs = 1\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-               "distoptim", "reproduce", str(file), "--set", "steps=4", "--set", "validation=0.1",
-               "--set", "slowdown=none", "--set", "slowdown_ms=0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "distoptim",
+        "reproduce",
+        str(file),
+        "--set",
+        "steps=4",
+        "--set",
+        "validation=0.1",
+        "--set",
+        "slowdown=none",
+        "--set",
+        "slowdown_ms=0",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("records: runs/grid") == 1
-    final = [records.read(path.parent) for path in (tmp_path / "runs/grid/final").glob(f"*/{records.FILE}")]
+    final = [
+        records.read(path.parent)
+        for path in (tmp_path / "runs/grid/final").glob(f"*/{records.FILE}")
+    ]
     assert sorted((r.start["label"], r.start["workers"], r.summary["step"]) for r in final) == [
-        ("overlap", 2, 4), ("wild", 2, 4)]
+        ("overlap", 2, 4),
+        ("wild", 2, 4),
+    ]
     assert len(list((tmp_path / "runs/grid/trials").glob(f"*/{records.FILE}"))) == 4
 
 
 def test_another_number_of_processes_is_refused(file, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     result = CliRunner().invoke(cli, ["reproduce", str(file)])
     assert str(result.exception) == f"{file}: workers=2, but torchrun has started 4 processes"
@@ -104,8 +144,18 @@ def test_another_number_of_processes_is_refused(file, monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ["ddp", "cocod-sgd"])
 def test_a_run_without_finite_losses_ends_early_and_is_marked(tmp_path, algorithm):
-    config = RunConfig(data="synthetic", model="mlp", workers=2, batch_size=8, steps=10**6, tau=2, lr=1e30,
-                       algorithm=algorithm, log_every=1, evaluate_every=10**6)
+    config = RunConfig(
+        data="synthetic",
+        model="mlp",
+        workers=2,
+        batch_size=8,
+        steps=10**6,
+        tau=2,
+        lr=1e30,
+        algorithm=algorithm,
+        log_every=1,
+        evaluate_every=10**6,
+    )
     assert run_local(Job(config, tmp_path)) == 0
     summary = records.read(tmp_path).summary
     assert summary["diverged"]

@@ -25,9 +25,15 @@ class Fixed:
 
 
 def cluster(method, *, step_s, mean_s, workers=3, **options):
-    return Cluster(workers=workers, model=lambda: torch.nn.Linear(2, 2), compute=Constant(step_s),
-                   network=Fixed(mean_s), optimizer=lambda params, communicator: method(
-                       params, lr=0.1, communicator=communicator, **options))
+    return Cluster(
+        workers=workers,
+        model=lambda: torch.nn.Linear(2, 2),
+        compute=Constant(step_s),
+        network=Fixed(mean_s),
+        optimizer=lambda params, communicator: method(
+            params, lr=0.1, communicator=communicator, **options
+        ),
+    )
 
 
 def test_blocking_round_takes_computation_plus_communication():
@@ -66,7 +72,8 @@ def test_means_of_fragments_follow_one_another_on_the_link():
     c = cluster(LocalSGD, step_s=1.0, mean_s=3.0, tau=2, fragments=2, delay=1)
     for _ in range(6):
         c.step()
-    # Launches at 1, 2, 3, ...: each mean waits for the link, so every step from the second on ends when one does.
+    # Launches at 1, 2, 3, ...: each mean waits for the link, so every step from the second on ends
+    # when one does.
     assert c.fabric.free_at == pytest.approx(1 + 3 * 6)
 
 
@@ -94,11 +101,17 @@ def test_networks():
     assert Ring([fast, slow]).all_reduce_s(nbytes, 4) == Ring([slow]).all_reduce_s(nbytes, 4)
     assert Tree([slow]).all_reduce_s(nbytes, 8) == pytest.approx(6 * (0.01 + 0.8))
     islands = Islands(4, fast, slow).all_reduce_s(nbytes, 8)
-    assert islands == pytest.approx(1.5 * fast.all_reduce_s(nbytes, 4) + slow.all_reduce_s(nbytes, 2))
-    assert Islands(8, fast, slow).all_reduce_s(nbytes, 8) == pytest.approx(1.5 * fast.all_reduce_s(nbytes, 8))
+    assert islands == pytest.approx(
+        1.5 * fast.all_reduce_s(nbytes, 4) + slow.all_reduce_s(nbytes, 2)
+    )
+    assert Islands(8, fast, slow).all_reduce_s(nbytes, 8) == pytest.approx(
+        1.5 * fast.all_reduce_s(nbytes, 8)
+    )
 
 
-@pytest.mark.parametrize(("compute", "mean"), [(ShiftedExponential(0.5, 0.25), 0.75), (Pareto(0.5, 3.0), 0.75)])
+@pytest.mark.parametrize(
+    ("compute", "mean"), [(ShiftedExponential(0.5, 0.25), 0.75), (Pareto(0.5, 3.0), 0.75)]
+)
 def test_random_steps_have_their_mean_and_are_repeatable(compute, mean):
     draws = [compute.seconds(rank, step) for rank in range(20) for step in range(1000)]
     assert np.mean(draws) == pytest.approx(mean, rel=0.02)
@@ -108,7 +121,9 @@ def test_random_steps_have_their_mean_and_are_repeatable(compute, mean):
 
 def test_expected_maximum():
     harmonic = sum(1 / k for k in range(1, 17))
-    assert expected_maximum(ShiftedExponential(1.0, 2.0), 16, 1) == pytest.approx(1 + 2 * harmonic, rel=1e-4)
+    assert expected_maximum(ShiftedExponential(1.0, 2.0), 16, 1) == pytest.approx(
+        1 + 2 * harmonic, rel=1e-4
+    )
     assert expected_maximum(ShiftedExponential(0.0, 1.0), 1, 5) == pytest.approx(5, rel=1e-4)
     draws = 0.5 * (1 - np.random.default_rng(0).random((20000, 8))) ** (-1 / 3)
     assert expected_maximum(Pareto(0.5, 3.0), 8, 1) == pytest.approx(draws.max(1).mean(), rel=0.02)
@@ -118,11 +133,19 @@ def test_trace(tmp_path):
     path = tmp_path / "steps.csv"
     path.write_text("# worker 0, worker 1\n1.0,2.0\n\n3.0,4.0\n")
     trace = Trace(path)
-    assert [trace.seconds(rank, step) for step in range(3) for rank in range(2)] == [1, 2, 3, 4, 1, 2]
+    assert [trace.seconds(rank, step) for step in range(3) for rank in range(2)] == [
+        1,
+        2,
+        3,
+        4,
+        1,
+        2,
+    ]
 
 
-@pytest.mark.parametrize(("text", "line"), [
-    ("1,2\n3\n", 2), ("1,\n", 1), ("1,x\n", 1), ("1,2\n3,-4\n", 2), ("nan\n", 1)])
+@pytest.mark.parametrize(
+    ("text", "line"), [("1,2\n3\n", 2), ("1,\n", 1), ("1,x\n", 1), ("1,2\n3,-4\n", 2), ("nan\n", 1)]
+)
 def test_a_trace_with_holes_is_refused_naming_the_line(tmp_path, text, line):
     path = tmp_path / "steps.csv"
     path.write_text(text)
@@ -130,10 +153,19 @@ def test_a_trace_with_holes_is_refused_naming_the_line(tmp_path, text, line):
         Trace(path)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Constant(0.0), lambda: Constant([]), lambda: ShiftedExponential(-1.0, 1.0), lambda: Pareto(1.0, 1.0),
-    lambda: Islands(0, Link(0, 1), Link(0, 1)), lambda: Link(0.0, -1.0), lambda: Link(math.nan, 1.0),
-    lambda: cluster(LocalSGD, step_s=1.0, mean_s=0.0, tau=1, workers=0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Constant(0.0),
+        lambda: Constant([]),
+        lambda: ShiftedExponential(-1.0, 1.0),
+        lambda: Pareto(1.0, 1.0),
+        lambda: Islands(0, Link(0, 1), Link(0, 1)),
+        lambda: Link(0.0, -1.0),
+        lambda: Link(math.nan, 1.0),
+        lambda: cluster(LocalSGD, step_s=1.0, mean_s=0.0, tau=1, workers=0),
+    ],
+)
 def test_bad_values_are_refused(make):
     with pytest.raises(ValueError, match="allowed"):
         make()

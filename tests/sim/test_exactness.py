@@ -16,8 +16,9 @@ VARIANTS = [(name, options) for name in ALGORITHMS for options in ({}, {"fragmen
 
 def model():
     torch.manual_seed(7)
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(),
-                               torch.nn.Linear(8, 3)).double()
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+    ).double()
 
 
 def optimizer(name, params, **options):
@@ -32,7 +33,9 @@ class Task:
 
     def __call__(self, net):
         x = torch.randn(16, 6, generator=self.generator, dtype=torch.float64)
-        return torch.nn.functional.cross_entropy(net(x), (x.sum(1) > 0).long() + (x[:, 0] > 1).long())
+        return torch.nn.functional.cross_entropy(
+            net(x), (x.sum(1) > 0).long() + (x[:, 0] > 1).long()
+        )
 
 
 def _real(rank):
@@ -61,9 +64,14 @@ def real():
 def test_parameters_equal_those_of_gloo_processes(real, index, threads):
     name, options = VARIANTS[index]
     tasks = [Task(rank) for rank in range(WORKERS)]
-    cluster = Cluster(workers=WORKERS, model=model, threads=threads,
-                      optimizer=lambda params, communicator: optimizer(name, params, communicator=communicator,
-                                                                       **options))
+    cluster = Cluster(
+        workers=WORKERS,
+        model=model,
+        threads=threads,
+        optimizer=lambda params, communicator: optimizer(
+            name, params, communicator=communicator, **options
+        ),
+    )
     for _ in range(STEPS):
         cluster.step(lambda net, rank: tasks[rank](net))
     for rank in range(WORKERS):
@@ -72,8 +80,13 @@ def test_parameters_equal_those_of_gloo_processes(real, index, threads):
 
 
 def test_the_mean_model_is_the_mean():
-    cluster = Cluster(workers=3, model=model, optimizer=lambda params, communicator: optimizer(
-        "overlap-local-sgd", params, communicator=communicator))
+    cluster = Cluster(
+        workers=3,
+        model=model,
+        optimizer=lambda params, communicator: optimizer(
+            "overlap-local-sgd", params, communicator=communicator
+        ),
+    )
     tasks = [Task(rank) for rank in range(3)]
     for _ in range(4):
         cluster.step(lambda net, rank: tasks[rank](net))
@@ -85,9 +98,14 @@ def test_the_mean_model_is_the_mean():
 
 def test_many_workers_cost_memory_in_proportion():
     def held(workers):
-        cluster = Cluster(workers=workers, model=lambda: torch.nn.Linear(10, 10), threads=1,
-                          optimizer=lambda params, communicator: optimizer(
-                              "overlap-local-sgd", params, communicator=communicator))
+        cluster = Cluster(
+            workers=workers,
+            model=lambda: torch.nn.Linear(10, 10),
+            threads=1,
+            optimizer=lambda params, communicator: optimizer(
+                "overlap-local-sgd", params, communicator=communicator
+            ),
+        )
         slots = [o._engine.slots[0] for o in cluster.optimizers]
         return sum(s.buffer.nbytes + s.state.anchor.nbytes for s in slots)
 

@@ -18,7 +18,11 @@ CONFIG = RunConfig(data="synthetic", model="mlp", workers=3, steps=12, batch_siz
 
 def test_a_grid_runs_all_combinations_once_and_resumes(tmp_path):
     configs = grid.combinations(CONFIG, {"algorithm": ["ddp", "cocod-sgd"], "tau": [2, 4]})
-    assert [(c.algorithm, c.tau) for c in configs] == [("ddp", 1), ("cocod-sgd", 2), ("cocod-sgd", 4)]
+    assert [(c.algorithm, c.tau) for c in configs] == [
+        ("ddp", 1),
+        ("cocod-sgd", 2),
+        ("cocod-sgd", 4),
+    ]
     seen = []
     folders = grid.run_all(configs[:2], MACHINES, tmp_path, done=lambda *at: seen.append(at))
     before = [(f / records.FILE).read_text() for f in folders]
@@ -49,15 +53,29 @@ def test_a_failed_run_leaves_no_record(tmp_path, monkeypatch):
 
 def test_synchronous_is_large_batch_sgd(tmp_path):
     run(dataclasses.replace(CONFIG, algorithm="ddp"), Machines(), tmp_path / "a")
-    run(dataclasses.replace(CONFIG, algorithm="bmuf", tau=1, options={"block_momentum": 0.0}), Machines(),
-        tmp_path / "b")
+    run(
+        dataclasses.replace(CONFIG, algorithm="bmuf", tau=1, options={"block_momentum": 0.0}),
+        Machines(),
+        tmp_path / "b",
+    )
     a, b = records.read(tmp_path / "a"), records.read(tmp_path / "b")
-    assert [line["loss"] for line in a.logs] == pytest.approx([line["loss"] for line in b.logs], rel=1e-4)
+    assert [line["loss"] for line in a.logs] == pytest.approx(
+        [line["loss"] for line in b.logs], rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("bad", [
-    {"step_ms": 0.0}, {"slowdown": "often"}, {"latency_ms": -1.0}, {"bandwidth_gbit_s": -2.0}, {"collective": "star"},
-    {"island": 1}, {"island": 4, "island_bandwidth_gbit_s": 0.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"step_ms": 0.0},
+        {"slowdown": "often"},
+        {"latency_ms": -1.0},
+        {"bandwidth_gbit_s": -2.0},
+        {"collective": "star"},
+        {"island": 1},
+        {"island": 4, "island_bandwidth_gbit_s": 0.0},
+    ],
+)
 def test_bad_machines_are_refused(bad):
     with pytest.raises(ValueError, match="allowed"):
         Machines(**bad)
@@ -67,8 +85,13 @@ def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):
     slow = Machines(step_ms=10, latency_ms=12)
     config = dataclasses.replace(CONFIG, algorithm="overlap-local-sgd", steps=40, tau=1)
     exposed, syncs, tau = {}, {}, {}
-    variants = {"fixed": {}, "hidden": {"hide_communication": True}, "post": {"post_local": 20, "tau": 10},
-                "table": {"tau_at": "20:4"}, "loss": {"tau": 8, "adacomm": 8}}
+    variants = {
+        "fixed": {},
+        "hidden": {"hide_communication": True},
+        "post": {"post_local": 20, "tau": 10},
+        "table": {"tau_at": "20:4"},
+        "loss": {"tau": 8, "adacomm": 8},
+    }
     for name, changed in variants.items():
         run(dataclasses.replace(config, **changed), slow, tmp_path / name)
         summary = records.read(tmp_path / name).summary
@@ -87,4 +110,7 @@ def test_what_virtual_workers_cannot_do_is_refused():
 
 def test_names_of_finished_runs_stay():
     """A name that changed would make every run of every finished grid anew."""
-    assert grid.name(RunConfig(algorithm="ddp", milestones=[3]), Machines(step_ms=20)) == "ddp-tau4-m4-seed0-85cf2ba3"
+    assert (
+        grid.name(RunConfig(algorithm="ddp", milestones=[3]), Machines(step_ms=20))
+        == "ddp-tau4-m4-seed0-85cf2ba3"
+    )

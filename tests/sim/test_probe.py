@@ -36,6 +36,12 @@ def test_probe_finds_the_link():
 
 def test_load():
     assert load("tests.sim.test_probe:prepare") is prepare
-    for bad in ("nothing", "no.such.module:f", "tests.sim.test_probe:absent", ":f", "tests.sim.test_probe:time"):
+    for bad in (
+        "nothing",
+        "no.such.module:f",
+        "tests.sim.test_probe:absent",
+        ":f",
+        "tests.sim.test_probe:time",
+    ):
         with pytest.raises(ValueError, match=r"wanted|is not a function"):
             load(bad)

@@ -12,8 +12,15 @@ def test_every_image_is_a_crop_of_its_padded_self_mirrored_or_not():
     out = crop_and_flip(images, torch.Generator().manual_seed(0), padding=2)
     seen = set()
     for before, after in zip(functional.pad(images, [2] * 4), out, strict=True):
-        places = {(top, left, flip) for top in range(5) for left in range(5) for flip in (False, True)
-                  if torch.equal(after.flip(2) if flip else after, before[:, top: top + 6, left: left + 5])}
+        places = {
+            (top, left, flip)
+            for top in range(5)
+            for left in range(5)
+            for flip in (False, True)
+            if torch.equal(
+                after.flip(2) if flip else after, before[:, top : top + 6, left : left + 5]
+            )
+        }
         assert len(places) == 1
         seen |= places
     assert len(seen) > 45
@@ -23,6 +30,7 @@ def test_augmented_batches_go_on_exactly():
     def batches(seed=1):
         images = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         return data.Batches(images, torch.arange(10), batch_size=4, seed=seed, augment=True)
+
     a, b = batches(), batches(seed=2)
     for _ in range(4):
         next(a)
@@ -36,7 +44,10 @@ def test_augmented_batches_go_on_exactly():
 
 def test_labels_and_order_are_those_without_augmentation():
     images = torch.rand(10, 1, 8, 8)
-    plain, augmented = (data.Batches(images, torch.arange(10), batch_size=4, seed=1, augment=a) for a in (False, True))
+    plain, augmented = (
+        data.Batches(images, torch.arange(10), batch_size=4, seed=1, augment=a)
+        for a in (False, True)
+    )
     for _ in range(6):
         assert torch.equal(next(plain)[1], next(augmented)[1])
 

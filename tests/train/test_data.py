@@ -22,7 +22,9 @@ def folder(tmp_path):
     for name, n, suffix in (("train", 6, ".gz"), ("t10k", 3, "")):
         images = torch.randint(256, (n, 28, 28), dtype=torch.uint8, generator=g)
         write_idx(tmp_path / f"{name}-images-idx3-ubyte{suffix}", images)
-        write_idx(tmp_path / f"{name}-labels-idx1-ubyte{suffix}", torch.arange(n, dtype=torch.uint8))
+        write_idx(
+            tmp_path / f"{name}-labels-idx1-ubyte{suffix}", torch.arange(n, dtype=torch.uint8)
+        )
     return tmp_path
 
 
@@ -45,10 +47,14 @@ def test_idx_folder_is_standardised(folder):
 
 def test_missing_files_are_named(folder):
     (folder / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(ValueError, match=r"missing t10k-labels-idx1-ubyte of.*yann\.lecun\.com.*in .gz") as error:
+    with pytest.raises(
+        ValueError, match=r"missing t10k-labels-idx1-ubyte of.*yann\.lecun\.com.*in .gz"
+    ) as error:
         data.load("mnist", folder)
     assert str(folder) in str(error.value)
-    with pytest.raises(ValueError, match=r"mnist.*needs --data-dir.*train-images-idx3-ubyte.*github\.com/zalando"):
+    with pytest.raises(
+        ValueError, match=r"mnist.*needs --data-dir.*train-images-idx3-ubyte.*github\.com/zalando"
+    ):
         data.load("fashion-mnist")
 
 
@@ -56,21 +62,36 @@ def test_a_file_of_the_published_size_must_have_the_published_checksum(folder, m
     content = gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())
     right = hashlib.md5(content).hexdigest()
     for md5 in (right, "0" * 32):
-        monkeypatch.setitem(idx.LAYOUTS, "mnist", replace(idx.LAYOUTS["mnist"], published={len(content): md5}))
+        monkeypatch.setitem(
+            idx.LAYOUTS, "mnist", replace(idx.LAYOUTS["mnist"], published={len(content): md5})
+        )
         if md5 == right:
             data.load("mnist", folder)
             continue
-        with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte\.gz: .*{right}, expected 0{{32}}"):
+        with pytest.raises(
+            ValueError, match=rf"train-images-idx3-ubyte\.gz: .*{right}, expected 0{{32}}"
+        ):
             data.load("mnist", folder)
     # All sizes are those of 60,000 and 10,000 images of 28 x 28, and of their labels.
     for name in ("mnist", "fashion-mnist"):
         monkeypatch.undo()
-        assert list(idx.LAYOUTS[name].published) == [60_000 * 784 + 16, 60_000 + 8, 10_000 * 784 + 16, 10_000 + 8]
+        assert list(idx.LAYOUTS[name].published) == [
+            60_000 * 784 + 16,
+            60_000 + 8,
+            10_000 * 784 + 16,
+            10_000 + 8,
+        ]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "not an IDX file"), (b"\0\0\x0d\x01\0\0\0\1....", "not an IDX file"), (b"\0\0\x08\x03\0\0", "header"),
-    (b"\0\0\x08\x01\0\0\0\x05abc", "3 bytes of data, expected 5")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not an IDX file"),
+        (b"\0\0\x0d\x01\0\0\0\1....", "not an IDX file"),
+        (b"\0\0\x08\x03\0\0", "header"),
+        (b"\0\0\x08\x01\0\0\0\x05abc", "3 bytes of data, expected 5"),
+    ],
+)
 def test_damaged_idx_file_is_named(tmp_path, content, message):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -104,12 +125,16 @@ def test_digits_are_split_the_same_way_every_time():
 
 # With 14 workers shards differ in size, and four classes have two owners.
 @pytest.mark.parametrize("workers", [1, 3, 4, 14])
-@pytest.mark.parametrize("name", ["iid", "label-skew", "label-skew:1", "dirichlet", "dirichlet:0.3"])
+@pytest.mark.parametrize(
+    "name", ["iid", "label-skew", "label-skew:1", "dirichlet", "dirichlet:0.3"]
+)
 def test_partition_uses_each_sample_once(name, workers):
     shards = partition.partition(name, torch.arange(103) % 10, workers=workers, seed=1)
     assert sorted(torch.cat(shards).tolist()) == list(range(103))
     # Cards are dealt out evenly; Dirichlet's shares are random.
-    assert max(map(len, shards)) - min(map(len, shards)) <= (103 if name.startswith("dirichlet") else 1)
+    assert max(map(len, shards)) - min(map(len, shards)) <= (
+        103 if name.startswith("dirichlet") else 1
+    )
 
 
 def test_label_skew_is_that_of_the_paper():
@@ -122,9 +147,14 @@ def test_label_skew_is_that_of_the_paper():
         count = torch.bincount(labels[shard], minlength=10)
         assert 2000 <= count[main] < 2400
         # 18,000 are left: 3000 of each class with one owner, 1000 of the others.
-        expected = [1125 * (1000 if label in (1, 2, 3, 5, 7, 9) else 3000) / 18_000 for label in range(10)]
+        expected = [
+            1125 * (1000 if label in (1, 2, 3, 5, 7, 9) else 3000) / 18_000 for label in range(10)
+        ]
         for label in range(10):
-            assert abs(count[label] - 2000 * (label == main) - expected[label]) < 5.5 * expected[label] ** 0.5
+            assert (
+                abs(count[label] - 2000 * (label == main) - expected[label])
+                < 5.5 * expected[label] ** 0.5
+            )
 
 
 def test_dirichlet_goes_from_skewed_to_even():
@@ -132,7 +162,9 @@ def test_dirichlet_goes_from_skewed_to_even():
     spread = []
     for concentration in (0.1, 1000):
         shards = partition.partition(f"dirichlet:{concentration}", labels, workers=4, seed=0)
-        counts = torch.stack([torch.bincount(labels[shard], minlength=10) for shard in shards]).float()
+        counts = torch.stack(
+            [torch.bincount(labels[shard], minlength=10) for shard in shards]
+        ).float()
         spread.append(float(counts.std(0).mean()))
     assert spread[0] > 200 > 30 > spread[1]
 
@@ -145,7 +177,9 @@ def test_partition_refuses_empty_shards():
 @pytest.mark.parametrize("name", ["data", "partition"])
 def test_unknown_names_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}='x'.*allowed is one of"):
-        data.load("x") if name == "data" else partition.partition("x", torch.zeros(4), workers=1, seed=0)
+        data.load("x") if name == "data" else partition.partition(
+            "x", torch.zeros(4), workers=1, seed=0
+        )
 
 
 def batches(batch_size, n=7, seed=3):
@@ -154,10 +188,12 @@ def batches(batch_size, n=7, seed=3):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
 def test_batches_are_full_and_use_samples_equally_often(batch_size):
-    seen = torch.cat([labels for (_, labels), _ in zip(batches(batch_size), range(14), strict=False)])
+    seen = torch.cat(
+        [labels for (_, labels), _ in zip(batches(batch_size), range(14), strict=False)]
+    )
     assert len(seen) == 14 * batch_size
     for start in range(0, len(seen) - 6, 7):
-        assert sorted(seen[start:start + 7].tolist()) == list(range(7))
+        assert sorted(seen[start : start + 7].tolist()) == list(range(7))
 
 
 @pytest.mark.parametrize("batch_size", [3, 7, 10])
@@ -175,7 +211,8 @@ def test_emnist_is_turned_upright_and_counts_from_zero(tmp_path):
     pixels = bytes(range(12))
     for part in ("train", "test"):
         (tmp_path / f"emnist-letters-{part}-images-idx3-ubyte").write_bytes(
-            bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 2, 3) + pixels)
+            bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 2, 3) + pixels
+        )
         with gzip.open(tmp_path / f"emnist-letters-{part}-labels-idx1-ubyte.gz", "wb") as file:
             file.write(bytes([0, 0, 8, 1]) + struct.pack(">I", 2) + bytes([1, 26]))
     loaded = data.load("emnist-letters", tmp_path)

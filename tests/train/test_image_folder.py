@@ -12,7 +12,10 @@ RED, BLUE = (255, 0, 0), (0, 0, 255)
 def folder(tmp_path):
     """Two classes: cats are red and wide, dogs blue and high; PNG and JPEG."""
     for part, n in (("train", 2), ("test", 1)):
-        for name, colour, size, suffix in (("dog", BLUE, (20, 40), "png"), ("cat", RED, (48, 16), "JPG")):
+        for name, colour, size, suffix in (
+            ("dog", BLUE, (20, 40), "png"),
+            ("cat", RED, (48, 16), "JPG"),
+        ):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(n):
                 Image.new("RGB", size, colour).save(tmp_path / part / name / f"{i}.{suffix}")
@@ -27,7 +30,7 @@ def test_classes_are_numbered_by_name_and_images_have_one_size(folder):
     assert test_labels.tolist() == [0, 1]
     assert test_images[1, :, 0, 0].tolist() == [0, 0, 1]
     # JPEG is not exact.
-    assert torch.allclose(test_images[0, :, 4, 4], torch.tensor([1., 0., 0.]), atol=0.02)
+    assert torch.allclose(test_images[0, :, 4, 4], torch.tensor([1.0, 0.0, 0.0]), atol=0.02)
     assert data.load("image-folder:16", folder).train_images.shape == (4, 3, 16, 16)
     assert data.load("image-folder", folder).train_images.shape == (4, 3, 64, 64)
 
@@ -56,13 +59,16 @@ def spoil(folder, fault):
         (folder / "test").rename(folder / "validation")
 
 
-@pytest.mark.parametrize(("fault", "message"), [
-    ("unreadable", r"train/dog/1\.png: cannot be read as an image"),
-    ("cut off", r"train/dog/1\.png: cannot be read as an image"),
-    ("empty", r"test/cat: a class without images"),
-    ("differ", r"same classes: dog only in train, wolf only in test"),
-    ("no test", r"test: no such folder"),
-])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("unreadable", r"train/dog/1\.png: cannot be read as an image"),
+        ("cut off", r"train/dog/1\.png: cannot be read as an image"),
+        ("empty", r"test/cat: a class without images"),
+        ("differ", r"same classes: dog only in train, wolf only in test"),
+        ("no test", r"test: no such folder"),
+    ],
+)
 def test_faults_are_named_in_one_line(folder, fault, message):
     spoil(folder, fault)
     with pytest.raises(ValueError, match=message) as error:

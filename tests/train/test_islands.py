@@ -1,4 +1,7 @@
-"""Workers of several ranks in `train`: equal to plain workers with the same batches, resumed, or refused."""
+"""Workers of several ranks in `train`.
+
+Equal to plain workers with the same batches, resumed, or refused.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,36 @@ from tests.train.test_restart import VICTIM
 from tests.workers import free_port, run
 
 KINDS = ["ddp", pytest.param("fsdp2", marks=fsdp)]
-BASE = RunConfig(data="synthetic", model="mlp", workers=2, tau=3, batch_size=8, steps=10, log_every=2,
-                 evaluate_every=5, checkpoint_every=0, slowdown="exponential", slowdown_ms=0.1)
+BASE = RunConfig(
+    data="synthetic",
+    model="mlp",
+    workers=2,
+    tau=3,
+    batch_size=8,
+    steps=10,
+    log_every=2,
+    evaluate_every=5,
+    checkpoint_every=0,
+    slowdown="exponential",
+    slowdown_ms=0.1,
+)
 CASES = {
     "overlap": {"augment": True, "clip_norm": 0.5, "partition": "label-skew"},
-    "levels": {"algorithm": "diloco", "levels": "1:2", "tau": 4, "workers": 4, "options": {"fragments": 2}},
-    "gpt": {"model": "gpt-small", "optimizer": "adamw", "clip_norm": 1.0, "lr": 1e-3, "algorithm": "local-sgd",
-            "schedule": "cosine"},
+    "levels": {
+        "algorithm": "diloco",
+        "levels": "1:2",
+        "tau": 4,
+        "workers": 4,
+        "options": {"fragments": 2},
+    },
+    "gpt": {
+        "model": "gpt-small",
+        "optimizer": "adamw",
+        "clip_norm": 1.0,
+        "lr": 1e-3,
+        "algorithm": "local-sgd",
+        "schedule": "cosine",
+    },
 }
 
 
@@ -50,7 +76,9 @@ def in_double(rank, folder, config, resume=False):
         d = load(*args, **options)
         if not d.train_images.is_floating_point():
             return d
-        return dataclasses.replace(d, train_images=d.train_images.double(), test_images=d.test_images.double())
+        return dataclasses.replace(
+            d, train_images=d.train_images.double(), test_images=d.test_images.double()
+        )
 
     data.load = doubled
     train(config, folder, World(config.island_size), resume=resume)
@@ -58,8 +86,12 @@ def in_double(rank, folder, config, resume=False):
 
 def numbers(folder):
     record = records.read(folder)
-    return [line[key] for line in record.logs + record.evaluations for key in ("step", "loss", "test_loss",
-            "test_accuracy", "worker_accuracy") if key in line]
+    return [
+        line[key]
+        for line in record.logs + record.evaluations
+        for key in ("step", "loss", "test_loss", "test_accuracy", "worker_accuracy")
+        if key in line
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -77,38 +109,57 @@ def plain(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("case", "kind"), [("overlap", "ddp"), ("levels", "ddp"),
-                                            pytest.param("overlap", "fsdp2", marks=fsdp),
-                                            pytest.param("gpt", "fsdp2", marks=fsdp)])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        ("overlap", "ddp"),
+        ("levels", "ddp"),
+        pytest.param("overlap", "fsdp2", marks=fsdp),
+        pytest.param("gpt", "fsdp2", marks=fsdp),
+    ],
+)
 def test_islands_equal_plain_workers_with_the_same_batches(plain, tmp_path, case, kind):
     config = config_of(case, tmp_path, island_size=2, island_kind=kind)
     run(in_double, config.ranks, tmp_path, config)
     assert numbers(tmp_path) == pytest.approx(numbers(plain(case)), rel=1e-9, abs=1e-11)
     one, other = (records.read(folder) for folder in (plain(case), tmp_path))
     assert one.start["parameters"] == other.start["parameters"]
-    assert (other.start["workers"], other.summary["syncs"]) == (config.workers, one.summary["syncs"])
+    assert (other.start["workers"], other.summary["syncs"]) == (
+        config.workers,
+        one.summary["syncs"],
+    )
     if case == "overlap":
-        # DDP: each rank sends the whole model; FSDP2: its shard. And each one its weight beside, in 8 bytes.
+        # DDP: each rank sends the whole model; FSDP2: its shard. And each one its weight beside, in
+        # 8 bytes.
         weights, factor = 8 * one.summary["syncs"], 2 if kind == "ddp" else 1
         assert other.summary["bytes"] - 2 * weights == factor * (one.summary["bytes"] - weights)
     if kind == "ddp":
-        saved = [torch.load(checkpoint.latest(tmp_path) / f"rank-{rank}.pt", weights_only=True)["model"]
-                 for rank in range(config.ranks)]
+        saved = [
+            torch.load(checkpoint.latest(tmp_path) / f"rank-{rank}.pt", weights_only=True)["model"]
+            for rank in range(config.ranks)
+        ]
         for first, second in zip(saved[::2], saved[1::2], strict=True):
             assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def resumed_equals_uninterrupted(rank, folder, kind):
     place = World(2)
-    config = dataclasses.replace(BASE, model="cnn-small", optimizer="adamw", island_size=2, island_kind=kind)
+    config = dataclasses.replace(
+        BASE, model="cnn-small", optimizer="adamw", island_size=2, island_kind=kind
+    )
     train(config, folder / "whole", place)
     train(dataclasses.replace(config, steps=5), folder / "parts", place)
     train(config, folder / "parts", place, resume=True)
-    (whole, mine), (parts, _) = (checkpoint.load(folder / name, world=place) for name in ("whole", "parts"))
+    (whole, mine), (parts, _) = (
+        checkpoint.load(folder / name, world=place) for name in ("whole", "parts")
+    )
     assert mine
     whole, parts = flatten(whole), flatten(parts)
-    return sorted(key for key in whole.keys() | parts.keys()
-                  if not key.endswith(("/seconds", "/exposed_s")) and not same(whole.get(key), parts.get(key)))
+    return sorted(
+        key
+        for key in whole.keys() | parts.keys()
+        if not key.endswith(("/seconds", "/exposed_s")) and not same(whole.get(key), parts.get(key))
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,12 +167,16 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(tmp_path, kind):
     assert run(resumed_equals_uninterrupted, 4, tmp_path, kind) == [[]] * 4
     whole, parts = (records.read(tmp_path / name) for name in ("whole", "parts"))
     # The first part has a line at its last step, 5, and the next one is of one step less.
-    assert [line["loss"] for line in whole.logs[3:]] == [line["loss"] for line in parts.logs[4:]] != []
+    assert (
+        [line["loss"] for line in whole.logs[3:]] == [line["loss"] for line in parts.logs[4:]] != []
+    )
     assert whole.evaluations[-1]["test_loss"] == parts.evaluations[-1]["test_loss"]
 
 
 def stops_when_told(rank, folder, config):
-    return train(config, folder, World(config.island_size), told=2 if rank == config.ranks - 1 else 0)
+    return train(
+        config, folder, World(config.island_size), told=2 if rank == config.ranks - 1 else 0
+    )
 
 
 def goes_on(rank, folder, config):
@@ -129,7 +184,10 @@ def goes_on(rank, folder, config):
 
 
 def refuses_to_go_on(rank, folder, config):
-    with pytest.raises(ValueError, match=r"island_size=\d: the checkpoint has island_kind='\w+', island_size=\d; sh"):
+    with pytest.raises(
+        ValueError,
+        match=r"island_size=\d: the checkpoint has island_kind='\w+', island_size=\d; sh",
+    ):
         Run(config, World(config.island_size), folder, resume=True)
 
 
@@ -140,18 +198,25 @@ def test_all_ranks_stop_together_and_fewer_islands_go_on(tmp_path):
     steps = torch.load(checkpoint.latest(tmp_path) / "rank-3.pt", weights_only=True)["step"]
     assert 0 < steps < 1000
     run(refuses_to_go_on, 2, tmp_path, dataclasses.replace(config, island_kind="ddp", workers=1))
-    run(refuses_to_go_on, 2, tmp_path, dataclasses.replace(config, island_kind="ddp", island_size=1))
+    run(
+        refuses_to_go_on, 2, tmp_path, dataclasses.replace(config, island_kind="ddp", island_size=1)
+    )
     alone = dataclasses.replace(config, workers=1, steps=steps + 4)
     assert run(goes_on, 2, tmp_path, alone) == [0] * 2
     assert records.read(tmp_path).logs[-1]["step"] == steps + 4
 
 
 def test_plain_workers_go_on_as_ddp_islands_as_if_they_had_always_been_plain(plain, tmp_path):
-    first, whole = config_of("overlap", tmp_path, steps=5), config_of("overlap", tmp_path, island_size=2)
+    first, whole = (
+        config_of("overlap", tmp_path, steps=5),
+        config_of("overlap", tmp_path, island_size=2),
+    )
     run(in_double, 2, tmp_path, first)
     run(in_double, 4, tmp_path, whole, True)
     expected = [line["loss"] for line in records.read(plain("overlap")).logs]
-    assert [line["loss"] for line in records.read(tmp_path).logs][-2:] == pytest.approx(expected[-2:], rel=1e-9)
+    assert [line["loss"] for line in records.read(tmp_path).logs][-2:] == pytest.approx(
+        expected[-2:], rel=1e-9
+    )
 
 
 def backends(rank):
@@ -168,16 +233,40 @@ def test_the_emulated_link_lies_between_islands_only():
     assert run(backends, 4, backend="emulated") == [("gloo", "emulated")] * 4
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"island_size": 0}, "island_size=0: allowed is an integer, 1 or more"),
-    ({"island_size": 2, "island_kind": "hsdp"}, "island_kind='hsdp': allowed is one of ddp, fsdp2"),
-    ({"island_kind": "fsdp2"}, "island_kind='fsdp2' with island_size=1: one rank has nothing to shard"),
-    ({"island_size": 3}, "batch_size=8 with island_size=3: a worker's ranks share its batch, allowed are multiples"),
-    ({"island_size": 2, "algorithm": "ddp"}, "island_size=2: ddp averages the gradients of all ranks at every step"),
-    ({"island_size": 2, "algorithm": "powersgd"}, "island_size=2: powersgd averages the gradients of all ranks"),
-    ({"island_size": 2, "hide_communication": True}, "hide_communication=True with island_size=2: each rank of a"),
-    ({"island_size": 2, "adacomm": 5}, "adacomm=5 with island_size=2: each rank of a worker would choose tau"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"island_size": 0}, "island_size=0: allowed is an integer, 1 or more"),
+        (
+            {"island_size": 2, "island_kind": "hsdp"},
+            "island_kind='hsdp': allowed is one of ddp, fsdp2",
+        ),
+        (
+            {"island_kind": "fsdp2"},
+            "island_kind='fsdp2' with island_size=1: one rank has nothing to shard",
+        ),
+        (
+            {"island_size": 3},
+            "batch_size=8 with island_size=3: a worker's ranks share its batch, allowed are multiples",
+        ),
+        (
+            {"island_size": 2, "algorithm": "ddp"},
+            "island_size=2: ddp averages the gradients of all ranks at every step",
+        ),
+        (
+            {"island_size": 2, "algorithm": "powersgd"},
+            "island_size=2: powersgd averages the gradients of all ranks",
+        ),
+        (
+            {"island_size": 2, "hide_communication": True},
+            "hide_communication=True with island_size=2: each rank of a",
+        ),
+        (
+            {"island_size": 2, "adacomm": 5},
+            "adacomm=5 with island_size=2: each rank of a worker would choose tau",
+        ),
+    ],
+)
 def test_what_does_not_go_together_is_refused(values, message):
     with pytest.raises(ValueError, match=message) as error:
         dataclasses.replace(BASE, **values)
@@ -186,8 +275,12 @@ def test_what_does_not_go_together_is_refused(values, message):
 
 def test_virtual_workers_and_numbers_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="island_size=2: a virtual worker is one machine"):
-        VirtualRun(dataclasses.replace(BASE, slowdown="none", slowdown_ms=0.0, island_size=2), Machines())
-    with pytest.raises(ValueError, match="island_size=2 with 3 ranks: allowed is a number that divides it"):
+        VirtualRun(
+            dataclasses.replace(BASE, slowdown="none", slowdown_ms=0.0, island_size=2), Machines()
+        )
+    with pytest.raises(
+        ValueError, match="island_size=2 with 3 ranks: allowed is a number that divides it"
+    ):
         world.workers_of(3, 2)
     assert world.workers_of(6, 2) == 3
 
@@ -195,14 +288,54 @@ def test_virtual_workers_and_numbers_that_do_not_divide_are_refused():
 @fsdp
 def test_islands_under_torchrun_survive_a_killed_rank(tmp_path):
     (tmp_path / "victim.py").write_text(VICTIM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--max-restarts=1",
-               "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--monitor-interval=0.1",
-               "victim.py", "train", "--folder", "run", "--auto-resume", "--island-size", "2", "--island-kind", "fsdp2",
-               "--data", "synthetic", "--model", "mlp", "--steps", "9", "--checkpoint-every", "4", "--log-every", "1"]
-    done = subprocess.run(command, cwd=tmp_path, timeout=300, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=4",
+        "--max-restarts=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--monitor-interval=0.1",
+        "victim.py",
+        "train",
+        "--folder",
+        "run",
+        "--auto-resume",
+        "--island-size",
+        "2",
+        "--island-kind",
+        "fsdp2",
+        "--data",
+        "synthetic",
+        "--model",
+        "mlp",
+        "--steps",
+        "9",
+        "--checkpoint-every",
+        "4",
+        "--log-every",
+        "1",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        timeout=300,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     record = records.read(tmp_path / "run")
-    assert (record.start["workers"], record.config["workers"], record.config["island_size"]) == (2, 2, 2)
+    assert (record.start["workers"], record.config["workers"], record.config["island_size"]) == (
+        2,
+        2,
+        2,
+    )
     assert [line["step"] for line in record.logs] == list(range(1, 10))
-    assert sum(line["kind"] == "resume" for line in records.read_lines(tmp_path / "run" / records.FILE)) == 1
+    assert (
+        sum(
+            line["kind"] == "resume" for line in records.read_lines(tmp_path / "run" / records.FILE)
+        )
+        == 1
+    )

@@ -13,8 +13,16 @@ from distoptim.train.loop import Run
 from distoptim.train.world import StopSignals, World
 from tests.workers import run
 
-SMALL = RunConfig(data="synthetic", workers=2, tau=3, batch_size=8, steps=10, log_every=1, evaluate_every=4,
-                  checkpoint_every=0)
+SMALL = RunConfig(
+    data="synthetic",
+    workers=2,
+    tau=3,
+    batch_size=8,
+    steps=10,
+    log_every=1,
+    evaluate_every=4,
+    checkpoint_every=0,
+)
 
 
 LINK = Link(latency_s=0.01, bandwidth_gbit_s=10.0)
@@ -24,7 +32,9 @@ def flatten(value, name=""):
     if isinstance(value, dict):
         return {k: v for key in value for k, v in flatten(value[key], f"{name}/{key}").items()}
     if isinstance(value, list):
-        return {k: v for i, item in enumerate(value) for k, v in flatten(item, f"{name}/{i}").items()}
+        return {
+            k: v for i, item in enumerate(value) for k, v in flatten(item, f"{name}/{i}").items()
+        }
     return {name: value}
 
 
@@ -48,24 +58,47 @@ def resumed_equals_uninterrupted(rank, folder, algorithm, stop):
     train(config, folder / "whole", world)
     train(dataclasses.replace(config, steps=stop), folder / "parts", world)
     train(config, folder / "parts", world, resume=True)
-    (whole, mine), (parts, _) = (checkpoint.load(folder / name, world=world) for name in ("whole", "parts"))
+    (whole, mine), (parts, _) = (
+        checkpoint.load(folder / name, world=world) for name in ("whole", "parts")
+    )
     assert mine
     whole, parts = flatten(whole), flatten(parts)
     timing = ("/seconds", "/exposed_s")
-    return sorted(key for key in whole.keys() | parts.keys()
-                  if not key.endswith(timing) and not same(whole.get(key), parts.get(key)))
+    return sorted(
+        key
+        for key in whole.keys() | parts.keys()
+        if not key.endswith(timing) and not same(whole.get(key), parts.get(key))
+    )
 
 
 # With tau = 3: before a launch, with a round in flight, and right at a sync.
-@pytest.mark.parametrize(("algorithm", "stop"), [
-    ("overlap-local-sgd", 2), ("overlap-local-sgd", 5), ("overlap-local-sgd", 6), ("cocod-sgd", 5), ("bmuf", 4),
-    ("ddp", 4), ("powersgd", 5)])
+@pytest.mark.parametrize(
+    ("algorithm", "stop"),
+    [
+        ("overlap-local-sgd", 2),
+        ("overlap-local-sgd", 5),
+        ("overlap-local-sgd", 6),
+        ("cocod-sgd", 5),
+        ("bmuf", 4),
+        ("ddp", 4),
+        ("powersgd", 5),
+    ],
+)
 def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(tmp_path, algorithm, stop):
     assert run(resumed_equals_uninterrupted, 2, tmp_path, algorithm, stop) == [[], []]
     whole, parts = (records.read(tmp_path / name) for name in ("whole", "parts"))
-    for kind, keys in (("logs", ("step", "epoch", "loss")), ("evaluations", ("step", "test_loss", "test_accuracy"))):
-        a, b = ([[line[key] for key in keys] for line in getattr(r, kind) if kind == "logs" or line["step"] != stop]
-                for r in (whole, parts))
+    for kind, keys in (
+        ("logs", ("step", "epoch", "loss")),
+        ("evaluations", ("step", "test_loss", "test_accuracy")),
+    ):
+        a, b = (
+            [
+                [line[key] for key in keys]
+                for line in getattr(r, kind)
+                if kind == "logs" or line["step"] != stop
+            ]
+            for r in (whole, parts)
+        )
         assert a == b
     assert whole.summary["syncs"] == parts.summary["syncs"]
 
@@ -88,7 +121,9 @@ def test_all_stop_together_when_one_is_told_and_another_number_of_workers_goes_o
 
 
 def test_adacomm_is_told_the_loss(tmp_path):
-    config = dataclasses.replace(SMALL, algorithm="local-sgd", tau=4, adacomm=4, steps=20, evaluate_every=20)
+    config = dataclasses.replace(
+        SMALL, algorithm="local-sgd", tau=4, adacomm=4, steps=20, evaluate_every=20
+    )
     run(trained, 2, tmp_path, config)
     record = records.read(tmp_path)
     # It falls with the loss, and where the loss is stuck.
@@ -192,7 +227,11 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     folder.mkdir(parents=True)
     (folder.parent / "latest").write_text("step-5")
     path = folder / "rank-0.pt"
-    for damage in (lambda: path.write_bytes(b"no"), lambda: path.write_bytes(b"l" * 9), lambda: torch.save([1], path)):
+    for damage in (
+        lambda: path.write_bytes(b"no"),
+        lambda: path.write_bytes(b"l" * 9),
+        lambda: torch.save([1], path),
+    ):
         damage()
         with pytest.raises(ValueError, match="damaged") as error:
             checkpoint.load(tmp_path, world=Alone())

@@ -16,7 +16,9 @@ def seen(rank, approximation_rank):
     """Payload per step, what was really handed to all-reduce, and the model, of one layer with a bias."""
     import torch.distributed as dist
 
-    config = RunConfig(**{**CONFIG.to_dict(), "options": {"approximation_rank": approximation_rank}})
+    config = RunConfig(
+        **{**CONFIG.to_dict(), "options": {"approximation_rank": approximation_rank}}
+    )
     torch.manual_seed(0)
     model = torch.nn.Linear(M, N)
     method = methods.build(model, config)
@@ -48,12 +50,18 @@ def large_model():
     """Some matrices of one shape and some of others, of 1 MB and more, which DDP would send in several buckets."""
     torch.manual_seed(0)
     wide = 512
-    return torch.nn.Sequential(torch.nn.Linear(M, wide), torch.nn.Linear(wide, wide), torch.nn.Linear(wide, wide),
-                               torch.nn.Linear(wide, 2 * wide), torch.nn.Linear(2 * wide, N))
+    return torch.nn.Sequential(
+        torch.nn.Linear(M, wide),
+        torch.nn.Linear(wide, wide),
+        torch.nn.Linear(wide, wide),
+        torch.nn.Linear(wide, 2 * wide),
+        torch.nn.Linear(2 * wide, N),
+    )
 
 
 def stopped_and_not(rank, stop):
     """How many of all tensors differ after 6 steps."""
+
     def steps(method, first, last):
         for step in range(first, last):
             g = torch.Generator().manual_seed(100 * rank + step)
@@ -67,9 +75,14 @@ def stopped_and_not(rank, stop):
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.load_state_dict(first.state_dict())
     steps(second, stop, 6)
-    a, b = ([*method._model.parameters(), *method.state_dict()["error_dict"].values(),
-          *method.state_dict()["q_memory_dict"].values()]
-            for method in (whole, second))
+    a, b = (
+        [
+            *method._model.parameters(),
+            *method.state_dict()["error_dict"].values(),
+            *method.state_dict()["q_memory_dict"].values(),
+        ]
+        for method in (whole, second)
+    )
     return sum(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 

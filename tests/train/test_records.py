@@ -45,7 +45,9 @@ def test_a_record_may_lie_beside_its_folder(tmp_path):
     assert records.folders(tmp_path) == [tmp_path / "begun", folder]
 
 
-@pytest.mark.parametrize("tail", ['{"kind": "lo', '{"kind": "log", "step": 2}', '{"kind": "log", "loss": "\\u00'])
+@pytest.mark.parametrize(
+    "tail", ['{"kind": "lo', '{"kind": "log", "step": 2}', '{"kind": "log", "loss": "\\u00']
+)
 def test_a_last_line_that_was_cut_off_is_left_out(tmp_path, tail):
     record = records.read(write(tmp_path / "r.jsonl", START, log(1), tail=tail))
     assert record.logs == [log(1)]

@@ -29,12 +29,39 @@ main()
 
 def test_a_killed_worker_is_restarted_and_the_run_ends_at_its_last_step(tmp_path):
     (tmp_path / "victim.py").write_text(VICTIM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
-               "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--monitor-interval=0.1",
-               "victim.py", "train", "--folder", "run", "--auto-resume", "--data", "synthetic", "--model", "mlp",
-               "--steps", "11", "--checkpoint-every", "4", "--log-every", "1"]
-    done = subprocess.run(command, cwd=tmp_path, timeout=300, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--monitor-interval=0.1",
+        "victim.py",
+        "train",
+        "--folder",
+        "run",
+        "--auto-resume",
+        "--data",
+        "synthetic",
+        "--model",
+        "mlp",
+        "--steps",
+        "11",
+        "--checkpoint-every",
+        "4",
+        "--log-every",
+        "1",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        timeout=300,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     record = records.read(tmp_path / "run")
     assert record.summary["step"] == 11

@@ -28,22 +28,39 @@ def folder(tmp_path):
 
 
 def config_of(folder, **changes):
-    return RunConfig(**{"data": str(folder), "model": "gpt-small", "workers": 2, "tau": 3, "batch_size": 4, "steps": 6,
-                        "optimizer": "adamw", "lr": 3e-3, "clip_norm": 1.0, "log_every": 1, "evaluate_every": 4,
-                        "checkpoint_every": 0, **changes})
+    return RunConfig(
+        **{
+            "data": str(folder),
+            "model": "gpt-small",
+            "workers": 2,
+            "tau": 3,
+            "batch_size": 4,
+            "steps": 6,
+            "optimizer": "adamw",
+            "lr": 3e-3,
+            "clip_norm": 1.0,
+            "log_every": 1,
+            "evaluate_every": 4,
+            "checkpoint_every": 0,
+            **changes,
+        }
+    )
 
 
 def test_windows_and_what_follows_them(folder):
     d = data.load(str(folder))
     whole = (folder / "a.txt").read_bytes(), (folder / "b.txt").read_bytes()
     train = b"".join(part[: len(part) * 9 // 10] for part in whole)
-    test = b"".join(part[len(part) * 9 // 10:] for part in whole)
+    test = b"".join(part[len(part) * 9 // 10 :] for part in whole)
     assert d.classes == 256
-    for inputs, follows, expected in ((d.train_images, d.train_labels, train), (d.test_images, d.test_labels, test)):
+    for inputs, follows, expected in (
+        (d.train_images, d.train_labels, train),
+        (d.test_images, d.test_labels, test),
+    ):
         n = inputs.numel()
         assert len(expected) - 1 - text.CONTEXT < n <= len(expected) - 1
         assert bytes(inputs.flatten().tolist()) == expected[:n]
-        assert bytes(follows.flatten().tolist()) == expected[1: n + 1]
+        assert bytes(follows.flatten().tolist()) == expected[1 : n + 1]
 
 
 def test_one_file_is_a_text_too(folder):
@@ -59,26 +76,38 @@ def test_workers_see_different_windows(folder):
 def test_texts_that_will_not_do_are_named(folder, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "none").mkdir()
-    for path, message in ((tmp_path / "no", "allowed is one of cifar10.*digits.*or a file or folder of text"),
-                          (tmp_path / "none", r"no \*.txt file"), (tmp_path / "empty.txt", "0 bytes.*too few")):
+    for path, message in (
+        (tmp_path / "no", "allowed is one of cifar10.*digits.*or a file or folder of text"),
+        (tmp_path / "none", r"no \*.txt file"),
+        (tmp_path / "empty.txt", "0 bytes.*too few"),
+    ):
         with pytest.raises(ValueError, match=message) as error:
             data.load(str(path))
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"data": "digits"}, "data='digits' with model='gpt-small': allowed is a file or folder"),
-    ({"model": "cnn"}, "allowed is one of cifar10.*digits.*text goes with model=gpt"),
-    ({"optimizer": "adam"}, "optimizer='adam'"),
-    ({"clip_norm": 0.0}, "clip_norm=0"), ({"lr": float("nan")}, "lr=nan")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "digits"}, "data='digits' with model='gpt-small': allowed is a file or folder"),
+        ({"model": "cnn"}, "allowed is one of cifar10.*digits.*text goes with model=gpt"),
+        ({"optimizer": "adam"}, "optimizer='adam'"),
+        ({"clip_norm": 0.0}, "clip_norm=0"),
+        ({"lr": float("nan")}, "lr=nan"),
+    ],
+)
 def test_bad_combinations_are_refused(folder, changes, message):
     with pytest.raises(ValueError, match=message):
         config_of(folder, **changes)
 
 
 def test_fragments_can_be_asked_for(folder):
-    made = VirtualRun(config_of(folder, algorithm="streaming-diloco", options={"fragments": 2}), Machines(), threads=1)
+    made = VirtualRun(
+        config_of(folder, algorithm="streaming-diloco", options={"fragments": 2}),
+        Machines(),
+        threads=1,
+    )
     assert len(made.cluster.optimizers[0]._engine.slots) == 2
 
 
@@ -90,7 +119,9 @@ def test_the_number_of_parameters(name, layers, width):
 
 def test_weights_begin_as_in_gpt_2_at_its_width():
     torch.manual_seed(0)
-    stds = {name: float(p.detach().std()) for name, p in gpt.GPT(layers=2, width=768).named_parameters()}
+    stds = {
+        name: float(p.detach().std()) for name, p in gpt.GPT(layers=2, width=768).named_parameters()
+    }
     assert stds["tokens.weight"] == pytest.approx(0.02, rel=0.02)
     assert stds["blocks.1.perceptron.hidden.weight"] == pytest.approx(0.02, rel=0.02)
     # Four branches add to the residual stream.
@@ -106,7 +137,8 @@ def test_the_width_changes_neither_how_much_a_branch_says_nor_the_spread_of_the_
     x = model.norm(torch.randn(8, 64, width))
     with torch.no_grad():
         added, scores = model.blocks[0].perceptron(x), model(tokens)[:, :200]
-    # Of a normed input 0.554 times the rms of the GELU of N(0, 0.554^2), 0.327; of bytes that were not read 0.554.
+    # Of a normed input 0.554 times the rms of the GELU of N(0, 0.554^2), 0.327; of bytes that were
+    # not read 0.554.
     assert float(added.std()) == pytest.approx(0.181, rel=0.06)
     assert float(scores.std()) == pytest.approx(0.554, rel=0.1)
 
@@ -141,14 +173,28 @@ def test_an_untrained_model_knows_nothing_and_says_so_every_time(folder):
     model = models.build("gpt-small", WINDOW, 256)
     once, again = (methods.evaluate(model, d.test_images, d.test_labels) for _ in range(2))
     assert once == again
-    # Nats per byte; log 256 = 5.545, and a little more, since tied embeddings favour the byte just read.
+    # Nats per byte; log 256 = 5.545, and a little more, since tied embeddings favour the byte just
+    # read.
     assert 5.545 < once["test_loss"] < 5.8
     assert 0 <= once["test_accuracy"] < 0.2
 
 
 def test_the_gradient_is_clipped_before_the_step(folder):
-    run = VirtualRun(config_of(folder, optimizer="sgd", momentum=0.0, nesterov=False, weight_decay=0.0, lr=1.0,
-                               clip_norm=0.01, workers=1, algorithm="local-sgd"), Machines(), threads=1)
+    run = VirtualRun(
+        config_of(
+            folder,
+            optimizer="sgd",
+            momentum=0.0,
+            nesterov=False,
+            weight_decay=0.0,
+            lr=1.0,
+            clip_norm=0.01,
+            workers=1,
+            algorithm="local-sgd",
+        ),
+        Machines(),
+        threads=1,
+    )
     before = [p.detach().clone() for p in run.cluster.models[0].parameters()]
     run.cluster.step(run._loss)
     after = [p.detach() for p in run.cluster.models[0].parameters()]
@@ -159,8 +205,9 @@ def test_the_gradient_is_clipped_before_the_step(folder):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_virtual_workers_learn_the_text(folder, dtype):
     lines = []
-    VirtualRun(config_of(folder, steps=40, log_every=5, batch_size=8, dtype=dtype), Machines(), threads=1).train(
-        lines.append)
+    VirtualRun(
+        config_of(folder, steps=40, log_every=5, batch_size=8, dtype=dtype), Machines(), threads=1
+    ).train(lines.append)
     losses = [line["loss"] for line in lines if line["kind"] == "log"]
     assert losses[0] > 4
     assert losses[-1] < 2.5
@@ -179,8 +226,10 @@ def both_ways(rank, text_folder, folder, algorithm):
     train(dataclasses.replace(config, steps=4), folder / "parts", world)
     train(config, folder / "parts", world, resume=True)
     whole, parts = (checkpoint.load(folder / name, world=world)[0] for name in ("whole", "parts"))
-    return [all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"]),
-            whole["losses"] == parts["losses"]]
+    return [
+        all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"]),
+        whole["losses"] == parts["losses"],
+    ]
 
 
 @pytest.mark.parametrize("algorithm", ["overlap-local-sgd", "ddp"])
@@ -193,9 +242,34 @@ def test_a_resumed_run_is_bit_equal_and_virtual_workers_agree(folder, tmp_path, 
 
 
 def test_the_command_trains_a_gpt(folder, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "distoptim", "train", "--model", "gpt-small", "--data",
-                           str(folder), "--workers", "2", "--steps", "4", "--batch-size", "4", "--optimizer", "adamw",
-                           "--lr", "1e-3", "--clip-norm", "1", "--folder", str(tmp_path / "run")],
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "distoptim",
+            "train",
+            "--model",
+            "gpt-small",
+            "--data",
+            str(folder),
+            "--workers",
+            "2",
+            "--steps",
+            "4",
+            "--batch-size",
+            "4",
+            "--optimizer",
+            "adamw",
+            "--lr",
+            "1e-3",
+            "--clip-norm",
+            "1",
+            "--folder",
+            str(tmp_path / "run"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert records.read(tmp_path / "run").config["optimizer"] == "adamw"

@@ -1,4 +1,7 @@
-"""Math: one file an algorithm. The table is read by the command line, the contract tests and the docs."""
+"""Math: one file an algorithm.
+
+The table is read by the command line, the contract tests and the docs.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,21 @@ from distoptim.algorithms.slowmo import SlowMo
 from distoptim.algorithms.streaming_diloco import StreamingDiLoCo
 from distoptim.optimizer import AveragingOptimizer
 
-__all__ = ["ALGORITHMS", "BMUF", "CO2", "EASGD", "CoCoDSGD", "DiLoCo", "EagerDiLoCo", "LocalSGD", "OverlapBMUF",
-           "OverlapLocalSGD", "SlowMo", "StreamingDiLoCo", "register"]
+__all__ = [
+    "ALGORITHMS",
+    "BMUF",
+    "CO2",
+    "EASGD",
+    "CoCoDSGD",
+    "DiLoCo",
+    "EagerDiLoCo",
+    "LocalSGD",
+    "OverlapBMUF",
+    "OverlapLocalSGD",
+    "SlowMo",
+    "StreamingDiLoCo",
+    "register",
+]
 
 ALGORITHMS: dict[str, Callable[..., AveragingOptimizer]] = {
     "local-sgd": LocalSGD,

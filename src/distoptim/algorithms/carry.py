@@ -14,7 +14,10 @@ from distoptim.fragments import Flat, Fragment
 
 @dataclass
 class Carried(Anchored):
-    """An anchor and, until the merge, where the worker stood at its last launch: steps made since are x - base."""
+    """An anchor and, until the merge, where the worker stood at its last launch.
+
+    Steps made since are x - base.
+    """
 
     base: Flat | None = None
 
@@ -61,9 +64,11 @@ def adopting(rule: Pull, *, delay: int, carry: bool) -> Pull:
     """
     checks.integer("delay", delay, 0)
     if not checks.flag("carry", carry) and delay:
-        raise ValueError(f"delay={delay} without carry: adopting a late anchor throws away the local steps made "
-                         "meanwhile; use delay=0, or carry=True, which keeps them, or OverlapLocalSGD, which pulls "
-                         "instead")
+        raise ValueError(
+            f"delay={delay} without carry: adopting a late anchor throws away the local steps made "
+            "meanwhile; use delay=0, or carry=True, which keeps them, or OverlapLocalSGD, which pulls "
+            "instead"
+        )
     return Carry(**vars(rule)) if delay else rule
 
 

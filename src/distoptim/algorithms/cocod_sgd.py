@@ -14,13 +14,16 @@ from distoptim.period import Tau
 class CoCoDSGD(AveragingOptimizer):
     """CoCoD-SGD: the mean of what was sent at one sync corrects the parameters at the next.
 
-    x <- x + (mean - sent), merged tau local steps after the launch, so the workers' mean moves as in Local SGD.
+    x <- x + (mean - sent), merged tau local steps after the launch, so the workers' mean moves as
+    in Local SGD.
 
     Args:
-        params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
+        params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for
+            `options`).
         tau: local steps in a round, >= 1, or a period object.
         delay: local steps from launch to merge, in [0, tau]; default tau, which hides the most.
-        gmf: of the original code's signature; CoCoD-SGD has no outer momentum, so only 0 is allowed.
+        gmf: of the original code's signature; CoCoD-SGD has no outer momentum, so only 0 is
+            allowed.
 
     Raises:
         ValueError: a value outside its range.
@@ -28,8 +31,15 @@ class CoCoDSGD(AveragingOptimizer):
     Source: Shen et al. 2019 (arXiv 1906.12043), algorithm 1.
     """
 
-    def __init__(self, params: Params, *, tau: Tau, delay: int | None = None, gmf: float | None = None,
-                 **options: Unpack[Options]) -> None:
+    def __init__(
+        self,
+        params: Params,
+        *,
+        tau: Tau,
+        delay: int | None = None,
+        gmf: float | None = None,
+        **options: Unpack[Options],
+    ) -> None:
         checks.no_outer_momentum(type(self).__name__, gmf)
         when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
         super().__init__(params, rule=Average(carry=when != 0), tau=tau, delay=when, **options)

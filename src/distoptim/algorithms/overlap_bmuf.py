@@ -21,17 +21,23 @@ from distoptim.period import Tau
 class Correct(Carry):
     """x <- x + gain (mean - sent) + momentum (mean - z); z <- mean.
 
-    Until the mean is there z stays, so both are one step from a mix: x <- x + (gain + momentum) (mean - mix).
+    Until the mean is there z stays, so both are one step from a mix: x <- x + (gain + momentum)
+        (mean - mix).
     """
 
     gain: float = 1.0
     momentum: float = 0.0
 
     def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
-        """Mix <- (gain sent + momentum z)/(gain + momentum), or z where the weight, 0 or 1, says: not finite."""
+        """Mix <- (gain sent + momentum z)/(gain + momentum), or z where the weight, 0 or 1, says.
+
+        Not finite.
+        """
         assert isinstance(state, Anchored)
         weight = sent.tensor[-1] * (self.gain / (self.gain + self.momentum))
-        torch.lerp(state.anchor.tensor, sent.tensor[: fragment.numel], weight, out=based(state).tensor)
+        torch.lerp(
+            state.anchor.tensor, sent.tensor[: fragment.numel], weight, out=based(state).tensor
+        )
 
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """x <- x + (gain + momentum) (mean - mix), in place of the mix; z <- mean."""
@@ -42,31 +48,45 @@ class Correct(Carry):
 
 
 class OverlapBMUF(AveragingOptimizer):
-    """Overlapped BMUF: a worker is corrected by a part of its distance to the mean of one round ago, all by its motion.
+    """Overlapped BMUF: a worker is corrected by a part of its distance to the mean of one round
+    ago, all by its motion.
 
-    x <- x + gain (mean - sent) + block_momentum (mean - mean before), merged tau local steps after the launch.
-    Corrections cancel in the workers' mean, and the momentum needs only means that are old anyway: so the workers' mean
-    moves as under blocking BMUF, none the later (derivation: docs/hidden-momentum.md).
+    x <- x + gain (mean - sent) + block_momentum (mean - mean before), merged tau local steps after
+    the launch. Corrections cancel in the workers' mean, and the momentum needs only means that are
+    old anyway: so the workers' mean moves as under blocking BMUF, none the later (derivation:
+    docs/hidden-momentum.md).
 
     Args:
-        params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for `options`).
+        params: parameters, param groups or a torch optimizer (`AveragingOptimizer`, also for
+            `options`).
         tau: local steps in a round, >= 1, or a period object.
-        block_momentum: in [0, 1); default 0.5, the best in results/beyond. It multiplies the effective
-            learning rate by 1/(1 - block_momentum): divide lr by as much.
-        gain: of the correction, in (0, 1]; default 0.5, which contracts differences between workers in stiff and in
-            flat directions alike. 1 is best in flat ones and swings in stiff ones; without momentum it is CoCoD-SGD.
-        delay: local steps from launch to merge, in [0, tau]; default tau, which hides the most. 0 with gain = 1 is
-            Nesterov's BMUF.
+        block_momentum: in [0, 1); default 0.5, the best in results/beyond. It multiplies the
+            effective learning rate by 1/(1 - block_momentum): divide lr by as much.
+        gain: of the correction, in (0, 1]; default 0.5, which contracts differences between workers
+            in stiff and in flat directions alike. 1 is best in flat ones and swings in stiff ones;
+            without momentum it is CoCoD-SGD.
+        delay: local steps from launch to merge, in [0, tau]; default tau, which hides the most. 0
+            with gain = 1 is Nesterov's BMUF.
         gmf: another name of `block_momentum`, from the original code.
 
     Raises:
         ValueError: a value outside its range.
 
-    Source: ours. The momentum is that of Chen & Huo, ICASSP 2016; gain = 1 that of Shen et al. 2019 (arXiv 1906.12043).
+    Source: ours. The momentum is that of Chen & Huo, ICASSP 2016; gain = 1 that of Shen et al. 2019
+        (arXiv 1906.12043).
     """
 
-    def __init__(self, params: Params, *, tau: Tau, block_momentum: float | None = None, gain: float = 0.5,
-                 delay: int | None = None, gmf: float | None = None, **options: Unpack[Options]) -> None:
+    def __init__(
+        self,
+        params: Params,
+        *,
+        tau: Tau,
+        block_momentum: float | None = None,
+        gain: float = 0.5,
+        delay: int | None = None,
+        gmf: float | None = None,
+        **options: Unpack[Options],
+    ) -> None:
         momentum = checks.outer_momentum(block_momentum, gmf, default=0.5, name="block_momentum")
         gain = checks.number("gain", gain, 0, 1, open_low=True)
         when: Tau = tau if delay is None else checks.integer("delay", delay, 0)

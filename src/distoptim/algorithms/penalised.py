@@ -1,4 +1,7 @@
-"""The late anchor of CO2: a momentum whose news are divided by a gap and whose elements are bounded."""
+"""The late anchor of CO2.
+
+A momentum whose news are divided by a gap and whose elements are bounded.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from distoptim.pieces import CHUNK, pieces
 
 @dataclass
 class Gap(Anchored):
-    """The anchor and its momentum; how far it moved last, and the farthest it ever did (Euclidean)."""
+    """The anchor and its momentum.
+
+    How far it moved last, and the farthest it ever did (Euclidean).
+    """
 
     momentum: Flat | None = None
     moved: float = 0.0
@@ -24,7 +30,10 @@ class Gap(Anchored):
 
 @dataclass(frozen=True)
 class Penalised(AnchorRule):
-    """At the launch x <- z; at the merge m <- clip(beta m + (z - mean)/gap), and z and x both move by -outer_lr m."""
+    """At the launch x <- z.
+
+    At the merge m <- clip(beta m + (z - mean)/gap), and z and x both move by -outer_lr m.
+    """
 
     outer_lr: float
     outer_momentum: float
@@ -45,7 +54,9 @@ class Penalised(AnchorRule):
         assert state.momentum is not None
         gap = 1 + state.moved / state.farthest if state.farthest else 1.0
         norms: list[Tensor] = []
-        for z, m, g in pieces(state.anchor.tensor, state.momentum.tensor, mean.flat.tensor[: fragment.numel]):
+        for z, m, g in pieces(
+            state.anchor.tensor, state.momentum.tensor, mean.flat.tensor[: fragment.numel]
+        ):
             torch.sub(z, g, out=g)
             m.mul_(self.outer_momentum).add_(g, alpha=1 / gap).clamp_(-self.clip, self.clip)
             z.sub_(m, alpha=self.outer_lr)

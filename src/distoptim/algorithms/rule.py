@@ -1,4 +1,7 @@
-"""What an algorithm has to say: what a worker sends, and how the finished mean meets its parameters."""
+"""What an algorithm has to say.
+
+What a worker sends, and how the finished mean meets its parameters.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,13 @@ class Rule(ABC):
     """
 
     def facts(self) -> dict[str, object]:
-        """The fields, those that are called as text: functions cannot be sent, nor compared between processes."""
-        return {name: repr(value) if callable(value) else value for name, value in vars(self).items()}
+        """The fields, those that are called as text.
+
+        Functions cannot be sent, nor compared between processes.
+        """
+        return {
+            name: repr(value) if callable(value) else value for name, value in vars(self).items()
+        }
 
     def start(self, fragment: Fragment) -> State:
         """The state before the first step; all workers hold equal parameters then."""
@@ -62,7 +70,10 @@ class Rule(ABC):
         """Combine the finished mean with the state and the local parameters."""
 
     def fallback(self, state: State) -> Flat | None:
-        """Where a worker with parameters that are not finite goes back to; None if the merge overwrites them."""
+        """Where a worker with parameters that are not finite goes back to.
+
+        None if the merge overwrites them.
+        """
         return None
 
 
@@ -80,17 +91,27 @@ def save(state: State) -> dict[str, Any]:
 
 def layout(saved: dict[str, Any]) -> dict[str, str]:
     """Of a saved state, the fields and whether they hold memory (a tensor, an optimizer's state) or plain data."""
-    return {name: "memory" if isinstance(value, torch.Tensor | dict) else "data" for name, value in saved.items()}
+    return {
+        name: "memory" if isinstance(value, torch.Tensor | dict) else "data"
+        for name, value in saved.items()
+    }
 
 
 def load(state: State, saved: dict[str, Any]) -> None:
-    """Put saved values of the same layout into a state, tensors in place; hyperparameters stay the state's own."""
+    """Put saved values of the same layout into a state, tensors in place.
+
+    Hyperparameters stay the state's own.
+    """
     for name, value in vars(state).items():
         if isinstance(value, Flat):
             value.tensor.copy_(saved[name])
         elif isinstance(value, torch.optim.Optimizer):
             # A copy, since torch would keep the saved tensors themselves.
-            value.load_state_dict({"state": copy.deepcopy(saved[name]["state"]),
-                                   "param_groups": value.state_dict()["param_groups"]})
+            value.load_state_dict(
+                {
+                    "state": copy.deepcopy(saved[name]["state"]),
+                    "param_groups": value.state_dict()["param_groups"],
+                }
+            )
         else:
             setattr(state, name, saved[name])

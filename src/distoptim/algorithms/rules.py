@@ -1,8 +1,8 @@
 """The two merge rules behind most algorithms, and the outer step on the anchor.
 
-x is a worker's local parameters, z the anchor (one identical copy on every worker), mean the mean over the
-workers of what was sent. A rule says what a worker sends and how the finished mean meets x; it knows neither
-steps nor processes.
+x is a worker's local parameters, z the anchor (one identical copy on every worker), mean the mean
+over the workers of what was sent. A rule says what a worker sends and how the finished mean meets
+x; it knows neither steps nor processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Sent(State):
 class Average(Rule):
     """x <- mean where no local step lies between launch and merge, else x <- x + (mean - sent).
 
-    The second form keeps the steps made meanwhile, and the workers' mean on Local SGD's trajectory at any delay.
+    The second form keeps the steps made meanwhile, and the workers' mean on Local SGD's trajectory
+    at any delay.
 
     Args:
         carry: whether there are such steps, so that what was sent must be remembered.
@@ -102,19 +103,23 @@ class AnchorRule(Rule):
 
 @dataclass(frozen=True)
 class Pull(AnchorRule):
-    """The anchor takes an outer step to the mean, then pulls the worker: x <- (1 - alpha) x + alpha z.
+    """The anchor takes an outer step to the mean, then pulls the worker: x <- (1 - alpha) x + alpha
+    z.
 
     The outer step is SGD on the pseudo-gradient z - mean:
     v <- outer_momentum v + (z - mean); z <- z - outer_lr v (or Nesterov's form of it).
 
     Args:
-        alpha: weight of the anchor in the pull, in [0, 1]; 1 adopts the anchor and drops the local value.
+        alpha: weight of the anchor in the pull, in [0, 1]; 1 adopts the anchor and drops the local
+            value.
         outer_lr: > 0.
         outer_momentum: in [0, 1).
         nesterov: restart from the point where momentum alone would go next.
-        rescale: keep the momentum in units of the gradient: where the inner learning rate has changed since
-            the last round, v is multiplied by the ratio (as in the code of Overlap-Local-SGD and SlowMo).
-        outer: makes another outer optimizer than this SGD, whose settings then count instead of the four above.
+        rescale: keep the momentum in units of the gradient: where the inner learning rate has
+            changed since the last round, v is multiplied by the ratio (as in the code of
+            Overlap-Local-SGD and SlowMo).
+        outer: makes another outer optimizer than this SGD, whose settings then count instead of the
+            four above.
     """
 
     alpha: float
@@ -131,11 +136,17 @@ class Pull(AnchorRule):
         if self.outer is not None:
             state.outer = self.outer(segments)
         elif self.outer_momentum:
-            # maximize and weight_decay=1 make z - mean out of a "gradient" that is the mean itself: the
-            # communication buffer serves as .grad, and one fused kernel does the whole step.
+            # maximize and weight_decay=1 make z - mean out of a "gradient" that is the mean itself:
+            # the communication buffer serves as .grad, and one fused kernel does the whole step.
             state.outer = torch.optim.SGD(
-                segments, lr=self.outer_lr, momentum=self.outer_momentum, nesterov=self.nesterov,
-                weight_decay=1.0, maximize=True, fused=fragment.device.type in ("cpu", "cuda"))
+                segments,
+                lr=self.outer_lr,
+                momentum=self.outer_momentum,
+                nesterov=self.nesterov,
+                weight_decay=1.0,
+                maximize=True,
+                fused=fragment.device.type in ("cpu", "cuda"),
+            )
         return state
 
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
@@ -158,12 +169,22 @@ class Pull(AnchorRule):
         self._outer_step(fragment, state.outer, state.lr, mean)
         state.lr = list(mean.lr)
 
-    def _outer_step(self, fragment: Fragment, outer: torch.optim.Optimizer, lr_before: list[float] | None,
-                    mean: Mean) -> None:
+    def _outer_step(
+        self,
+        fragment: Fragment,
+        outer: torch.optim.Optimizer,
+        lr_before: list[float] | None,
+        mean: Mean,
+    ) -> None:
         anchors = outer.param_groups[0]["params"]
         for i, (z, (_, part)) in enumerate(zip(anchors, fragment.segments, strict=True)):
             z.grad = mean.flat.tensor[part]
-            if self.rescale and self.outer is None and lr_before is not None and lr_before[i] != mean.lr[i]:
+            if (
+                self.rescale
+                and self.outer is None
+                and lr_before is not None
+                and lr_before[i] != mean.lr[i]
+            ):
                 # Momentum gathered at lr = 0 is none at all; dividing by it would make NaN.
                 ratio = mean.lr[i] / lr_before[i] if lr_before[i] else 0.0
                 outer.state[z]["momentum_buffer"].mul_(ratio)

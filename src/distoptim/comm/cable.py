@@ -1,4 +1,7 @@
-"""This process's end of an emulated link: works that end when the link could have done them, one after the other."""
+"""This process's end of an emulated link.
+
+Works that end when the link could have done them, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,9 @@ class TimedWork(_c10d.Work):  # type: ignore[misc]  # a class without types
         """Block until it ended; raises RuntimeError if it failed or did not end in time."""
         limit = timeout if timeout else self._timeout
         if not self._over.wait(limit.total_seconds()):
-            raise RuntimeError(f"collective on the emulated link timed out after {limit.total_seconds():g} s")
+            raise RuntimeError(
+                f"collective on the emulated link timed out after {limit.total_seconds():g} s"
+            )
         if self._error is not None:
             raise RuntimeError(self._error)
         return True
@@ -67,8 +72,8 @@ _lock, _free_at = threading.Lock(), 0.0
 def serve(group: object) -> queue.SimpleQueue[_Item]:
     """A queue served, first in, first out, by a thread that mostly sleeps and ends with the group.
 
-    One for each group, as gloo has: with one for all, two workers that launch over two groups in different order would
-    wait for each other.
+    One for each group, as gloo has: with one for all, two workers that launch over two groups in
+    different order would wait for each other.
     """
     items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
     server = threading.Thread(target=_serve, args=(items,), name="emulated-link", daemon=True)
@@ -81,7 +86,10 @@ def serve(group: object) -> queue.SimpleQueue[_Item]:
 
 
 def book(start: float, seconds: float) -> float:
-    """Take the worker's cable for some seconds, from `start` or, if it is taken, later; returns the end."""
+    """Take the worker's cable for some seconds, from `start` or, if it is taken, later.
+
+    Returns the end.
+    """
     global _free_at
     with _lock:
         _free_at = max(start, _free_at) + seconds

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class CommunicationError(RuntimeError):
-    """A collective failed or did not end in time; local parameters and anchors are valid and can be saved."""
+    """A collective failed or did not end in time.
+
+    Local parameters and anchors are valid and can be saved.
+    """
 
 
 class Handle:
@@ -24,8 +27,10 @@ class Handle:
 
     Attributes:
         launched_at: when it was launched, in seconds of the communicator's clock.
-        finished_at: when the mean was there, late by up to a local step; None while it is not known to be.
-        waited_s: how long the worker's computation stood still for it; None while that is not known.
+        finished_at: when the mean was there, late by up to a local step; None while it is not known
+            to be.
+        waited_s: how long the worker's computation stood still for it; None while that is not
+            known.
         worked_s: how long the worker computed for it after the launch (codes).
     """
 
@@ -40,7 +45,10 @@ class Handle:
         """Do what can be done without waiting; comes with every local step."""
 
     def wait(self, timeout_s: float) -> None:
-        """Block until the mean is in the buffer. Raises RuntimeError on failure or after `timeout_s`."""
+        """Block until the mean is in the buffer.
+
+        Raises RuntimeError on failure or after `timeout_s`.
+        """
         self.waited_s = 0.0
 
     def tail(self, index: int = -1) -> float:
@@ -72,7 +80,11 @@ class RealHandle(Handle, ABC):
     @property
     def seconds(self) -> float:
         """Until the middle between the last look at which it was under way and the first at which it was not."""
-        return 0.0 if self.finished_at is None else (self.finished_at + self.unfinished_at) / 2 - self.launched_at
+        return (
+            0.0
+            if self.finished_at is None
+            else (self.finished_at + self.unfinished_at) / 2 - self.launched_at
+        )
 
     @abstractmethod
     def _wait(self, timeout_s: float) -> None:
@@ -81,7 +93,10 @@ class RealHandle(Handle, ABC):
 
 @runtime_checkable
 class Communicator(Protocol):
-    """Moves bytes between workers. Calls come from the training thread, in the same order on all ranks."""
+    """Moves bytes between workers.
+
+    Calls come from the training thread, in the same order on all ranks.
+    """
 
     rank: int
     size: int
@@ -90,7 +105,10 @@ class Communicator(Protocol):
         """The clock of this worker, in seconds."""
 
     def launch_mean(self, buffer: Tensor) -> Handle:
-        """Start replacing `buffer` by its mean over the workers; nobody may touch the buffer meanwhile."""
+        """Start replacing `buffer` by its mean over the workers.
+
+        Nobody may touch the buffer meanwhile.
+        """
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Replace `buffer` by that of rank `source`. Blocks."""
@@ -110,7 +128,10 @@ class Gathering(Communicator, Protocol):
         """Start filling all_[rank] with every worker's `own`; nobody may touch either meanwhile."""
 
     def launch_relay(self, relay: Relay) -> Handle:
-        """Start both stages, one after the other; nobody may touch the relay's tensors meanwhile."""
+        """Start both stages, one after the other.
+
+        Nobody may touch the relay's tensors meanwhile.
+        """
 
 
 class SingleWorker:

@@ -20,9 +20,9 @@ _cuda: Any = torch.cuda  # whose events and streams have no types
 class NcclHandle(WorkHandle):
     """An NCCL all-reduce: waiting orders the current stream behind it.
 
-    A side stream follows the collective and brings the last elements to the host, so that reading it waits for
-    the collective alone, never for the computation queued meanwhile. How long the current stream stood still
-    is read from two events once the GPU has passed them.
+    A side stream follows the collective and brings the last elements to the host, so that reading
+    it waits for the collective alone, never for the computation queued meanwhile. How long the
+    current stream stood still is read from two events once the GPU has passed them.
     """
 
     def __init__(self, work: dist.Work, buffer: Tensor, divisor: int = 1) -> None:
@@ -34,7 +34,7 @@ class NcclHandle(WorkHandle):
             work.wait()
             if divisor != 1:
                 buffer.div_(divisor)
-            self._tail.copy_(buffer[-len(self._tail):], non_blocking=True)
+            self._tail.copy_(buffer[-len(self._tail) :], non_blocking=True)
         self._there = side.record_event()
 
     def wait(self, timeout_s: float) -> None:
@@ -75,9 +75,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 class Staging:
     """CUDA buffers over gloo: device -> pinned host -> all-reduce -> device, on a side stream.
 
-    A collective starts at the first `poll` (one comes with every local step) after its copy to the host has
-    ended, so the training thread never waits for the GPU. All ranks still start theirs in one order: first
-    launched, first started.
+    A collective starts at the first `poll` (one comes with every local step) after its copy to the
+    host has
+    ended, so the training thread never waits for the GPU. All ranks still start theirs in one
+    order: first launched, first started.
     """
 
     def __init__(self, all_reduce: Callable[[Tensor], RealHandle]) -> None:

@@ -1,4 +1,7 @@
-"""Workers that are groups of ranks: with whom a rank averages, and what the ranks of one worker decide together."""
+"""Workers that are groups of ranks.
+
+With whom a rank averages, and what the ranks of one worker decide together.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,42 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distoptim.comm.communicator import Communicator
 
-REPLICATE = ("replicate", "dp_replicate")  # torch's documentation and torchtitan; torch itself prescribes no name
+REPLICATE = (
+    "replicate",
+    "dp_replicate",
+)  # torch's documentation and torchtitan; torch itself prescribes no name
 
 
-def averaging_group(group: dist.ProcessGroup | None, device_mesh: DeviceMesh | None,
-                    communicator: Communicator | None) -> dist.ProcessGroup | None:
+def averaging_group(
+    group: dist.ProcessGroup | None,
+    device_mesh: DeviceMesh | None,
+    communicator: Communicator | None,
+) -> dist.ProcessGroup | None:
     """The group that is given, or that of the mesh's replicate dimension.
 
     Raises:
-        ValueError: two of the three are given, the mesh has no such dimension, or this rank is not in it.
+        ValueError: two of the three are given, the mesh has no such dimension, or this rank is not
+            in it.
     """
     if group is not None and communicator is not None:
         raise ValueError("group= beside communicator=: each says with whom to average; give one")
     if device_mesh is None:
         return group
     if group is not None or communicator is not None:
-        raise ValueError("device_mesh= beside group= or communicator=: each says with whom to average; give one")
+        raise ValueError(
+            "device_mesh= beside group= or communicator=: each says with whom to average; give one"
+        )
     if not isinstance(device_mesh, DeviceMesh):
         raise ValueError(f"device_mesh={device_mesh!r}: allowed is a torch.distributed DeviceMesh")
     names = device_mesh.mesh_dim_names or ()
-    dims = [0] if device_mesh.ndim == 1 else [d for d, name in enumerate(names) if name in REPLICATE]
+    dims = (
+        [0] if device_mesh.ndim == 1 else [d for d, name in enumerate(names) if name in REPLICATE]
+    )
     if len(dims) != 1:
-        raise ValueError(f"device_mesh has dimensions {names}: allowed is one dimension, or exactly one of several "
-                         f"called {' or '.join(REPLICATE)}; choose with device_mesh=mesh[name]")
+        raise ValueError(
+            f"device_mesh has dimensions {names}: allowed is one dimension, or exactly one of several "
+            f"called {' or '.join(REPLICATE)}; choose with device_mesh=mesh[name]"
+        )
     if device_mesh.get_coordinate() is None:
         raise ValueError(f"device_mesh={device_mesh!r}: this rank is not in it")
     return device_mesh.get_group(dims[0])
@@ -56,26 +72,36 @@ def describe(params: Sequence[Tensor]) -> str:
     """Which shards these are: equal on ranks that may average with each other."""
     # Any, since what DTensors have, Tensors do not.
     sharded: list[Any] = [p for p in params if is_sharded(p)]
-    return " ".join(f"{list(p.shape)} {p.placements} at {p.device_mesh.get_coordinate()} of "
-                    f"{tuple(p.device_mesh.shape)}" for p in sharded)
+    return " ".join(
+        f"{list(p.shape)} {p.placements} at {p.device_mesh.get_coordinate()} of "
+        f"{tuple(p.device_mesh.shape)}"
+        for p in sharded
+    )
 
 
 class Island:
     """The ranks that are one worker together, because they hold the same DTensors.
 
     Args:
-        params: parameters, of which DTensors tell the ranks; without any, this rank is a worker of its own.
+        params: parameters, of which DTensors tell the ranks; without any, this rank is a worker of
+            its own.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         # A dictionary, since all ranks must have them in the same order.
-        self._meshes: list[DeviceMesh] = list(dict.fromkeys(
-            p.device_mesh for p in params if is_sharded(p)))  # type: ignore[attr-defined]  # a DTensor's
+        self._meshes: list[DeviceMesh] = list(
+            dict.fromkeys(p.device_mesh for p in params if is_sharded(p))
+        )  # type: ignore[attr-defined]  # a DTensor's
 
     @functools.cached_property
     def _groups(self) -> list[dist.ProcessGroup]:
-        """One per dimension of the meshes: what is reduced over each in turn is reduced over the island."""
-        return [mesh.get_group(d) for mesh in self._meshes for d in range(mesh.ndim) if mesh.size(d) > 1]
+        """One per dimension of the meshes.
+
+        What is reduced over each in turn is reduced over the island.
+        """
+        return [
+            mesh.get_group(d) for mesh in self._meshes for d in range(mesh.ndim) if mesh.size(d) > 1
+        ]
 
     def everywhere(self, flag: Tensor) -> Tensor:
         """Whether the flag is true on all ranks of the island; collective in it."""
@@ -96,21 +122,31 @@ class Island:
         return messages
 
     def check(self, group: dist.ProcessGroup | None, measures: Sequence[str] = ()) -> None:
-        """Whether `group` leads to other islands only, and the ranks of this one will launch together.
+        """Whether `group` leads to other islands only, and the ranks of this one will launch
+        together.
 
         Raises:
-            ValueError: there is no group, it holds another rank of this island, or tau follows what each rank measures.
+            ValueError: there is no group, it holds another rank of this island, or tau follows what
+                each rank measures.
         """
         if not self._meshes:
             return
         if measures and any(mesh.size() > 1 for mesh in self._meshes):
-            raise ValueError(f"a parameter is a DTensor, and tau follows {' and '.join(measures)}: each rank of an "
-                             "island would choose a tau of its own; allowed are an integer, Schedule, and PostLocal "
-                             "with one of them")
+            raise ValueError(
+                f"a parameter is a DTensor, and tau follows {' and '.join(measures)}: each rank of an "
+                "island would choose a tau of its own; allowed are an integer, Schedule, and PostLocal "
+                "with one of them"
+            )
         if group is None:
-            raise ValueError("a parameter is a DTensor, whose shards lie on several ranks: with whom to average is "
-                             "said by device_mesh= (of which the replicate dimension is taken) or group=")
-        mine = {rank for mesh in self._meshes for rank in mesh.mesh.flatten().tolist()} - {dist.get_rank()}
+            raise ValueError(
+                "a parameter is a DTensor, whose shards lie on several ranks: with whom to average is "
+                "said by device_mesh= (of which the replicate dimension is taken) or group="
+            )
+        mine = {rank for mesh in self._meshes for rank in mesh.mesh.flatten().tolist()} - {
+            dist.get_rank()
+        }
         if both := mine.intersection(dist.get_process_group_ranks(group)):
-            raise ValueError(f"ranks {sorted(both)} share DTensors with this rank and are to average with it: allowed "
-                             "are ranks of other islands (shard over mesh['shard'], average over mesh['replicate'])")
+            raise ValueError(
+                f"ranks {sorted(both)} share DTensors with this rank and are to average with it: allowed "
+                "are ranks of other islands (shard over mesh['shard'], average over mesh['replicate'])"
+            )

@@ -1,4 +1,7 @@
-"""Means over a torch.distributed process group: gloo or nccl, or any backend that has all_reduce."""
+"""Means over a torch.distributed process group.
+
+Gloo or nccl, or any backend that has all_reduce.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,10 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 class WorkHandle(RealHandle):
     """A collective of the backend; its end is noted at the first `poll` after it.
 
-    A callback on the work's future would note it exactly, but in the backend's thread, which needs the
-    interpreter lock for it: a training thread that leaves the group at that moment holds the lock and waits for
-    the thread (seen with torch 2.6).
+    A callback on the work's future would note it exactly, but in the backend's thread, which needs
+    the
+    interpreter lock for it: a training thread that leaves the group at that moment holds the lock
+    and waits for the thread (seen with torch 2.6).
 
     Args:
         work: the collective.
@@ -69,17 +73,21 @@ class WorkHandle(RealHandle):
 
 
 class ProcessGroupCommunicator:
-    """Private groups over the ranks of `group`: one for parameters, one (gloo) for small messages, one for relays.
+    """Private groups over the ranks of `group`: one for parameters, one (gloo) for small messages,
+    one for relays.
 
-    A small message behind large ones in the same gloo group waits for them; second stages of relays have an order of
-    their own. The first two are made at the first use, the third at the first relay; these calls are collective.
+    A small message behind large ones in the same gloo group waits for them; second stages of relays
+    have an order of their own. The first two are made at the first use, the third at the first
+    relay; these calls are collective.
 
     Args:
         group: the workers; None means all.
         timeout_s: bound of every wait, in seconds.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout_s: float = 1800.0) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, timeout_s: float = 1800.0
+    ) -> None:
         self._ranks = None if group is None else dist.get_process_group_ranks(group)
         self._backend = dist.get_backend(group)
         # A group made without naming a backend has one for each kind of device.
@@ -102,7 +110,10 @@ class ProcessGroupCommunicator:
         return time.perf_counter()
 
     def launch_mean(self, buffer: Tensor) -> Handle:
-        """Start the all-reduce of `buffer`; CUDA over a gloo group goes through pinned host memory."""
+        """Start the all-reduce of `buffer`.
+
+        CUDA over a gloo group goes through pinned host memory.
+        """
         if not buffer.is_cuda:
             return self._all_reduce(buffer, WorkHandle)
         from distoptim.comm.cuda import NcclHandle, Staging
@@ -128,7 +139,10 @@ class ProcessGroupCommunicator:
         return self._relays.launch(relay)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
-        """Replace `buffer` by that of the group's rank `source`; host memory goes over gloo always."""
+        """Replace `buffer` by that of the group's rank `source`.
+
+        Host memory goes over gloo always.
+        """
         group, control = self._connect()
         if self._nccl and not buffer.is_cuda:
             group = control
@@ -149,8 +163,9 @@ class ProcessGroupCommunicator:
         groups, self._groups, self._relays = self._groups, [], None
         _open.discard(self)
         if groups:
-            # Let gloo's threads drop the tensors of what has just ended. They need the interpreter lock for it, and
-            # the group's destructor waits for them with the lock held: a deadlock, seen with torch 2.6.
+            # Let gloo's threads drop the tensors of what has just ended. They need the interpreter
+            # lock for it, and the group's destructor waits for them with the lock held: a deadlock,
+            # seen with torch 2.6.
             time.sleep(0.02)
         for group in groups:
             global _left
@@ -167,7 +182,9 @@ class ProcessGroupCommunicator:
     def __reduce__(self) -> tuple[object, ...]:
         """Unpickled in another program, it talks to all the workers of that one."""
         if self._ranks is not None:
-            raise TypeError("an optimizer with a process group of its own (group=...) cannot be pickled")
+            raise TypeError(
+                "an optimizer with a process group of its own (group=...) cannot be pickled"
+            )
         from distoptim.comm import connect
 
         return connect, (None, self._timeout.total_seconds())
@@ -183,8 +200,9 @@ class ProcessGroupCommunicator:
         local = self._ranks is not None
         if local:
             _keep_names_apart()
-        group: dist.ProcessGroup = dist.new_group(self._ranks, timeout=self._timeout, backend=backend,
-                                                  use_local_synchronization=local)
+        group: dist.ProcessGroup = dist.new_group(
+            self._ranks, timeout=self._timeout, backend=backend, use_local_synchronization=local
+        )
         return group
 
     def _all_reduce(self, buffer: Tensor, handle: type[WorkHandle]) -> WorkHandle:
@@ -211,7 +229,10 @@ def _swap(parts: Tensor, received: Tensor, group: dist.ProcessGroup) -> WorkHand
 
 
 def _can_average(group: dist.ProcessGroup, like: Tensor) -> bool:
-    """Whether the backend's AVG is a mean: gloo has it from torch 2.8 on, in its background thread."""
+    """Whether the backend's AVG is a mean.
+
+    Gloo has it from torch 2.8 on, in its background thread.
+    """
     probe = torch.ones(1, dtype=like.dtype, device=like.device)
     try:
         dist.all_reduce(probe, op=dist.ReduceOp.AVG, group=group)
@@ -223,8 +244,9 @@ def _can_average(group: dist.ProcessGroup, like: Tensor) -> bool:
 def _keep_names_apart() -> None:
     """Fill the places of groups that were left with groups of this rank alone.
 
-    Torch names a group after its ranks and the number of groups there are. A second group of the same ranks at
-    the same number would find the first one's addresses in the store, where nobody listens any more.
+    Torch names a group after its ranks and the number of groups there are. A second group of the
+    same ranks at the same number would find the first one's addresses in the store, where nobody
+    listens any more.
     """
     global _left
     while _left > 0:
@@ -234,6 +256,9 @@ def _keep_names_apart() -> None:
 
 @atexit.register
 def _close_all() -> None:
-    """Interpreter exit with a gloo operation in flight aborts the process; leaving the group first does not."""
+    """Interpreter exit with a gloo operation in flight aborts the process.
+
+    Leaving the group first does not.
+    """
     for communicator in list(_open):
         communicator.close()

@@ -1,4 +1,7 @@
-"""Collectives in two stages, whose second can start only when the first has ended: at another moment on each rank."""
+"""Collectives in two stages, whose second can start only when the first has ended.
+
+At another moment on each rank.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from distoptim.comm.communicator import Handle
 
 @dataclass(frozen=True)
 class Relay:
-    """Everybody sends each worker that one's part, each makes something of what it got, and sends it to everybody.
+    """Everybody sends each worker that one's part, each makes something of what it got, and sends
+    it to everybody.
 
-    A compressed all-reduce works so (DeepSpeed's 1-bit Adam, Tang et al., arXiv 2102.02888): what is made is the
-    parts' coded mean.
+    A compressed all-reduce works so (DeepSpeed's 1-bit Adam, Tang et al., arXiv 2102.02888): what
+    is made is the parts' coded mean.
 
     Attributes:
         parts: [workers, bytes]; row j is for worker j.
@@ -40,18 +44,22 @@ class Relay:
 
 
 class Relays:
-    """Starts second stages: first launched, first started, on all ranks, whenever each has its first stages.
+    """Starts second stages: first launched, first started, on all ranks, whenever each has its
+    first stages.
 
-    For that they need connections of their own, on which nothing else travels: elsewhere the ranks would not agree
-    what comes before them. A second stage starts at the first `poll` (one comes with every local step) of any of
-    the handles that finds it to be next and its first stage over, or in `wait`.
+    For that they need connections of their own, on which nothing else travels: elsewhere the ranks
+    would not agree what comes before them. A second stage starts at the first `poll` (one comes
+    with every local step) of any of the handles that finds it to be next and its first stage over,
+    or in `wait`.
 
     Args:
         swap: starts an all-to-all of rows.
         gather: starts an all-gather into rows, over those connections.
     """
 
-    def __init__(self, swap: Callable[[Tensor, Tensor], Handle], gather: Callable[[Tensor, Tensor], Handle]) -> None:
+    def __init__(
+        self, swap: Callable[[Tensor, Tensor], Handle], gather: Callable[[Tensor, Tensor], Handle]
+    ) -> None:
         self.swap, self.gather = swap, gather
         self.queue: deque[RelayHandle] = deque()
         self.failure: RuntimeError | None = None
@@ -74,7 +82,9 @@ class Relays:
         """Wait for the first stages up to this handle's, and start the second ones."""
         while handle.second is None:
             if self.failure is not None:
-                raise RuntimeError(f"the first stage of a coded mean failed: {self.failure}") from self.failure
+                raise RuntimeError(
+                    f"the first stage of a coded mean failed: {self.failure}"
+                ) from self.failure
             self._start_oldest(left(limit))
 
     def _start_oldest(self, timeout_s: float) -> None:

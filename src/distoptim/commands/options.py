@@ -52,10 +52,16 @@ class Epochs(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
 
     name = "N,N,..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[float]:
         """From text."""
         try:
-            return [float(part) for part in value.split(",")] if isinstance(value, str) else list(value)
+            return (
+                [float(part) for part in value.split(",")]
+                if isinstance(value, str)
+                else list(value)
+            )
         except ValueError:
             self.fail(f"{value!r}: expected numbers with commas between them", param, ctx)
 
@@ -93,59 +99,150 @@ class Sections(click.Command):
                 formatter.write_dl(rows)
 
 
-def option(section: str, *names: str, default: Any = None, **kwargs: Any) -> Callable[[Command], Command]:
+def option(
+    section: str, *names: str, default: Any = None, **kwargs: Any
+) -> Callable[[Command], Command]:
     """`click.option` in a section of the help."""
-    return click.option(*names, cls=Option, section=section, default=default,
-                        show_default=default not in (None, "") and not kwargs.get("is_flag", False), **kwargs)
+    return click.option(
+        *names,
+        cls=Option,
+        section=section,
+        default=default,
+        show_default=default not in (None, "") and not kwargs.get("is_flag", False),
+        **kwargs,
+    )
 
 
-def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Callable[[Command], Command]:
-    """The options that every training has, but for those named; their names are the fields of RunConfig."""
-    training, problem, network, files = "Training", "Data and model", "Workers and network", "Results"
+def run_options(
+    defaults: dict[str, Any], *, without: Sequence[str] = ()
+) -> Callable[[Command], Command]:
+    """The options that every training has, but for those named.
+
+    Their names are the fields of RunConfig.
+    """
+    training, problem, network, files = (
+        "Training",
+        "Data and model",
+        "Workers and network",
+        "Results",
+    )
     rows: list[tuple[str, str, Any, str]] = [
         (training, "--tau", int, "Local steps between two syncs."),
         (training, "--tau-at", Pairs("STEP:TAU"), "Other periods from later local steps on."),
         (training, "--post-local", int, "Synchronous steps first, before the algorithm begins."),
-        (training, "--hide-communication/--no-hide-communication", None,
-         "Let tau be the smallest that hides communication, as measured."),
-        (training, "--adacomm", int, "Let tau follow the loss, from --tau on; decide every so many local steps."),
-        (training, "--levels", Pairs("PERIOD:SIZE"), "Groups of neighbouring workers that average more often."),
+        (
+            training,
+            "--hide-communication/--no-hide-communication",
+            None,
+            "Let tau be the smallest that hides communication, as measured.",
+        ),
+        (
+            training,
+            "--adacomm",
+            int,
+            "Let tau follow the loss, from --tau on; decide every so many local steps.",
+        ),
+        (
+            training,
+            "--levels",
+            Pairs("PERIOD:SIZE"),
+            "Groups of neighbouring workers that average more often.",
+        ),
         (training, "--optimizer", click.Choice(optimizers.INNER), "Local optimizer."),
         (training, "--lr", float, "Learning rate of the local optimizer."),
         (training, "--momentum", float, "Momentum of the local SGD."),
         (training, "--nesterov/--no-nesterov", None, "Nesterov's form of it."),
         (training, "--weight-decay", float, "Weight decay of the local optimizer."),
         (training, "--clip-norm", float, "Largest norm of a worker's gradient."),
-        (training, "--scale-lr/--no-scale-lr", None, "Peak learning rate: --lr times the number of workers."),
-        (training, "--schedule", click.Choice(SCHEDULES), "Of the learning rate, after the warm-up."),
-        (training, "--warmup-epochs", float, "Epochs in which it rises from 1/workers of the peak."),
-        (training, "--milestones", Epochs(), "Epochs at which the schedule `steps` multiplies by --decay."),
+        (
+            training,
+            "--scale-lr/--no-scale-lr",
+            None,
+            "Peak learning rate: --lr times the number of workers.",
+        ),
+        (
+            training,
+            "--schedule",
+            click.Choice(SCHEDULES),
+            "Of the learning rate, after the warm-up.",
+        ),
+        (
+            training,
+            "--warmup-epochs",
+            float,
+            "Epochs in which it rises from 1/workers of the peak.",
+        ),
+        (
+            training,
+            "--milestones",
+            Epochs(),
+            "Epochs at which the schedule `steps` multiplies by --decay.",
+        ),
         (training, "--decay", float, "Factor of the schedule `steps`."),
         (training, "--batch-size", int, "Samples per worker and step."),
         (training, "--epochs", int, "Passes over the training set."),
         (training, "--steps", int, "Steps of each worker, instead of --epochs."),
         (training, "--seed", int, "Of the model, the partition and the batches."),
         (training, "--dtype", click.Choice(list(DTYPES)), "Of the computation."),
-        (problem, "--data", str, f"One of {', '.join(data.DATASETS)}; image-folder:SIZE; or a file, or folder of *.txt "
-         "files, of text."),
+        (
+            problem,
+            "--data",
+            str,
+            f"One of {', '.join(data.DATASETS)}; image-folder:SIZE; or a file, or folder of *.txt "
+            "files, of text.",
+        ),
         (problem, "--data-dir", click.Path(), "Folder with the files of the data set."),
-        (problem, "--partition", str, "Who gets which samples: iid, label-skew[:SHARE], dirichlet[:CONCENTRATION]."),
-        (problem, "--validation", float, "Share of the training set to hold out and evaluate beside the test set."),
+        (
+            problem,
+            "--partition",
+            str,
+            "Who gets which samples: iid, label-skew[:SHARE], dirichlet[:CONCENTRATION].",
+        ),
+        (
+            problem,
+            "--validation",
+            float,
+            "Share of the training set to hold out and evaluate beside the test set.",
+        ),
         (problem, "--augment/--no-augment", None, "Move and mirror the training images at random."),
         (problem, "--model", click.Choice(list(models.MODELS)), "What is trained."),
         (network, "--workers", int, "Workers to start on this machine."),
-        (network, "--island-size", int, "Ranks (processes) of each worker, which share its batches."),
-        (network, "--island-kind", click.Choice((DDP, FSDP2)),
-         "With several: each has the whole model (ddp), or a shard of it (fsdp2)."),
+        (
+            network,
+            "--island-size",
+            int,
+            "Ranks (processes) of each worker, which share its batches.",
+        ),
+        (
+            network,
+            "--island-kind",
+            click.Choice((DDP, FSDP2)),
+            "With several: each has the whole model (ddp), or a shard of it (fsdp2).",
+        ),
         (network, "--latency-ms", float, "Emulate a link: milliseconds one message takes."),
         (network, "--bandwidth-gbit-s", float, "Emulate a link: each worker's rate, in Gbit/s."),
-        (network, "--slowdown", click.Choice(list(SLOWDOWNS)), "Random delay of every worker's steps."),
+        (
+            network,
+            "--slowdown",
+            click.Choice(list(SLOWDOWNS)),
+            "Random delay of every worker's steps.",
+        ),
         (network, "--slowdown-ms", float, "Its mean, in milliseconds."),
         (network, "--timeout-s", float, "Bound of every wait for other workers, in seconds."),
-        (files, "--folder", click.Path(path_type=Path), "Where they go.  [default: a new folder in runs/]"),
+        (
+            files,
+            "--folder",
+            click.Path(path_type=Path),
+            "Where they go.  [default: a new folder in runs/]",
+        ),
         (files, "--log-every", int, "Steps between two logged losses."),
-        (files, "--evaluate-every", int, "Steps between two evaluations." + (
-            "" if defaults["evaluate_every"] else "  [default: an epoch]")),
+        (
+            files,
+            "--evaluate-every",
+            int,
+            "Steps between two evaluations."
+            + ("" if defaults["evaluate_every"] else "  [default: an epoch]"),
+        ),
     ]
 
     def add(command: Command) -> Command:
@@ -154,8 +251,9 @@ def run_options(defaults: dict[str, Any], *, without: Sequence[str] = ()) -> Cal
             if field in without:
                 continue
             metavar = "FOLDER" if isinstance(kind, click.Path) else None
-            command = option(section, names, type=kind, default=defaults.get(field), metavar=metavar,
-                              help=text)(command)
+            command = option(
+                section, names, type=kind, default=defaults.get(field), metavar=metavar, help=text
+            )(command)
         return command
 
     return add
@@ -177,8 +275,13 @@ def algorithm_options(command: Command) -> Command:
         everybody = len(takers[name]) == len(ALGORITHMS)
         of = "all but ddp and powersgd" if everybody else ", ".join(takers[name])
         meaning = f"{MEANING.get(name, '')} Of {of}.".lstrip()
-        command = option("Options of the algorithms (default: each one's own)", text, name,
-                         type=None if types[name] is bool else types[name], help=meaning)(command)
+        command = option(
+            "Options of the algorithms (default: each one's own)",
+            text,
+            name,
+            type=None if types[name] is bool else types[name],
+            help=meaning,
+        )(command)
     return command
 
 
@@ -189,9 +292,18 @@ def config_of(given: dict[str, Any]) -> RunConfig:
 
 
 def split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options by name: the fields of RunConfig, and of the algorithms' own those that were given."""
-    return ({name: value for name, value in given.items() if name in DEFAULTS},
-            {name: value for name, value in given.items() if name not in DEFAULTS and value is not None})
+    """Options by name.
+
+    The fields of RunConfig, and of the algorithms' own those that were given.
+    """
+    return (
+        {name: value for name, value in given.items() if name in DEFAULTS},
+        {
+            name: value
+            for name, value in given.items()
+            if name not in DEFAULTS and value is not None
+        },
+    )
 
 
 def is_given(name: str) -> bool:

@@ -16,16 +16,34 @@ from distoptim.train import partition as partitions
 
 
 @click.command
-@click.option("--data", default="digits", show_default=True,
-              help=f"One of {', '.join(datasets.DATASETS)}; image-folder:SIZE.")
-@click.option("--data-dir", type=click.Path(path_type=Path), metavar="FOLDER", help="Where its files are.")
-@click.option("--partition", "name", default="label-skew", show_default=True,
-              help="iid, label-skew[:SHARE] or dirichlet[:CONCENTRATION].")
+@click.option(
+    "--data",
+    default="digits",
+    show_default=True,
+    help=f"One of {', '.join(datasets.DATASETS)}; image-folder:SIZE.",
+)
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), metavar="FOLDER", help="Where its files are."
+)
+@click.option(
+    "--partition",
+    "name",
+    default="label-skew",
+    show_default=True,
+    help="iid, label-skew[:SHARE] or dirichlet[:CONCENTRATION].",
+)
 @click.option("--workers", type=int, default=16, show_default=True, help="How many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the shuffle.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("partition.png"),
-              show_default=True, help="The picture.")
-def partition(*, data: str, data_dir: Path | None, name: str, workers: int, seed: int, out: Path) -> None:
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("partition.png"),
+    show_default=True,
+    help="The picture.",
+)
+def partition(
+    *, data: str, data_dir: Path | None, name: str, workers: int, seed: int, out: Path
+) -> None:
     """Show how many samples of each class every worker gets, as a table and as a picture."""
     check_effects(click.get_current_context().params)
     checks.integer("workers", workers, 1)

@@ -12,8 +12,12 @@ from distoptim.report import runs
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
-              help="Where to write.  [default: the folder of the records]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Where to write.  [default: the folder of the records]",
+)
 def report(*, folder: Path, out: Path | None) -> None:
     """Tables and figures of the runs recorded below FOLDER, as report.md and report.html."""
     found = runs.read(folder)

@@ -16,10 +16,22 @@ HATCHES = ("", "////", "xxxx", "....")
 _TEXT = "#010203"
 _WIDTH = 11.0
 _LINES: Any = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
-_STYLE = {"font.size": 10, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
-          "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "svg.fonttype": "none",
-          "hatch.linewidth": 0.8, "axes.axisbelow": True, "svg.hashsalt": "report",
-          **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT)}
+_STYLE = {
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "svg.fonttype": "none",
+    "hatch.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "svg.hashsalt": "report",
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT
+    ),
+}
 
 
 def colour(i: int) -> str:
@@ -28,9 +40,15 @@ def colour(i: int) -> str:
 
 
 def look(i: int) -> dict[str, Any]:
-    """Colour, marker and kind of line of a method; colours come again after eight methods, with other markers."""
-    return {"color": colour(i), "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
-            "linestyle": _LINES[i % len(_LINES)]}
+    """Colour, marker and kind of line of a method.
+
+    Colours come again after eight methods, with other markers.
+    """
+    return {
+        "color": colour(i),
+        "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+        "linestyle": _LINES[i % len(_LINES)],
+    }
 
 
 def names(axes: Any, styles: Mapping[str, int], sizes: Mapping[str, float] | None = None) -> None:
@@ -38,25 +56,44 @@ def names(axes: Any, styles: Mapping[str, int], sizes: Mapping[str, float] | Non
     from matplotlib.lines import Line2D
 
     methods = [Line2D([], [], **look(i), label=name) for name, i in styles.items()]
-    _legend(axes, methods + [Line2D([], [], color=GREY, marker="o", linestyle="none", markersize=size, label=name)
-                             for name, size in (sizes or {}).items()])
+    _legend(
+        axes,
+        methods
+        + [
+            Line2D([], [], color=GREY, marker="o", linestyle="none", markersize=size, label=name)
+            for name, size in (sizes or {}).items()
+        ],
+    )
 
 
 def parts(axes: Any, labels: Sequence[str]) -> None:
     """A legend of the parts of bars."""
     from matplotlib.patches import Patch
 
-    _legend(axes, [Patch(facecolor="none" if k else GREY, edgecolor=GREY, hatch=HATCHES[k], label=label)
-                   for k, label in enumerate(labels)])
+    _legend(
+        axes,
+        [
+            Patch(facecolor="none" if k else GREY, edgecolor=GREY, hatch=HATCHES[k], label=label)
+            for k, label in enumerate(labels)
+        ],
+    )
 
 
 def _legend(axes: Any, handles: Sequence[Any]) -> None:
     """Above the panels, in as many columns as fit."""
     figure = axes[0][0].figure
     for columns in range(min(6, len(handles)), 0, -1):
-        legend = figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False,
-                               handlelength=2.6)
-        if columns == 1 or legend.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width:
+        legend = figure.legend(
+            handles=handles,
+            loc="outside upper left",
+            ncols=columns,
+            frameon=False,
+            handlelength=2.6,
+        )
+        if (
+            columns == 1
+            or legend.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width
+        ):
             return
         legend.remove()
 
@@ -66,7 +103,10 @@ def heights(axes: Any) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     limits = [axis.dataLim for axis in axes.flat if math.isfinite(axis.dataLim.y1)]
-    low, high = min((box.y0 for box in limits), default=0.0), max((box.y1 for box in limits), default=0.0)
+    low, high = (
+        min((box.y0 for box in limits), default=0.0),
+        max((box.y1 for box in limits), default=0.0),
+    )
     if low <= 0 or high < 4 * low:
         return
     for axis in axes.flat:
@@ -76,7 +116,9 @@ def heights(axes: Any) -> None:
         axis.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
 
 
-def svg(fill: Callable[[Any], None], rows: int, columns: int, *, height: float, share: bool = False) -> str:
+def svg(
+    fill: Callable[[Any], None], rows: int, columns: int, *, height: float, share: bool = False
+) -> str:
     """An SVG element of panels.
 
     Args:
@@ -92,15 +134,26 @@ def svg(fill: Callable[[Any], None], rows: int, columns: int, *, height: float, 
 
     with plt.rc_context(_STYLE):  # type: ignore[arg-type]  # its stubs want literal keys
         width = min(_WIDTH, 4.0 + 3.5 * columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(width, 0.5 + height * rows), layout="constrained",
-                                    squeeze=False, sharex=share, sharey=share)
+        figure, axes = plt.subplots(
+            rows,
+            columns,
+            figsize=(width, 0.5 + height * rows),
+            layout="constrained",
+            squeeze=False,
+            sharex=share,
+            sharey=share,
+        )
         fill(axes)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True,
-                       metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            out,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        )
         plt.close(figure)
     text = out.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # The page shows all pictures at one scale.
     text = text.replace("<svg", f'<svg role="img" style="--inches: {width:g}"', 1)
     # Text without a colour of its own would be black on a dark page.

@@ -8,7 +8,8 @@ from typing import Any
 
 from distoptim.train.records import Record
 
-# Okabe & Ito, told apart by everybody; black first, for the method that all others are compared with.
+# Okabe & Ito, told apart by everybody; black first, for the method that all others are compared
+# with.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#8C8C8C")
 MARKERS = "osD^vPX*"
 _GAP = 0.062
@@ -17,7 +18,8 @@ _GAP = 0.062
 def draw(runs: Sequence[Record], path: Path) -> None:
     """Write the picture of finished runs as PNG.
 
-    Left, the loss of rank 0's batches, smoothed; right, seconds of computation and of exposed communication.
+    Left, the loss of rank 0's batches, smoothed; right, seconds of computation and of exposed
+    communication.
 
     Args:
         runs: in the order in which they are to be shown, synchronous SGD first.
@@ -29,10 +31,23 @@ def draw(runs: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left"}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(12.8, 4.8), width_ratios=(1.3, 1),
-                                             layout=ConstrainedLayoutEngine(wspace=0.06))
+    with plt.rc_context(
+        {
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 12,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+        }
+    ):
+        figure, (left, right) = plt.subplots(
+            1,
+            2,
+            figsize=(12.8, 4.8),
+            width_ratios=(1.3, 1),
+            layout=ConstrainedLayoutEngine(wspace=0.06),
+        )
         _losses(left, runs)
         _bars(right, runs)
         figure.supxlabel(_caption(runs[0]), fontsize=9.5, color="0.35", x=0.01, ha="left")
@@ -46,13 +61,26 @@ def _losses(axes: Any, runs: Sequence[Record]) -> None:
         seconds = [line["seconds"] for line in run.logs]
         loss = smooth([line["loss"] for line in run.logs])
         axes.plot(seconds, loss, color=_colour(i), linewidth=1.8, solid_joinstyle="round")
-        axes.plot(seconds[-1], loss[-1], _marker(i), color=_colour(i), markersize=8, markeredgecolor="white")
+        axes.plot(
+            seconds[-1],
+            loss[-1],
+            _marker(i),
+            color=_colour(i),
+            markersize=8,
+            markeredgecolor="white",
+        )
         ends.append((seconds[-1], loss[-1]))
     axes.set_yscale("log")
     axes.set_xlim(0, max(x for x, _ in ends) * 1.03)
     axes.set_title("Training loss", pad=30)
-    axes.text(0, 1.04, "of rank 0's batches, smoothed; all methods make the same number of steps", fontsize=10,
-              color="0.35", transform=axes.transAxes)
+    axes.text(
+        0,
+        1.04,
+        "of rank 0's batches, smoothed; all methods make the same number of steps",
+        fontsize=10,
+        color="0.35",
+        transform=axes.transAxes,
+    )
     axes.set_xlabel("training time, seconds")
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
@@ -64,18 +92,43 @@ def _label_ends(axes: Any, runs: Sequence[Record], ends: Sequence[tuple[float, f
     to_axes = axes.transData + axes.transAxes.inverted()
     places = spread([float(to_axes.transform(end)[1]) for end in ends], gap=_GAP)
     for i, (run, y) in enumerate(zip(runs, places, strict=True)):
-        axes.plot(1.035, y, _marker(i), color=_colour(i), markersize=8, markeredgecolor="white",
-                  transform=axes.transAxes, clip_on=False)
-        axes.text(1.06, y, run.config["algorithm"], color=_colour(i), va="center", transform=axes.transAxes)
+        axes.plot(
+            1.035,
+            y,
+            _marker(i),
+            color=_colour(i),
+            markersize=8,
+            markeredgecolor="white",
+            transform=axes.transAxes,
+            clip_on=False,
+        )
+        axes.text(
+            1.06,
+            y,
+            run.config["algorithm"],
+            color=_colour(i),
+            va="center",
+            transform=axes.transAxes,
+        )
 
 
 def _bars(axes: Any, runs: Sequence[Record]) -> None:
     summaries = [run.summary for run in runs if run.summary is not None]
     longest = max(s["seconds"] for s in summaries)
     for y, s in enumerate(summaries):
-        axes.barh(y, s["computation_s"], color=_colour(y), edgecolor=_colour(y), linewidth=1.2, height=0.6)
-        axes.barh(y, s["exposed_s"], left=s["computation_s"], color="white", edgecolor=_colour(y), hatch="////",
-                  linewidth=1.2, height=0.6)
+        axes.barh(
+            y, s["computation_s"], color=_colour(y), edgecolor=_colour(y), linewidth=1.2, height=0.6
+        )
+        axes.barh(
+            y,
+            s["exposed_s"],
+            left=s["computation_s"],
+            color="white",
+            edgecolor=_colour(y),
+            hatch="////",
+            linewidth=1.2,
+            height=0.6,
+        )
         axes.text(s["seconds"] + longest * 0.02, y, f"{s['exposed_share']:.0%}", va="center")
     axes.set_yticks(range(len(runs)), [run.config["algorithm"] for run in runs])
     for i, label in enumerate(axes.get_yticklabels()):
@@ -93,11 +146,20 @@ def _legend(axes: Any) -> None:
     from matplotlib.patches import Patch
 
     grey = "0.45"
-    axes.legend(handles=[Patch(facecolor=grey, edgecolor=grey, label="computation"),
-                         Patch(facecolor="white", edgecolor=grey, hatch="////",
-                               label="exposed communication")],
-                loc="lower left", bbox_to_anchor=(-0.01, 0.985), ncols=2, frameon=False, borderpad=0, columnspacing=1.5,
-                fontsize=10, handlelength=1.6)
+    axes.legend(
+        handles=[
+            Patch(facecolor=grey, edgecolor=grey, label="computation"),
+            Patch(facecolor="white", edgecolor=grey, hatch="////", label="exposed communication"),
+        ],
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 0.985),
+        ncols=2,
+        frameon=False,
+        borderpad=0,
+        columnspacing=1.5,
+        fontsize=10,
+        handlelength=1.6,
+    )
 
 
 def smooth(values: Sequence[float], weight: float = 0.3) -> list[float]:
@@ -109,7 +171,8 @@ def smooth(values: Sequence[float], weight: float = 0.3) -> list[float]:
 
 
 def spread(heights: Sequence[float], *, gap: float) -> list[float]:
-    """Move heights apart until neighbours are at least `gap` apart, in the same order, around where they were.
+    """Move heights apart until neighbours are at least `gap` apart, in the same order, around where
+    they were.
 
     All end up in [0, 1] if there is room for them there.
     """
@@ -118,7 +181,10 @@ def spread(heights: Sequence[float], *, gap: float) -> list[float]:
     for i in order:
         clusters.append([i])
         # A cluster that touches the one below joins it, both centred on their members' mean.
-        while len(clusters) > 1 and _bottom(clusters[-1], heights, gap) - _top(clusters[-2], heights, gap) < gap:
+        while (
+            len(clusters) > 1
+            and _bottom(clusters[-1], heights, gap) - _top(clusters[-2], heights, gap) < gap
+        ):
             last = clusters.pop()
             clusters[-1] += last
     out = list(heights)
@@ -159,5 +225,7 @@ def _caption(run: Record) -> str:
     if c["bandwidth_gbit_s"] is not None:
         link.append(f"{c['bandwidth_gbit_s']:g} Gbit/s")
     over = f" over an emulated link of {' and '.join(link)}" if link else ""
-    return (f"{c['model']} on {c['data']}, {start['workers']} workers{over}; batch {c['batch_size']} each, "
-            f"tau {c['tau']}, learning rate {c['lr']:g}. {machine['cores']} cores of {machine['processor']}.")
+    return (
+        f"{c['model']} on {c['data']}, {start['workers']} workers{over}; batch {c['batch_size']} each, "
+        f"tau {c['tau']}, learning rate {c['lr']:g}. {machine['cores']} cores of {machine['processor']}."
+    )

@@ -21,7 +21,8 @@ def counts(labels: Tensor, shards: Sequence[Tensor], classes: int) -> list[list[
 
 
 def draw(table: Sequence[Sequence[int]], path: Path, *, title: str) -> None:
-    """Write the picture as PNG: one row a worker, one column a class, the darker the more samples, with the number.
+    """Write the picture as PNG: one row a worker, one column a class, the darker the more samples,
+    with the number.
 
     Args:
         table: see `counts`; the numbers are left out where there are more than 20 classes.
@@ -34,14 +35,23 @@ def draw(table: Sequence[Sequence[int]], path: Path, *, title: str) -> None:
     from matplotlib import pyplot as plt
 
     workers, classes, most = len(table), len(table[0]), max(max(row) for row in table)
-    figure, axes = plt.subplots(figsize=(min(14, 2 + 0.55 * classes), 1.2 + 0.3 * workers), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(min(14, 2 + 0.55 * classes), 1.2 + 0.3 * workers), layout="constrained"
+    )
     axes.imshow(table, cmap="Blues", vmin=0, aspect="auto")
     if classes <= 20:
         axes.set_xticks(range(classes))
         for y, row in enumerate(table):
             for x, value in enumerate(row):
-                axes.text(x, y, str(value), ha="center", va="center", fontsize=7.5,
-                          color="white" if value > 0.6 * most else "black")
+                axes.text(
+                    x,
+                    y,
+                    str(value),
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="white" if value > 0.6 * most else "black",
+                )
     axes.set_yticks(range(workers))
     axes.tick_params(length=0)
     axes.set_xlabel("class")

@@ -34,8 +34,10 @@ thead th { border-bottom: 2px solid var(--line); }
   figure svg { min-width: 0; } th:first-child, td:first-child { position: static; background: none; }
   figure, p, table, tr { break-inside: avoid; } h2, h3, thead, p:has(+ figure) { break-after: avoid; } }
 """
-_PICTURE_CSS = ("<style>svg { color: #1b1b1b } @media (prefers-color-scheme: dark) { svg { color: #e6e6e6 } }"
-                "</style>")
+_PICTURE_CSS = (
+    "<style>svg { color: #1b1b1b } @media (prefers-color-scheme: dark) { svg { color: #e6e6e6 } }"
+    "</style>"
+)
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,22 @@ class Section:
 
 
 def write(title: str, sections: Sequence[Section], folder: Path) -> list[Path]:
-    """Write both files, and the pictures that the Markdown shows beside them; returns the two paths.
+    """Write both files, and the pictures that the Markdown shows beside them; returns the two
+    paths.
 
     Raises:
         ValueError: the folder cannot be written to.
     """
-    pictures = [block for section in sections for block in section.blocks if isinstance(block, Picture)]
+    pictures = [
+        block for section in sections for block in section.blocks if isinstance(block, Picture)
+    ]
     files = {folder / MARKDOWN: markdown(title, sections), folder / HTML: html(title, sections)}
-    files |= {folder / PICTURES / f"{p.name}.svg": re.sub(r"(<svg[^>]*>)", rf"\1{_PICTURE_CSS}", p.svg, count=1)
-              for p in pictures}
+    files |= {
+        folder / PICTURES / f"{p.name}.svg": re.sub(
+            r"(<svg[^>]*>)", rf"\1{_PICTURE_CSS}", p.svg, count=1
+        )
+        for p in pictures
+    }
     try:
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
@@ -84,11 +93,17 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
 
 def html(title: str, sections: Sequence[Section]) -> str:
     """All sections as one page that asks for nothing else."""
-    body = "\n".join(f"<section>\n<h2>{escape(section.heading)}</h2>\n"
-                     + "\n".join(_html(block) for block in section.blocks) + "\n</section>" for section in sections)
-    return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-            f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n")
+    body = "\n".join(
+        f"<section>\n<h2>{escape(section.heading)}</h2>\n"
+        + "\n".join(_html(block) for block in section.blocks)
+        + "\n</section>"
+        for section in sections
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    )
 
 
 def _markdown(block: str | Table | Picture) -> str:
@@ -96,8 +111,14 @@ def _markdown(block: str | Table | Picture) -> str:
         return _plain(block)
     if isinstance(block, Picture):
         return f"![{_plain(block.title)}]({PICTURES}/{block.name}.svg)"
-    rows = [block.header, ["---", *("---:" for _ in block.header[1:])],
-            *([f"**{_plain(c.text)}**" if c.best else _plain(c.text) for c in row] for row in block.rows)]
+    rows = [
+        block.header,
+        ["---", *("---:" for _ in block.header[1:])],
+        *(
+            [f"**{_plain(c.text)}**" if c.best else _plain(c.text) for c in row]
+            for row in block.rows
+        ),
+    ]
     return f"**{_plain(block.title)}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -111,10 +132,21 @@ def _html(block: str | Table | Picture) -> str:
     if isinstance(block, Picture):
         return f'<figure aria-label="{escape(block.title)}">\n{_own_ids(block)}\n</figure>'
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in block.header)
-    rows = "\n".join("<tr>" + "".join(f"<td><strong>{escape(c.text)}</strong></td>" if c.best else
-                                      f"<td>{escape(c.text)}</td>" for c in row) + "</tr>" for row in block.rows)
-    return (f'<h3>{escape(block.title)}</h3>\n<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
-            f"<tbody>\n{rows}\n</tbody>\n</table></div>")
+    rows = "\n".join(
+        "<tr>"
+        + "".join(
+            f"<td><strong>{escape(c.text)}</strong></td>"
+            if c.best
+            else f"<td>{escape(c.text)}</td>"
+            for c in row
+        )
+        + "</tr>"
+        for row in block.rows
+    )
+    return (
+        f'<h3>{escape(block.title)}</h3>\n<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{rows}\n</tbody>\n</table></div>"
+    )
 
 
 def _own_ids(picture: Picture) -> str:

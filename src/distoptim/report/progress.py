@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from distoptim.train.loop import Observer
 from distoptim.train.records import Line
@@ -18,9 +25,16 @@ class LiveProgress(Progress):
 
     def __init__(self, console: Console) -> None:
         super().__init__(
-            TextColumn("{task.description:<18}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:>6}"), TextColumn("test {task.fields[accuracy]:>6}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:>6}"),
+            TextColumn("test {task.fields[accuracy]:>6}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
 
     def watch(self, name: str) -> Observer:
         """What is to be given the lines of a run called `name`."""

@@ -18,8 +18,11 @@ from distoptim.train.records import Line, Record
 
 TRIALS = "trials"
 T = TypeVar("T")
-_NEEDED = {"start": ("algorithm", "tau", "seed", "lr"), "log": ("step", "epoch", "seconds", "loss"),
-           "summary": ("step", "seconds", "computation_s", "exposed_s")}
+_NEEDED = {
+    "start": ("algorithm", "tau", "seed", "lr"),
+    "log": ("step", "epoch", "seconds", "loss"),
+    "summary": ("step", "seconds", "computation_s", "exposed_s"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Run:
         record: its lines.
         summary: the last of them.
         tuning: made to choose the learning rate.
-        style: number of the method's colour and marker, the same in all reports for the methods of the paper.
+        style: number of the method's colour and marker, the same in all reports for the methods of
+            the paper.
     """
 
     label: str
@@ -80,7 +84,9 @@ class Run:
     @property
     def diverged(self) -> bool:
         """As recorded; where that is missing, a test loss that is not finite."""
-        return bool(self.summary.get("diverged", not math.isfinite(self.summary.get("test_loss", math.nan))))
+        return bool(
+            self.summary.get("diverged", not math.isfinite(self.summary.get("test_loss", math.nan)))
+        )
 
     def value(self, name: str) -> float | None:
         """A figure of the summary, or of the last evaluation; None if there is none."""
@@ -119,7 +125,8 @@ class Runs:
 
 
 def read(folder: Path) -> Runs:
-    """All records below a folder; those in a folder "trials", or of stage "tune", chose learning rates.
+    """All records below a folder; those in a folder "trials", or of stage "tune", chose learning
+    rates.
 
     Raises:
         ValueError: there is no such folder, or no record that has ended; the line names the folder.
@@ -142,12 +149,16 @@ def read(folder: Path) -> Runs:
             unfinished.append(name)
         else:
             found.append(run)
-    notes = damaged + ([f"{len(unfinished)} unfinished, left out: {', '.join(unfinished)}"] if unfinished else [])
+    notes = damaged + (
+        [f"{len(unfinished)} unfinished, left out: {', '.join(unfinished)}"] if unfinished else []
+    )
     if not found:
         raise ValueError("; ".join([f"{folder}: no finished run there", *notes]))
     kept = _newest(found)
     if len(kept) < len(found):
-        notes.append(f"{len(found) - len(kept)} superseded by a later run of the same configuration, left out")
+        notes.append(
+            f"{len(found) - len(kept)} superseded by a later run of the same configuration, left out"
+        )
     groups = by(sorted(_told_apart(kept), key=_order), lambda run: run.experiment)
     return Runs([run for group in groups.values() for run in _styled(group)], notes)
 
@@ -182,11 +193,20 @@ def at(runs: Iterable[Run], tau: int) -> list[Run]:
 
 def _read(place: Path) -> Run | None:
     record = records.read(place)
-    found = {"start": [record.config], "log": record.logs, "summary": [record.summary] if record.summary else []}
+    found = {
+        "start": [record.config],
+        "log": record.logs,
+        "summary": [record.summary] if record.summary else [],
+    }
     for kind, names in _NEEDED.items():
-        missing = [name for name in names
-                   if not all(isinstance(line.get(name), str if name == "algorithm" else int | float)
-                              for line in found[kind])]
+        missing = [
+            name
+            for name in names
+            if not all(
+                isinstance(line.get(name), str if name == "algorithm" else int | float)
+                for line in found[kind]
+            )
+        ]
         if missing:
             raise ValueError(f"{records.file(place)}: no {', '.join(missing)} in its {kind}")
     if record.summary is None:
@@ -197,18 +217,26 @@ def _read(place: Path) -> Run | None:
 
 
 def setting(run: Run) -> dict[str, str]:
-    """All that a result depends on but the seed, as text; a field that an older record lacks had its default."""
+    """All that a result depends on but the seed, as text.
+
+    A field that an older record lacks had its default.
+    """
     config = {**RunConfig().to_dict(), **run.record.config}
     config = {name: value for name, value in config.items() if name not in ("seed", "options")}
     parts = (config, run.record.config.get("options") or {}, run.record.start.get("machines") or {})
-    return {name: f"{value:g}" if isinstance(value, float) else str(value)
-            for part in parts for name, value in part.items()}
+    return {
+        name: f"{value:g}" if isinstance(value, float) else str(value)
+        for part in parts
+        for name, value in part.items()
+    }
 
 
 def _newest(runs: Sequence[Run]) -> list[Run]:
     """One run per configuration and seed."""
-    kept = {(run.label, run.tuning, run.record.config["seed"], *sorted(setting(run).items())): run
-            for run in sorted(runs, key=lambda run: str(run.record.start.get("date")))}
+    kept = {
+        (run.label, run.tuning, run.record.config["seed"], *sorted(setting(run).items())): run
+        for run in sorted(runs, key=lambda run: str(run.record.start.get("date")))
+    }
     return list(kept.values())
 
 
@@ -216,25 +244,44 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
     """Final runs that differ in more than seed, tau and partition get a name that says in what."""
     out = [run for run in runs if run.tuning]
     final = (run for run in runs if not run.tuning)
-    for group in by(final, lambda r: (r.experiment, r.label, r.tau, r.partition, r.slowdown)).values():
+    for group in by(
+        final, lambda r: (r.experiment, r.label, r.tau, r.partition, r.slowdown)
+    ).values():
         settings = [setting(run) for run in group]
-        names = [name for name in dict.fromkeys(n for s in settings for n in s)
-                 if len({s.get(name) for s in settings}) > 1]
-        out += [replace(run, label=", ".join([run.label, *(f"{n} {s.get(n, 'default')}" for n in names)]))
-                for run, s in zip(group, settings, strict=True)]
+        names = [
+            name
+            for name in dict.fromkeys(n for s in settings for n in s)
+            if len({s.get(name) for s in settings}) > 1
+        ]
+        out += [
+            replace(
+                run, label=", ".join([run.label, *(f"{n} {s.get(n, 'default')}" for n in names)])
+            )
+            for run, s in zip(group, settings, strict=True)
+        ]
     return out
 
 
 def _styled(runs: Sequence[Run]) -> list[Run]:
-    """The methods of the paper have numbers of their own; others, and variants, get what is left, black at last."""
+    """The methods of the paper have numbers of their own.
+
+    Others, and variants, get what is left, black at last.
+    """
     numbers: dict[str, int] = {}
     final = [(run.label, run.record.config["algorithm"]) for run in runs if not run.tuning]
     for label, name in final:
         if name in METHODS and METHODS.index(name) not in numbers.values():
             numbers.setdefault(label, METHODS.index(name))
     own = set(numbers.values())
-    left = (i for i in itertools.chain(range(len(METHODS), len(COLOURS)), reversed(range(len(METHODS))),
-                                       itertools.count(len(COLOURS))) if i not in own)
+    left = (
+        i
+        for i in itertools.chain(
+            range(len(METHODS), len(COLOURS)),
+            reversed(range(len(METHODS))),
+            itertools.count(len(COLOURS)),
+        )
+        if i not in own
+    )
     for label, _ in final:
         if label not in numbers:
             numbers[label] = next(left)
@@ -243,5 +290,10 @@ def _styled(runs: Sequence[Run]) -> list[Run]:
 
 def _order(run: Run) -> tuple[int, str, int, str, int]:
     name = run.record.config["algorithm"]
-    return (METHODS.index(name) if name in METHODS else len(METHODS), run.label, run.tau, run.partition,
-            run.record.config["seed"])
+    return (
+        METHODS.index(name) if name in METHODS else len(METHODS),
+        run.label,
+        run.tau,
+        run.partition,
+        run.record.config["seed"],
+    )

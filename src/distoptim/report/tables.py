@@ -50,7 +50,10 @@ class Spread:
         return len(self.values) + self.diverged
 
     def text(self, *, counted: bool) -> str:
-        """In per cent, or nats; diverged ones are always counted, others if their number is to be told."""
+        """In per cent, or nats.
+
+        Diverged ones are always counted, others if their number is to be told.
+        """
         scale, digits = self._print
         parts = []
         if self.values:
@@ -58,14 +61,21 @@ class Spread:
         if len(self.values) > 1:
             parts.append(f"± {scale * statistics.stdev(self.values):.{digits}f}")
         if self.diverged:
-            parts.append(f"({self.diverged} of {self.seeds} diverged)" if self.values else f"diverged ({self.seeds})")
+            parts.append(
+                f"({self.diverged} of {self.seeds} diverged)"
+                if self.values
+                else f"diverged ({self.seeds})"
+            )
         elif self.values and counted:
             parts.append(f"({self.seeds})")
         return " ".join(parts) or NONE
 
     @property
     def rank(self) -> float:
-        """The mean as it is printed, of losses times -1; with a diverged run among them no candidate for the best."""
+        """The mean as it is printed, of losses times -1.
+
+        With a diverged run among them no candidate for the best.
+        """
         scale, digits = self._print
         if not self.values or self.diverged:
             return -math.inf
@@ -80,7 +90,11 @@ class Spread:
 def spread(runs: Sequence[Run], name: str) -> Spread:
     """A figure of the summaries over seeds."""
     values = [run.value(name) for run in runs if not run.diverged]
-    return Spread([v for v in values if v is not None], sum(run.diverged for run in runs), name.endswith("_loss"))
+    return Spread(
+        [v for v in values if v is not None],
+        sum(run.diverged for run in runs),
+        name.endswith("_loss"),
+    )
 
 
 def scores(runs: Sequence[Run], name: str) -> list[Table]:
@@ -94,16 +108,27 @@ def scores(runs: Sequence[Run], name: str) -> list[Table]:
     for partition in grid.partitions(runs):
         rows = grid.by((run for run in runs if run.partition == partition), lambda run: run.label)
         spreads = [[spread(grid.at(row, tau), name) for tau in columns] for row in rows.values()]
-        best = [max(column) for column in zip(*([s.rank for s in row] for row in spreads), strict=True)]
-        tables.append(Table(partition, ["method", *(f"tau {tau}" for tau in columns)], [
-            [Cell(label), *(_cell(s, b, counted) for s, b in zip(row, best, strict=True))]
-            for label, row in zip(rows, spreads, strict=True)]))
+        best = [
+            max(column) for column in zip(*([s.rank for s in row] for row in spreads), strict=True)
+        ]
+        tables.append(
+            Table(
+                partition,
+                ["method", *(f"tau {tau}" for tau in columns)],
+                [
+                    [Cell(label), *(_cell(s, b, counted) for s, b in zip(row, best, strict=True))]
+                    for label, row in zip(rows, spreads, strict=True)
+                ],
+            )
+        )
     return tables
 
 
 def seeds(runs: Sequence[Run]) -> int | None:
     """How many seeds every setting was run with; None if that differs."""
-    groups = grid.by(runs, lambda run: (run.label, run.tau, run.partition, run.tuning, run.record.config["lr"]))
+    groups = grid.by(
+        runs, lambda run: (run.label, run.tau, run.partition, run.tuning, run.record.config["lr"])
+    )
     counts = {len(group) for group in groups.values()}
     return counts.pop() if len(counts) == 1 else None
 
@@ -113,7 +138,8 @@ def _cell(found: Spread, best: float, counted: bool) -> Cell:
 
 
 def learning_rates(tuning: Sequence[Run], final: Sequence[Run], name: str) -> list[Table]:
-    """One table per partition: methods and tau x learning rate -> score on the validation set, best in bold.
+    """One table per partition: methods and tau x learning rate -> score on the validation set, best
+    in bold.
 
     Args:
         tuning: the runs that chose.
@@ -125,13 +151,29 @@ def learning_rates(tuning: Sequence[Run], final: Sequence[Run], name: str) -> li
         group = [run for run in tuning if run.partition == partition]
         tried = sorted({run.record.config["lr"] for run in group})
         rows = []
-        for (label, tau, synchronous), row in grid.by(group, lambda r: (r.label, r.tau, r.synchronous)).items():
-            spreads = [spread([r for r in row if r.record.config["lr"] == lr], name) for lr in tried]
+        for (label, tau, synchronous), row in grid.by(
+            group, lambda r: (r.label, r.tau, r.synchronous)
+        ).items():
+            spreads = [
+                spread([r for r in row if r.record.config["lr"] == lr], name) for lr in tried
+            ]
             best = max(s.rank for s in spreads)
-            used = sorted({r.record.config["lr"] for r in final
-                           if (r.partition, r.tau, r.method) == (partition, tau, label)})
-            rows.append([Cell(label), Cell(NONE if synchronous else str(tau)),
-                         *(_cell(s, best, counted) for s in spreads),
-                         Cell(", ".join(f"{lr:g}" for lr in used) or NONE)])
-        tables.append(Table(partition, ["method", "tau", *(f"lr {lr:g}" for lr in tried), "used"], rows))
+            used = sorted(
+                {
+                    r.record.config["lr"]
+                    for r in final
+                    if (r.partition, r.tau, r.method) == (partition, tau, label)
+                }
+            )
+            rows.append(
+                [
+                    Cell(label),
+                    Cell(NONE if synchronous else str(tau)),
+                    *(_cell(s, best, counted) for s in spreads),
+                    Cell(", ".join(f"{lr:g}" for lr in used) or NONE),
+                ]
+            )
+        tables.append(
+            Table(partition, ["method", "tau", *(f"lr {lr:g}" for lr in tried), "used"], rows)
+        )
     return tables

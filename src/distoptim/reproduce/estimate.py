@@ -13,7 +13,8 @@ from distoptim.train.config import DTYPES, RunConfig
 
 
 def seconds(configs: Sequence[RunConfig], *, virtual: bool) -> float:
-    """Of all runs one after the other: their steps, without evaluation and communication, on one core a rank.
+    """Of all runs one after the other: their steps, without evaluation and communication, on one
+    core a rank.
 
     Virtual workers share a core.
 
@@ -35,11 +36,19 @@ def seconds(configs: Sequence[RunConfig], *, virtual: bool) -> float:
 
 
 def _measure(config: RunConfig) -> tuple[int, float]:
-    """Training samples, and seconds of a step: the quicker of two, since the first one has more to set up."""
-    loaded = data.load(config.data, None if config.data_dir is None else Path(config.data_dir),
-                       validation=config.validation)
+    """Training samples, and seconds of a step.
+
+    The quicker of two, since the first one has more to set up.
+    """
+    loaded = data.load(
+        config.data,
+        None if config.data_dir is None else Path(config.data_dir),
+        validation=config.validation,
+    )
     model = models.build(config.model, loaded.train_images.shape[1:], loaded.classes)
-    batches = data.Batches(loaded.train_images, loaded.train_labels, batch_size=config.batch_size, seed=0)
+    batches = data.Batches(
+        loaded.train_images, loaded.train_labels, batch_size=config.batch_size, seed=0
+    )
     threads, step_s = torch.get_num_threads(), float("inf")
     torch.set_num_threads(1)
     for _ in range(2):

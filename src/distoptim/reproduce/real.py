@@ -1,4 +1,7 @@
-"""Real workers for a grid: processes started here, or those that torchrun has started; one run after the other."""
+"""Real workers for a grid: processes started here, or those that torchrun has started.
+
+One run after the other.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +49,23 @@ class Processes(Runner):
         return [(case, folder / grid.name(case.config, None)) for case in cases]
 
     def run_all(self, cases: Sequence[Case], folder: Path, done: Done) -> list[Path]:
-        """Run what has no whole record yet, going on from checkpoints; returns all records' folders, in order."""
-        left = self.decide(lambda: [(case, path, checkpoint.exists(path)) for case, path in self.places(cases, folder)
-                                    if not records.finished(path)])
+        """Run what has no whole record yet, going on from checkpoints.
+
+        Returns all records' folders, in order.
+        """
+        left = self.decide(
+            lambda: [
+                (case, path, checkpoint.exists(path))
+                for case, path in self.places(cases, folder)
+                if not records.finished(path)
+            ]
+        )
         done(finished := len(cases) - len(left), len(cases))
         for case, path, resume in left:
-            signum = self.run(Job(case.config, path, resume, label=case.label), [_share(finished, len(cases), done)])
+            signum = self.run(
+                Job(case.config, path, resume, label=case.label),
+                [_share(finished, len(cases), done)],
+            )
             if signum:
                 raise Stopped(signum)
             shutil.rmtree(path / checkpoint.FOLDER, ignore_errors=True)
@@ -64,7 +78,8 @@ class Processes(Runner):
 
 
 class Worker(Processes):
-    """Is one worker of every run, in a process that somebody else has started; rank 0 decides what is run.
+    """Is one worker of every run, in a process that somebody else has started; rank 0 decides what
+    is run.
 
     Args:
         meeting: where the workers find each other.
@@ -91,4 +106,6 @@ class Worker(Processes):
         """This worker's part."""
         self._runs += 1
         # A group must not find the addresses of the one before.
-        return run_worker(job, self.meeting, observers, store=PrefixStore(f"run{self._runs}", self._store))
+        return run_worker(
+            job, self.meeting, observers, store=PrefixStore(f"run{self._runs}", self._store)
+        )

@@ -1,4 +1,7 @@
-"""Run a grid: the trials that choose learning rates, then every combination; each once, on all cores."""
+"""Run a grid: the trials that choose learning rates, then every combination.
+
+Each once, on all cores.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ T = TypeVar("T")
 
 
 class Runner(ABC):
-    """Makes the runs of a grid; `done` is told how many are finished (with a share of the one on its way), of all."""
+    """Makes the runs of a grid.
+
+    `done` is told how many are finished (with a share of the one on its way), of all.
+    """
 
     @abstractmethod
     def places(self, cases: Sequence[Case], folder: Path) -> list[tuple[Case, Path]]:
@@ -52,7 +58,11 @@ class Virtual(Runner):
 
     def places(self, cases: Sequence[Case], folder: Path) -> list[tuple[Case, Path]]:
         """Each case on each kind of machines."""
-        return [(case, folder / grid.name(case.config, kind)) for kind in self.machines for case in cases]
+        return [
+            (case, folder / grid.name(case.config, kind))
+            for kind in self.machines
+            for case in cases
+        ]
 
     def run_all(self, cases: Sequence[Case], folder: Path, done: Done) -> list[Path]:
         """Run what has no whole record yet; returns all records' folders, in order."""
@@ -63,8 +73,14 @@ class Virtual(Runner):
             def told(finished: int, _: int, before: int = before) -> None:
                 done(before + finished, total)
 
-            grid.run_all([case.config for case in cases], kind, folder, processes=self.processes, done=told,
-                         labels=[case.label for case in cases])
+            grid.run_all(
+                [case.config for case in cases],
+                kind,
+                folder,
+                processes=self.processes,
+                done=told,
+                labels=[case.label for case in cases],
+            )
         return [path for _, path in self.places(cases, folder)]
 
 
@@ -89,8 +105,11 @@ class Stage:
         return self.runner.places(self.cases, self.folder)
 
 
-def stages(spec: Spec, folder: Path, *, processes: int | None = None, runner: Runner | None = None) -> Iterator[Stage]:
-    """The trials that choose learning rates, if there are any; then the runs, with the rates chosen so far.
+def stages(
+    spec: Spec, folder: Path, *, processes: int | None = None, runner: Runner | None = None
+) -> Iterator[Stage]:
+    """The trials that choose learning rates, if there are any; then the runs, with the rates chosen
+    so far.
 
     Args:
         spec: the grid.
@@ -98,7 +117,12 @@ def stages(spec: Spec, folder: Path, *, processes: int | None = None, runner: Ru
         processes: runs on virtual workers at the same time; default one per core.
         runner: real workers; default virtual ones.
     """
-    trials = Stage("learning rates", spec.trials(), runner or Virtual(spec.machines[:1], processes), folder / TRIALS)
+    trials = Stage(
+        "learning rates",
+        spec.trials(),
+        runner or Virtual(spec.machines[:1], processes),
+        folder / TRIALS,
+    )
     if trials.cases:
         yield trials
 
@@ -108,11 +132,19 @@ def stages(spec: Spec, folder: Path, *, processes: int | None = None, runner: Ru
         return choose([(case, path) for case, path in tried if case.setting not in missing])
 
     chosen = trials.runner.decide(rates)
-    yield Stage("runs", spec.cases(chosen), runner or Virtual(spec.machines, processes), folder / FINAL)
+    yield Stage(
+        "runs", spec.cases(chosen), runner or Virtual(spec.machines, processes), folder / FINAL
+    )
 
 
-def reproduce(spec: Spec, folder: Path, *, processes: int | None = None, runner: Runner | None = None,
-              done: Callable[[str, float, int], object] = lambda stage, finished, total: None) -> list[Path]:
+def reproduce(
+    spec: Spec,
+    folder: Path,
+    *,
+    processes: int | None = None,
+    runner: Runner | None = None,
+    done: Callable[[str, float, int], object] = lambda stage, finished, total: None,
+) -> list[Path]:
     """Run what has no whole record yet; returns the folders of the final runs.
 
     Args:
@@ -128,7 +160,8 @@ def reproduce(spec: Spec, folder: Path, *, processes: int | None = None, runner:
 def choose(trials: Sequence[tuple[Case, Path]]) -> dict[Setting, float]:
     """For each method, tau and partition the learning rate of the best score on the validation set.
 
-    The score is accuracy, of text the loss. Of equal ones the smaller rate; a diverged trial counts as the worst.
+    The score is accuracy, of text the loss. Of equal ones the smaller rate; a diverged trial counts
+    as the worst.
 
     Args:
         trials: with their folders.

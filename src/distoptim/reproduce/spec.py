@@ -1,4 +1,7 @@
-"""The TOML file of a grid: what all runs share, what is varied, the methods, and how learning rates are chosen."""
+"""The TOML file of a grid.
+
+What all runs share, what is varied, the methods, and how learning rates are chosen.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +54,14 @@ class Spec:
     Args:
         title: what it is, for who reads the file.
         run: fields of `RunConfig` that all runs share.
-        methods: label -> fields of `RunConfig` that make the method: algorithm, options, perhaps its own grid of tau.
+        methods: label -> fields of `RunConfig` that make the method: algorithm, options, perhaps
+            its own grid of tau.
         grid: field of `RunConfig` -> its values; every combination is run.
-        tune: "lr", the learning rates that every method is tried with for each tau and partition, and other fields of
-            `RunConfig` for these shorter runs; the best accuracy on the validation set decides, of text the loss.
-            Empty: no tuning.
-        machines: the virtual machines; the grid is run on each of them, learning rates are chosen on the first.
+        tune: "lr", the learning rates that every method is tried with for each tau and partition,
+            and other fields of `RunConfig` for these shorter runs; the best accuracy on the
+            validation set decides, of text the loss. Empty: no tuning.
+        machines: the virtual machines; the grid is run on each of them, learning rates are chosen
+            on the first.
 
     Raises:
         ValueError: in one line, naming a wrong key or value.
@@ -71,32 +76,53 @@ class Spec:
 
     def __post_init__(self) -> None:
         """Make all runs once, so that a wrong value shows before the first hour."""
-        for table, keys in (("run", self.run), ("grid", self.grid), ("tune", self.tune),
-                            *((f"methods.{label}", keys) for label, keys in self.methods.items())):
+        for table, keys in (
+            ("run", self.run),
+            ("grid", self.grid),
+            ("tune", self.tune),
+            *((f"methods.{label}", keys) for label, keys in self.methods.items()),
+        ):
             for key in keys:
                 if key not in _RUN:
-                    raise ValueError(f"[{table}] has no key {key!r}; allowed are {', '.join(sorted(_RUN))}")
+                    raise ValueError(
+                        f"[{table}] has no key {key!r}; allowed are {', '.join(sorted(_RUN))}"
+                    )
         if not self.methods:
             raise ValueError("no [methods.NAME]: nothing to run")
-        for name, values in [*self.grid.items(), *([("lr", self.tune.get("lr"))] if self.tune else [])]:
+        for name, values in [
+            *self.grid.items(),
+            *([("lr", self.tune.get("lr"))] if self.tune else []),
+        ]:
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ValueError(f"{name}={values!r}: expected a list of values, not empty")
         if self.tune and not self.run.get("validation"):
-            raise ValueError("[tune] chooses on a validation set: [run] needs validation, the share held out for it")
+            raise ValueError(
+                "[tune] chooses on a validation set: [run] needs validation, the share held out for it"
+            )
         self.cases()
         self.trials()
 
-    def cases(self, learning_rates: Mapping[tuple[str, int, str], float] | None = None) -> list[Case]:
-        """Every combination once, with the learning rates chosen for it; synchronous SGD once for all tau."""
+    def cases(
+        self, learning_rates: Mapping[tuple[str, int, str], float] | None = None
+    ) -> list[Case]:
+        """Every combination once, with the learning rates chosen for it.
+
+        Synchronous SGD once for all tau.
+        """
         return list(self._made({}, learning_rates or {}))
 
     def trials(self) -> list[Case]:
         """The runs that choose learning rates: every setting with each of them."""
         fixed = {name: value for name, value in self.tune.items() if name != "lr"}
-        return [Case(case.label, case.config) for lr in self.tune.get("lr", ())
-                for case in self._made({"seed": 0, **fixed, "lr": lr}, {})]
+        return [
+            Case(case.label, case.config)
+            for lr in self.tune.get("lr", ())
+            for case in self._made({"seed": 0, **fixed, "lr": lr}, {})
+        ]
 
-    def _made(self, fixed: Mapping[str, Any], rates: Mapping[tuple[str, int, str], float]) -> Iterator[Case]:
+    def _made(
+        self, fixed: Mapping[str, Any], rates: Mapping[tuple[str, int, str], float]
+    ) -> Iterator[Case]:
         axes = {name: values for name, values in self.grid.items() if name not in fixed}
         seen = set()
         for values in itertools.product(*axes.values()):
@@ -115,12 +141,13 @@ class Spec:
 
 
 def read(path: Path, *, overrides: Mapping[str, Any] | None = None, virtual: bool = True) -> Spec:
-    """The grid in a file, or one of those that are shipped, by its name: the TOML files beside this module.
+    """The grid in a file, or one of those that are shipped, by its name: the TOML files beside this
+    module.
 
     Args:
         path: of the file.
-        overrides: "TABLE.KEY", "TABLE" or "KEY" -> what replaces it; a KEY alone is one of [grid] if it is there,
-            else of [run].
+        overrides: "TABLE.KEY", "TABLE" or "KEY" -> what replaces it; a KEY alone is one of [grid]
+            if it is there, else of [run].
         virtual: the grid is for virtual workers, which cannot make all runs that real ones can.
 
     Raises:
@@ -138,11 +165,18 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None, virtual: boo
         _override(content, key, value)
     for key in content:
         if key not in _TABLES:
-            raise ValueError(f"{path}: no key {key!r} is known there; allowed are {', '.join(sorted(_TABLES))}")
+            raise ValueError(
+                f"{path}: no key {key!r} is known there; allowed are {', '.join(sorted(_TABLES))}"
+            )
     try:
         machines = _machines(content.pop("machines", {}))
-        made = Spec(title=content.pop("title", path.stem), machines=machines,
-                    run=content.pop("run", {}), methods=content.pop("methods", {}), **content)
+        made = Spec(
+            title=content.pop("title", path.stem),
+            machines=machines,
+            run=content.pop("run", {}),
+            methods=content.pop("methods", {}),
+            **content,
+        )
         for case in (*made.trials(), *made.cases()) if virtual else ():
             check_virtual(case.config)
         return made
@@ -184,5 +218,10 @@ def _machines(table: Mapping[str, Any]) -> list[Machines]:
         if name not in allowed:
             raise ValueError(f"[machines] has no key {name!r}; allowed are {', '.join(allowed)}")
         if value == []:
-            raise ValueError(f"[machines] {name}=[]: expected a value, or a list of values, not empty")
-    return [Machines(**dict(zip(table, combination, strict=True))) for combination in itertools.product(*values)]
+            raise ValueError(
+                f"[machines] {name}=[]: expected a value, or a list of values, not empty"
+            )
+    return [
+        Machines(**dict(zip(table, combination, strict=True)))
+        for combination in itertools.product(*values)
+    ]

@@ -1,4 +1,7 @@
-"""A cluster of virtual workers on a virtual clock: the same engine and algorithms, in one process."""
+"""A cluster of virtual workers on a virtual clock.
+
+The same engine and algorithms, in one process.
+"""
 
 from __future__ import annotations
 
@@ -7,5 +10,17 @@ from distoptim.sim.compute import Compute, Constant, Pareto, ShiftedExponential,
 from distoptim.sim.fabric import Fabric, VirtualCommunicator
 from distoptim.sim.network import Islands, Network, Ring, Tree
 
-__all__ = ["Cluster", "Compute", "Constant", "Fabric", "Islands", "Network", "Pareto", "Ring", "ShiftedExponential",
-           "Trace", "Tree", "VirtualCommunicator"]
+__all__ = [
+    "Cluster",
+    "Compute",
+    "Constant",
+    "Fabric",
+    "Islands",
+    "Network",
+    "Pareto",
+    "Ring",
+    "ShiftedExponential",
+    "Trace",
+    "Tree",
+    "VirtualCommunicator",
+]

@@ -1,4 +1,7 @@
-"""Virtual workers in one process, in lockstep: the same optimizers and engine, another communicator and clock."""
+"""Virtual workers in one process, in lockstep.
+
+The same optimizers and engine, another communicator and clock.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ Make = Callable[..., AveragingOptimizer]
 class Cluster:
     """`workers` virtual workers, each with a model and an optimizer of its own, on a virtual clock.
 
-    Deterministic: the same arguments and gradients give the same parameters and times, whatever the number of
-    threads. Memory and time grow linearly with the number of workers.
+    Deterministic: the same arguments and gradients give the same parameters and times, whatever the
+    number of threads. Memory and time grow linearly with the number of workers.
 
     Args:
         workers: how many, >= 1.
@@ -42,14 +45,25 @@ class Cluster:
         ValueError: a value outside its range.
     """
 
-    def __init__(self, *, workers: int, model: Callable[[], torch.nn.Module], optimizer: Make,
-                 compute: Compute | None = None, network: Network | None = None, threads: int | None = None,
-                 synchronous: bool = False, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int,
+        model: Callable[[], torch.nn.Module],
+        optimizer: Make,
+        compute: Compute | None = None,
+        network: Network | None = None,
+        threads: int | None = None,
+        synchronous: bool = False,
+        scale: float = 1.0,
+    ) -> None:
         checks.integer("workers", workers, 1)
         self.fabric = Fabric(workers, network, scale=scale)
         self.models = [model() for _ in range(workers)]
-        self.optimizers = [optimizer(m.parameters(), communicator=VirtualCommunicator(self.fabric, rank))
-                           for rank, m in enumerate(self.models)]
+        self.optimizers = [
+            optimizer(m.parameters(), communicator=VirtualCommunicator(self.fabric, rank))
+            for rank, m in enumerate(self.models)
+        ]
         self.steps = 0
         self._compute, self._synchronous = compute, synchronous
         threads = checks.integer("threads", os.cpu_count() if threads is None else threads, 1)
@@ -79,13 +93,16 @@ class Cluster:
         return losses
 
     def mean_model(self) -> torch.nn.Module:
-        """A copy of worker 0's model with the mean parameters and floating-point buffers; takes no time.
+        """A copy of worker 0's model with the mean parameters and floating-point buffers; takes no
+        time.
 
         Of the workers whose values are finite, as in every mean; of all if there are none.
         """
         mean = copy.deepcopy(self.models[0])
         with torch.no_grad():
-            sound = [m for m in self.models if all(bool(torch.isfinite(t).all()) for t in _tensors(m))]
+            sound = [
+                m for m in self.models if all(bool(torch.isfinite(t).all()) for t in _tensors(m))
+            ]
             tensors = zip(*(_tensors(m) for m in sound or self.models), strict=True)
             for target, values in zip(_tensors(mean), tensors, strict=True):
                 total = values[0].to(torch.float64)
@@ -101,16 +118,33 @@ class Cluster:
     def stats(self) -> dict[str, Any]:
         """`AveragingOptimizer.stats` averaged over the workers, and `seconds`."""
         each = [optimizer.stats() for optimizer in self.optimizers]
-        return {**{key: sum(s[key] for s in each) / len(each) for key in each[0]}, "seconds": self.seconds()}
+        return {
+            **{key: sum(s[key] for s in each) / len(each) for key in each[0]},
+            "seconds": self.seconds(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit-equal, clocks included, as tensors and plain data; takes no virtual time."""
+        """Everything needed to go on bit-equal, clocks included, as tensors and plain data.
+
+        Takes no virtual time.
+        """
         self.fabric.frozen = True
-        states = [{"model": model.state_dict(), "optimizer": optimizer.state_dict(), "counters": _counters(optimizer),
-                   "flights": [_times(slot.flight) for slot in optimizer._engine.slots]}
-                  for model, optimizer in zip(self.models, self.optimizers, strict=True)]
+        states = [
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "counters": _counters(optimizer),
+                "flights": [_times(slot.flight) for slot in optimizer._engine.slots],
+            }
+            for model, optimizer in zip(self.models, self.optimizers, strict=True)
+        ]
         self.fabric.frozen = False
-        return {"workers": states, "clocks": self.fabric.clocks, "free_at": self.fabric.free_at, "steps": self.steps}
+        return {
+            "workers": states,
+            "clocks": self.fabric.clocks,
+            "free_at": self.fabric.free_at,
+            "steps": self.steps,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`, in a new cluster made with the same arguments."""
@@ -157,7 +191,9 @@ class Cluster:
 
 def _counters(optimizer: AveragingOptimizer) -> dict[str, Any]:
     optimizer._engine.counters.collect()
-    return {name: value for name, value in vars(optimizer._engine.counters).items() if name != "unread"}
+    return {
+        name: value for name, value in vars(optimizer._engine.counters).items() if name != "unread"
+    }
 
 
 def _times(flight: Flight | None) -> tuple[float, float] | None:

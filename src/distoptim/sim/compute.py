@@ -22,7 +22,10 @@ class Compute(Protocol):
     """A model of computation time."""
 
     def seconds(self, rank: int, step: int) -> float:
-        """Seconds that worker `rank` computes for its local step `step` (from 0); equal at each call."""
+        """Seconds that worker `rank` computes for its local step `step` (from 0).
+
+        Equal at each call.
+        """
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class Pareto:
 
     Args:
         scale_s: seconds of the fastest step, > 0.
-        shape: tail index, > 1 so that the mean scale shape / (shape - 1) is finite; small means heavy tail.
+        shape: tail index, > 1 so that the mean scale shape / (shape - 1) is finite; small means
+            heavy tail.
         seed: of the random streams, one per worker.
 
     Raises:
@@ -113,8 +117,8 @@ class Pareto:
 class Trace:
     """Seconds as recorded: a CSV file with one line per local step and one column per worker.
 
-    A run longer than the trace, or with more workers, starts again from its first line or column; one with fewer
-    workers leaves the last columns out.
+    A run longer than the trace, or with more workers, starts again from its first line or column;
+    one with fewer workers leaves the last columns out.
 
     Args:
         path: the file; empty lines and lines that begin with # are left out.
@@ -130,8 +134,10 @@ class Trace:
                 if row and not row[0].startswith("#"):
                     self._steps.append(_trace_row(path, number, row))
                     if len(row) != len(self._steps[0]):
-                        raise ValueError(f"{path}, line {number}: {len(row)} workers, the first line has "
-                                         f"{len(self._steps[0])}")
+                        raise ValueError(
+                            f"{path}, line {number}: {len(row)} workers, the first line has "
+                            f"{len(self._steps[0])}"
+                        )
         if not self._steps:
             raise ValueError(f"{path}: no step in it")
 
@@ -143,7 +149,10 @@ class Trace:
 
 def _trace_row(path: str | Path, number: int, row: list[str]) -> list[float]:
     try:
-        return [checks.number("seconds", float(cell), 0, math.inf, open_low=True, open_high=True) for cell in row]
+        return [
+            checks.number("seconds", float(cell), 0, math.inf, open_low=True, open_high=True)
+            for cell in row
+        ]
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from None
 

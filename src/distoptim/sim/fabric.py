@@ -28,8 +28,9 @@ class Fabric:
 
     While it is frozen, waiting takes no time and leaves no trace: for checkpoints.
 
-    A collective begins when its last worker has arrived and the one before it has ended (one FIFO), and takes
-    what the network says. A worker's clock stands still for it only if it is not over at the merge.
+    A collective begins when its last worker has arrived and the one before it has ended (one FIFO),
+    and takes what the network says. A worker's clock stands still for it only if it is not over at
+    the merge.
 
     Args:
         workers: how many.
@@ -48,15 +49,17 @@ class Fabric:
         self._launched = [0] * workers
         self._broadcasts: list[Tensor] = []
 
-    def arrive(self, rank: int, brought: Any, buffer: Tensor, move: Callable[[list[Any]], float]) -> VirtualHandle:
+    def arrive(
+        self, rank: int, brought: Any, buffer: Tensor, move: Callable[[list[Any]], float]
+    ) -> VirtualHandle:
         """Worker `rank` joins its next collective.
 
         Args:
             rank: the worker.
             brought: what it comes with.
             buffer: what its handle will hold.
-            move: called with what all have brought, in rank order; moves it, and says of how many bytes an all-reduce
-                would send as much.
+            move: called with what all have brought, in rank order; moves it, and says of how many
+                bytes an all-reduce would send as much.
         """
         index = self._launched[rank]
         self._launched[rank] += 1
@@ -68,14 +71,23 @@ class Fabric:
         collective.arrived_at = max(collective.arrived_at, self.clocks[rank])
         if len(collective.brought) == self.workers:
             nbytes = move([collective.brought[r] for r in range(self.workers)])
-            cost = self._network.all_reduce_s(nbytes * self._scale, self.workers) if self._network is not None else 0.0
+            cost = (
+                self._network.all_reduce_s(nbytes * self._scale, self.workers)
+                if self._network is not None
+                else 0.0
+            )
             self.free_at = collective.ends_at = max(collective.arrived_at, self.free_at) + cost
             collective.brought = {}
             self._collectives[index] = None
         return VirtualHandle(self, rank, buffer, collective)
 
-    def in_flight(self, rank: int, buffer: Tensor, launched_at: float, ends_at: float) -> VirtualHandle:
-        """A mean from a checkpoint: its value is in the buffer already, its time is still to come."""
+    def in_flight(
+        self, rank: int, buffer: Tensor, launched_at: float, ends_at: float
+    ) -> VirtualHandle:
+        """A mean from a checkpoint.
+
+        Its value is in the buffer already, its time is still to come.
+        """
         handle = VirtualHandle(self, rank, buffer, Collective(ends_at=ends_at))
         handle.launched_at = launched_at
         return handle
@@ -127,7 +139,9 @@ class VirtualHandle(Handle):
         """Advance the worker's clock to the end of the collective if it is not there yet."""
         ends_at = self.ends_at
         if ends_at is None:
-            raise RuntimeError("a virtual worker waits for one that has not launched: run them in lockstep")
+            raise RuntimeError(
+                "a virtual worker waits for one that has not launched: run them in lockstep"
+            )
         if self._fabric.frozen:
             return
         now = self._fabric.clocks[self._rank]

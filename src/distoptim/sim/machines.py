@@ -22,8 +22,8 @@ class Machines:
 
     Args:
         step_ms: milliseconds of a local step, on average over a random slow-down, > 0.
-        slowdown: "none"; "exponential": half of the step's mean is fixed, half an exponential delay; "pareto": a
-            heavy tail with shape 2.5.
+        slowdown: "none"; "exponential": half of the step's mean is fixed, half an exponential
+            delay; "pareto": a heavy tail with shape 2.5.
         trace: a file of recorded step times (`Trace`) instead of both.
         latency_ms: milliseconds one message takes, >= 0.
         bandwidth_gbit_s: each worker's rate in Gbit/s, > 0; None means that only latency counts.
@@ -49,7 +49,9 @@ class Machines:
         """Check all values."""
         for name, allowed in (("slowdown", SLOWDOWNS), ("collective", COLLECTIVES)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(allowed)}"
+                )
         if self.island is not None:
             checks.integer("island", self.island, 2)
         self.compute(seed=0)
@@ -70,7 +72,9 @@ class Machines:
         """The model of communication time."""
         outer = _link(self.latency_ms, self.bandwidth_gbit_s)
         if self.island is not None:
-            return Islands(self.island, _link(self.island_latency_ms, self.island_bandwidth_gbit_s), outer)
+            return Islands(
+                self.island, _link(self.island_latency_ms, self.island_bandwidth_gbit_s), outer
+            )
         return COLLECTIVES[self.collective]([outer])
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,5 +83,7 @@ class Machines:
 
 
 def _link(latency_ms: float, bandwidth_gbit_s: float | None) -> Link:
-    return Link(checks.number("latency_ms", latency_ms, 0, 1e9) / 1e3,
-                float("inf") if bandwidth_gbit_s is None else bandwidth_gbit_s)
+    return Link(
+        checks.number("latency_ms", latency_ms, 0, 1e9) / 1e3,
+        float("inf") if bandwidth_gbit_s is None else bandwidth_gbit_s,
+    )

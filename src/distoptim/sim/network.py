@@ -39,7 +39,8 @@ class Ring:
 class Tree:
     """A reduction up a binary tree and a broadcast down: few messages, each with all the bytes.
 
-    T = max over the links of 2 ceil(log2 n) (latency + bytes / rate). Better than a ring where latency rules.
+    T = max over the links of 2 ceil(log2 n) (latency + bytes / rate). Better than a ring where
+    latency rules.
 
     Args:
         links: one per worker, reused in turn where there are more workers.
@@ -55,7 +56,8 @@ class Tree:
 
 @dataclass(frozen=True)
 class Islands:
-    """Islands with fast links inside and slow ones between: a ring inside, then one over the islands' first workers.
+    """Islands with fast links inside and slow ones between: a ring inside, then one over the
+    islands' first workers.
 
     T = ring inside + ring between + broadcast inside, the last as long as half the ring inside.
 

@@ -1,4 +1,7 @@
-"""What will pay: seconds per step of every algorithm and tau on a given link, and one recommendation."""
+"""What will pay.
+
+Seconds per step of every algorithm and tau on a given link, and one recommendation.
+"""
 
 from __future__ import annotations
 
@@ -109,9 +112,9 @@ class Plan:
 def plan(job: Job, *, algorithms: Sequence[str] | None = None, taus: Sequence[int] = TAUS) -> Plan:
     """Predict every setting and choose one.
 
-    Chosen is, of the settings within 5 % of the fastest, DDP if it is among them, else the one with the smallest
-    tau, since workers drift apart for tau steps. Of equals it is the algorithm that comes first; by default OverlapBMUF
-    from tau = 8 on and Overlap-Local-SGD below (docs/which.md).
+    Chosen is, of the settings within 5 % of the fastest, DDP if it is among them, else the one with
+    the smallest tau, since workers drift apart for tau steps. Of equals it is the algorithm that
+    comes first; by default OverlapBMUF from tau = 8 on and Overlap-Local-SGD below (docs/which.md).
 
     Args:
         job: the model, the machines and their link.
@@ -126,11 +129,16 @@ def plan(job: Job, *, algorithms: Sequence[str] | None = None, taus: Sequence[in
         if name not in ALGORITHMS:
             raise ValueError(f"algorithm {name!r}: allowed are {', '.join(ALGORITHMS)}")
     ddp = _ddp(job)
-    predictions = [ddp] + [_predict(job, name, checks.integer("tau", tau, 1), ddp.step_s)
-                           for name in names for tau in taus]
+    predictions = [ddp] + [
+        _predict(job, name, checks.integer("tau", tau, 1), ddp.step_s)
+        for name in names
+        for tau in taus
+    ]
     fastest = min(p.step_s for p in predictions)
     close = [p for p in predictions if p.step_s <= CLOSE * fastest]
-    best = min(close, key=lambda p: (p.algorithm != "ddp", p.tau, algorithms is None and not _favoured(p)))
+    best = min(
+        close, key=lambda p: (p.algorithm != "ddp", p.tau, algorithms is None and not _favoured(p))
+    )
     return Plan(predictions, best, _line(best), _reason(best, ddp, job))
 
 
@@ -147,26 +155,41 @@ def _ddp(job: Job) -> Prediction:
 
 
 def _predict(job: Job, name: str, tau: int, ddp_s: float) -> Prediction:
-    """Run the algorithm's own engine on a clock: one virtual worker, who stands for all, on their network."""
+    """Run the algorithm's own engine on a clock.
+
+    One virtual worker, who stands for all, on their network.
+    """
 
     def optimizer(params: Params, communicator: VirtualCommunicator) -> AveragingOptimizer:
         communicator.size = job.workers
         return ALGORITHMS[name](params, tau=tau, lr=0.0, communicator=communicator)
 
-    cluster = Cluster(workers=1, model=lambda: torch.nn.Linear(1, 1, bias=False), optimizer=optimizer, threads=1,
-                      compute=Constant(job.step_s), network=_Whole(job))
+    cluster = Cluster(
+        workers=1,
+        model=lambda: torch.nn.Linear(1, 1, bias=False),
+        optimizer=optimizer,
+        threads=1,
+        compute=Constant(job.step_s),
+        network=_Whole(job),
+    )
     for _ in range(2 * tau):
         cluster.step()
     start = cluster.seconds()
     for _ in range(_ROUNDS * tau):
         cluster.step()
     step_s = (cluster.seconds() - start) / (_ROUNDS * tau)
-    return _prediction(job, name, tau, step_s, copies=_copies(cluster.optimizers[0]), baseline=ddp_s)
+    return _prediction(
+        job, name, tau, step_s, copies=_copies(cluster.optimizers[0]), baseline=ddp_s
+    )
 
 
-def _prediction(job: Job, name: str, tau: int, step_s: float, *, copies: float, baseline: float) -> Prediction:
+def _prediction(
+    job: Job, name: str, tau: int, step_s: float, *, copies: float, baseline: float
+) -> Prediction:
     per_hour = 3600 / (step_s * tau) * job.params * _ELEMENT_BYTES / 1e9 if job.workers > 1 else 0.0
-    return Prediction(name, tau, step_s, baseline / step_s, max(0.0, step_s / job.step_s - 1), copies, per_hour)
+    return Prediction(
+        name, tau, step_s, baseline / step_s, max(0.0, step_s / job.step_s - 1), copies, per_hour
+    )
 
 
 @dataclass(frozen=True)
@@ -186,7 +209,11 @@ def _copies(optimizer: AveragingOptimizer) -> float:
     for slot in optimizer._engine.slots:
         flats = [v for v in vars(slot.state).values() if isinstance(v, Flat)]
         outer = [v for v in vars(slot.state).values() if isinstance(v, torch.optim.Optimizer)]
-        total += 1 + len(flats) + sum("momentum" in g and g["momentum"] > 0 for o in outer for g in o.param_groups)
+        total += (
+            1
+            + len(flats)
+            + sum("momentum" in g and g["momentum"] > 0 for o in outer for g in o.param_groups)
+        )
     return total / len(optimizer._engine.slots)
 
 
@@ -202,8 +229,12 @@ def _line(best: Prediction) -> str:
 
 def _reason(best: Prediction, ddp: Prediction, job: Job) -> str:
     if best.algorithm == "ddp":
-        return (f"none of this pays: DDP waits {ddp.exposed_share:.1%} of the computation for communication, and "
-                f"nothing is more than {CLOSE - 1:.0%} faster")
-    return (f"{best.speed_up:.1f} times as fast as DDP, which waits {ddp.exposed_share:.0%} of the computation; "
-            f"communication exposed {best.exposed_share:.1%}; no smaller tau is within {CLOSE - 1:.0%} of it; "
-            "why this one of the equally fast algorithms: docs/which.md")
+        return (
+            f"none of this pays: DDP waits {ddp.exposed_share:.1%} of the computation for communication, and "
+            f"nothing is more than {CLOSE - 1:.0%} faster"
+        )
+    return (
+        f"{best.speed_up:.1f} times as fast as DDP, which waits {ddp.exposed_share:.0%} of the computation; "
+        f"communication exposed {best.exposed_share:.1%}; no smaller tau is within {CLOSE - 1:.0%} of it; "
+        "why this one of the equally fast algorithms: docs/which.md"
+    )

@@ -1,4 +1,7 @@
-"""Time the real step and the real link, for the planner: run it under torchrun, one process per worker."""
+"""Time the real step and the real link, for the planner.
+
+Run it under torchrun, one process per worker.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +64,8 @@ def probe(prepare: Callable[[], Any], *, steps: int = 20, repeats: int = 5) -> M
     """Time local steps and all-reduces on all workers; collective.
 
     Args:
-        prepare: called once; returns a step (a function without arguments that trains for one local step without
-            communication), or a pair of the model and such a step.
+        prepare: called once; returns a step (a function without arguments that trains for one local
+            step without communication), or a pair of the model and such a step.
         steps: timed, after a fifth as many for warming up.
         repeats: of each all-reduce; the median counts.
 
@@ -73,7 +76,9 @@ def probe(prepare: Callable[[], Any], *, steps: int = 20, repeats: int = 5) -> M
     checks.integer("repeats", repeats, 1)
     prepared = prepare()
     model, step = prepared if isinstance(prepared, tuple) else (None, prepared)
-    params = sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0
+    params = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0
+    )
     device = next(model.parameters()).device if model is not None else torch.device("cpu")
     step_s = torch.tensor([_step_s(step, steps, device)], device=device)
     dist.all_reduce(step_s, op=dist.ReduceOp.MAX)

@@ -20,7 +20,10 @@ PUBLISHED_PAYLOAD_BYTES = 13.4 / 8
 
 
 class Row(TypedDict):
-    """One line of the table: what was timed, and the Gbit/s for each target (None: more than the grid has)."""
+    """One line of the table: what was timed, and the Gbit/s for each target (None.
+
+    More than the grid has).
+    """
 
     params: float
     layers: int
@@ -34,8 +37,11 @@ class Row(TypedDict):
     gbit_s: list[float | None]
 
 
-def layerwise_methods(*, tau: int = 100, payload_bytes: float = 4.0, fp4_bytes: float = 0.5) -> dict[str, Method]:
-    """Data parallel, DiLoCo and Streaming DiLoCo as in a paper: each layer is sent as its backward pass ends.
+def layerwise_methods(
+    *, tau: int = 100, payload_bytes: float = 4.0, fp4_bytes: float = 0.5
+) -> dict[str, Method]:
+    """Data parallel, DiLoCo and Streaming DiLoCo as in a paper: each layer is sent as its backward
+    pass ends.
 
     This library's optimizers send after a whole local step: see `methods`.
 
@@ -54,58 +60,89 @@ def layerwise_methods(*, tau: int = 100, payload_bytes: float = 4.0, fp4_bytes: 
         Method(name="data-parallel", payload_bytes=payload_bytes, layerwise=True),
         Method(name="layerwise-diloco", payload_bytes=payload_bytes, tau=tau, layerwise=True),
     ]
-    for suffix, nbytes, late in (("", payload_bytes, 0), ("-delay1", payload_bytes, delay),
-                                 ("-delay1-fp4", fp4_bytes, delay)):
-        made.append(Method(name=f"layerwise-streaming-diloco{suffix}", payload_bytes=nbytes, tau=tau, delay=late,
-                           fragments=None, layerwise=True))
+    for suffix, nbytes, late in (
+        ("", payload_bytes, 0),
+        ("-delay1", payload_bytes, delay),
+        ("-delay1-fp4", fp4_bytes, delay),
+    ):
+        made.append(
+            Method(
+                name=f"layerwise-streaming-diloco{suffix}",
+                payload_bytes=nbytes,
+                tau=tau,
+                delay=late,
+                fragments=None,
+                layerwise=True,
+            )
+        )
     return {method.name: method for method in made}
 
 
 def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, Method]:
-    """The methods of `layerwise_methods` and every algorithm of `distoptim.ALGORITHMS` at its default delay.
+    """The methods of `layerwise_methods` and every algorithm of `distoptim.ALGORITHMS` at its
+    default delay.
 
     StreamingDiLoCo is cut into the model's fragments, all others are sent in one.
 
     Args:
         tau: local steps in a round, >= 1.
-        payload_bytes: bytes per parameter, > 0; default 4, the float32 in which this library averages.
+        payload_bytes: bytes per parameter, > 0; default 4, the float32 in which this library
+            averages.
 
     Raises:
         ValueError: a value outside its range.
     """
     made = layerwise_methods(tau=tau, payload_bytes=payload_bytes)
     for name, algorithm in ALGORITHMS.items():
-        made[name] = Method(name=name, payload_bytes=payload_bytes, tau=tau, delay=_default_delay(algorithm, tau),
-                            fragments=None if algorithm is StreamingDiLoCo else 1)
+        made[name] = Method(
+            name=name,
+            payload_bytes=payload_bytes,
+            tau=tau,
+            delay=_default_delay(algorithm, tau),
+            fragments=None if algorithm is StreamingDiLoCo else 1,
+        )
     return made
 
 
 def published() -> dict[str, Method]:
     """The five methods of the published table, H = 100, with the payload that reproduces it.
 
-    The paper does not state the payload. One constant, 13.4 bits per parameter and a quarter of it for 4-bit
-    values, gives 68 of the 75 published bandwidths, and the other 7 one grid point away (13.35 to 13.5 bits: 66 or
-    more). No format has 13.4 bits. Likely the payload is bfloat16 and the table lists the last bandwidth below the
-    target instead of the first above it: 16 bits over one grid step of 1.207 are 13.3 (63 of 75). Six of the seven
-    that differ are of the two methods with a delay.
+    The paper does not state the payload. One constant, 13.4 bits per parameter and a quarter of it
+    for 4-bit values, gives 68 of the 75 published bandwidths, and the other 7 one grid point away
+    (13.35 to 13.5 bits: 66 or more). No format has 13.4 bits. Likely the payload is bfloat16 and
+    the table lists the last bandwidth below the
+    target instead of the first above it: 16 bits over one grid step of 1.207 are 13.3 (63 of 75).
+    Six of the seven that differ are of the two methods with a delay.
 
     Source: arXiv 2501.18512, table 4.
     """
-    return layerwise_methods(payload_bytes=PUBLISHED_PAYLOAD_BYTES, fp4_bytes=PUBLISHED_PAYLOAD_BYTES / 4)
+    return layerwise_methods(
+        payload_bytes=PUBLISHED_PAYLOAD_BYTES, fp4_bytes=PUBLISHED_PAYLOAD_BYTES / 4
+    )
 
 
 def published_models() -> tuple[ModelShape, ...]:
-    """The three models of the published table: 1, 10 and 100 billion parameters, three layers in a fragment.
+    """The three models of the published table: 1, 10 and 100 billion parameters, three layers in a
+    fragment.
 
     Source: arXiv 2501.18512, table 4.
     """
-    return (ModelShape(params=1e9, layers=24, step_s=0.1, fragments=8),
-            ModelShape(params=1e10, layers=48, step_s=0.8, fragments=16),
-            ModelShape(params=1e11, layers=108, step_s=4.9, fragments=36))
+    return (
+        ModelShape(params=1e9, layers=24, step_s=0.1, fragments=8),
+        ModelShape(params=1e10, layers=48, step_s=0.8, fragments=16),
+        ModelShape(params=1e11, layers=108, step_s=4.9, fragments=36),
+    )
 
 
-def table(models: Iterable[ModelShape], timed: Iterable[Method], targets: Sequence[float] = TARGETS, *,
-          grid: Sequence[float] = GRID, latency_s: float = 0.0, workers: int = 2) -> list[Row]:
+def table(
+    models: Iterable[ModelShape],
+    timed: Iterable[Method],
+    targets: Sequence[float] = TARGETS,
+    *,
+    grid: Sequence[float] = GRID,
+    latency_s: float = 0.0,
+    workers: int = 2,
+) -> list[Row]:
     """For each model and method the first bandwidth of the grid that reaches each utilisation.
 
     Args:
@@ -125,15 +162,32 @@ def table(models: Iterable[ModelShape], timed: Iterable[Method], targets: Sequen
         for method in timed:
             values = utilisations(model, method, grid, latency_s=latency_s, workers=workers)
             needed = [first_reaching(target, grid, values) for target in targets]
-            rows.append(Row(params=model.params, layers=model.layers, step_s=model.step_s, fragments=model.fragments,
-                            method=method.name, payload_bytes=method.payload_bytes, tau=method.tau,
-                            delay=method.delay, targets=list(targets),
-                            gbit_s=[x if math.isfinite(x) else None for x in needed]))
+            rows.append(
+                Row(
+                    params=model.params,
+                    layers=model.layers,
+                    step_s=model.step_s,
+                    fragments=model.fragments,
+                    method=method.name,
+                    payload_bytes=method.payload_bytes,
+                    tau=method.tau,
+                    delay=method.delay,
+                    targets=list(targets),
+                    gbit_s=[x if math.isfinite(x) else None for x in needed],
+                )
+            )
     return rows
 
 
-def draw(model: ModelShape, timed: Iterable[Method], path: str | Path, *, grid: Sequence[float] = GRID,
-         latency_s: float = 0.0, workers: int = 2) -> None:
+def draw(
+    model: ModelShape,
+    timed: Iterable[Method],
+    path: str | Path,
+    *,
+    grid: Sequence[float] = GRID,
+    latency_s: float = 0.0,
+    workers: int = 2,
+) -> None:
     """Write a picture of utilisation against bandwidth; methods with the same timing share a line.
 
     Args:
@@ -157,9 +211,19 @@ def draw(model: ModelShape, timed: Iterable[Method], path: str | Path, *, grid: 
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     axes: Any = figure.add_subplot()
     for i, (method, same) in enumerate(names.items()):
-        values = utilisations(model, replace(method, name=same[0]), grid, latency_s=latency_s, workers=workers)
-        axes.plot(grid, 100 * values, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=5,
-                  markevery=(i % 5, 5), linestyle="-" if method.delay else "--", label=", ".join(same))
+        values = utilisations(
+            model, replace(method, name=same[0]), grid, latency_s=latency_s, workers=workers
+        )
+        axes.plot(
+            grid,
+            100 * values,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=5,
+            markevery=(i % 5, 5),
+            linestyle="-" if method.delay else "--",
+            label=", ".join(same),
+        )
     axes.set_xscale("log")
     axes.set_xlim(min(grid), max(grid))
     axes.set_ylim(0, 103)
@@ -168,8 +232,12 @@ def draw(model: ModelShape, timed: Iterable[Method], path: str | Path, *, grid: 
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("bandwidth of each worker, Gbit/s")
     axes.set_ylabel("compute utilisation, %")
-    axes.set_title(f"{model.params:.3g} parameters, {model.layers} layers, {model.step_s:g} s a step, {workers} "
-                   f"workers, latency {1e3 * latency_s:g} ms; dashed: blocking", loc="left", fontsize=10)
+    axes.set_title(
+        f"{model.params:.3g} parameters, {model.layers} layers, {model.step_s:g} s a step, {workers} "
+        f"workers, latency {1e3 * latency_s:g} ms; dashed: blocking",
+        loc="left",
+        fontsize=10,
+    )
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 

@@ -1,4 +1,7 @@
-"""Compute utilisation: the share of its time that a worker computes, from layers and messages, without gradients."""
+"""Compute utilisation.
+
+The share of its time that a worker computes, from layers and messages, without gradients.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +58,9 @@ class Method:
         delay: local steps from launch to merge, in [0, tau]; 0 waits, tau hides a whole round.
         fragments: parts sent apart, part p of P shifted by floor(p tau / P) local steps; default 1;
             None is as many as the model has.
-        layerwise: whether a layer is sent as soon as its own backward pass has ended, and only its own forward
-            pass waits for it. Default False: a part is sent after a local step, and the next one that needs it
-            waits before it begins, as in this library's optimizers.
+        layerwise: whether a layer is sent as soon as its own backward pass has ended, and only its
+            own forward pass waits for it. Default False: a part is sent after a local step, and the
+            next one that needs it waits before it begins, as in this library's optimizers.
 
     Raises:
         ValueError: a value outside its range.
@@ -89,8 +92,14 @@ class _Message:
     layers: int
 
 
-def utilisation(model: ModelShape, method: Method, bandwidth_gbit_s: float, *, latency_s: float = 0.0,
-                workers: int = 2) -> float:
+def utilisation(
+    model: ModelShape,
+    method: Method,
+    bandwidth_gbit_s: float,
+    *,
+    latency_s: float = 0.0,
+    workers: int = 2,
+) -> float:
     """The share of its time that a worker computes, in (0, 1]; see `utilisations`.
 
     Args:
@@ -103,25 +112,36 @@ def utilisation(model: ModelShape, method: Method, bandwidth_gbit_s: float, *, l
     Raises:
         ValueError: a value outside its range.
     """
-    return float(utilisations(model, method, [bandwidth_gbit_s], latency_s=latency_s, workers=workers)[0])
+    return float(
+        utilisations(model, method, [bandwidth_gbit_s], latency_s=latency_s, workers=workers)[0]
+    )
 
 
-def utilisations(model: ModelShape, method: Method, bandwidths_gbit_s: Iterable[float], *, latency_s: float = 0.0,
-                 workers: int = 2) -> NDArray[np.float64]:
-    """The share of its time that a worker computes, computing / (computing + waiting), for each bandwidth.
+def utilisations(
+    model: ModelShape,
+    method: Method,
+    bandwidths_gbit_s: Iterable[float],
+    *,
+    latency_s: float = 0.0,
+    workers: int = 2,
+) -> NDArray[np.float64]:
+    """The share of its time that a worker computes, computing / (computing + waiting), for each
+    bandwidth.
 
     The model, and why it is so:
-    - Per layer one unit of time for the forward pass, one for the gradient of its input, one for that of its
-      weights: three products of equal size. The first layer needs no gradient of its input, so a local step has
-      3 layers - 1 units, and forward to backward is about 1 to 2.
-    - Computation is one sequential resource and so is the network: collectives run one after the other in the
-      order of their launch, each 2 (n-1) latency + 2 (n-1)/n bytes / rate, a ring; for 2 workers the factor is 1.
-      A layerwise method so pays the latency once a layer; buckets of several layers would pay it less often.
+    - Per layer one unit of time for the forward pass, one for the gradient of its input, one for
+      that of its weights: three products of equal size. The first layer needs no gradient of its
+      input, so a local step has 3 layers - 1 units, and forward to backward is about 1 to 2.
+    - Computation is one sequential resource and so is the network: collectives run one after the
+      other in the order of their launch, each 2 (n-1) latency + 2 (n-1)/n bytes / rate, a ring; for
+      2 workers the factor is 1. A layerwise method so pays the latency once a layer; buckets of
+      several layers would pay it less often.
     - Fragment p of P holds the layers p, p + P, ... (strided).
-    - A wait shifts all that is computed later. Measured once the pattern repeats, over whole rounds; that the
-      link is never used for more than all the time is a bound of its own, which binds at once where a backlog
-      would take many rounds to build up.
-    Left out: memory and links inside a worker, the time of the optimizer and of the merge, stragglers.
+    - A wait shifts all that is computed later. Measured once the pattern repeats, over whole
+      rounds; that the link is never used for more than all the time is a bound of its own, which
+      binds at once where a backlog would take many rounds to build up.
+    Left out: memory and links inside a worker, the time of the optimizer and of the merge,
+        stragglers.
 
     Args:
         model: what is trained.
@@ -133,16 +153,24 @@ def utilisations(model: ModelShape, method: Method, bandwidths_gbit_s: Iterable[
     Raises:
         ValueError: a value outside its range.
 
-    Source: the simulation of Douillard et al. 2025 (arXiv 2501.18512), section 3.1: per step 4 layers - 1 nodes,
-    of which `layers` are reductions.
+    Source: the simulation of Douillard et al. 2025 (arXiv 2501.18512), section 3.1: per step 4
+    layers - 1 nodes, of which `layers` are reductions.
     """
-    rates = np.array([checks.number("bandwidth_gbit_s", x, 0, checks.LARGEST, open_low=True)
-                      for x in bandwidths_gbit_s])
+    rates = np.array(
+        [
+            checks.number("bandwidth_gbit_s", x, 0, checks.LARGEST, open_low=True)
+            for x in bandwidths_gbit_s
+        ]
+    )
     messages = _messages(model, method)
     unit_s = model.step_s / (3 * model.layers - 1)
     round_units, round_s = method.tau * (3 * model.layers - 1), method.tau * model.step_s
-    seconds = {n: _all_reduce_s(n / model.layers * model.params * method.payload_bytes, rates, latency_s, workers)
-               for n in {m.layers for m in messages}}
+    seconds = {
+        n: _all_reduce_s(
+            n / model.layers * model.params * method.payload_bytes, rates, latency_s, workers
+        )
+        for n in {m.layers for m in messages}
+    }
 
     # Two times: `at` counts computation alone; on the clock it is `at + waited`.
     waited, free = np.zeros_like(rates), np.zeros_like(rates)
@@ -161,22 +189,33 @@ def utilisations(model: ModelShape, method: Method, bandwidths_gbit_s: Iterable[
     return round_s / np.maximum(round_s + (marks[1] - marks[0]) / _MEASURED, busy)
 
 
-def bandwidth_for(model: ModelShape, method: Method, target: float, grid: Sequence[float] = GRID, *,
-                  latency_s: float = 0.0, workers: int = 2) -> float:
-    """The first bandwidth of the grid, in Gbit/s, at which the utilisation reaches the target; else infinity.
+def bandwidth_for(
+    model: ModelShape,
+    method: Method,
+    target: float,
+    grid: Sequence[float] = GRID,
+    *,
+    latency_s: float = 0.0,
+    workers: int = 2,
+) -> float:
+    """The first bandwidth of the grid, in Gbit/s, at which the utilisation reaches the target; else
+    infinity.
 
     Args:
         model: what is trained.
         method: how.
         target: of the utilisation, in (0, 1].
-        grid: rising bandwidths in Gbit/s, > 0; default 50 from 0.1 to 1000, equal steps of the logarithm.
+        grid: rising bandwidths in Gbit/s, > 0; default 50 from 0.1 to 1000, equal steps of the
+            logarithm.
         latency_s: seconds one message takes, >= 0.
         workers: >= 1.
 
     Raises:
         ValueError: a value outside its range.
     """
-    return first_reaching(target, grid, utilisations(model, method, grid, latency_s=latency_s, workers=workers))
+    return first_reaching(
+        target, grid, utilisations(model, method, grid, latency_s=latency_s, workers=workers)
+    )
 
 
 def first_reaching(target: float, grid: Sequence[float], values: NDArray[np.float64]) -> float:
@@ -190,7 +229,9 @@ def first_reaching(target: float, grid: Sequence[float], values: NDArray[np.floa
     return float(grid[good[0]]) if good.size else math.inf
 
 
-def _all_reduce_s(nbytes: float, rates: NDArray[np.float64], latency_s: float, workers: int) -> NDArray[np.float64]:
+def _all_reduce_s(
+    nbytes: float, rates: NDArray[np.float64], latency_s: float, workers: int
+) -> NDArray[np.float64]:
     checks.number("latency_s", latency_s, 0, checks.LARGEST)
     checks.integer("workers", workers, 1)
     start = Link(latency_s, math.inf).all_reduce_s(0, workers)
@@ -208,15 +249,25 @@ def _messages(model: ModelShape, method: Method) -> list[_Message]:
         need = begin + (1 + method.delay) * step
         layers = range(part, count, parts)
         if method.layerwise:
-            # The forward pass takes `count` units, then the backward pass two a layer, the last layer first.
-            messages += [_Message(begin + min(count + 2 * (count - layer), step), need + layer, 1)
-                         for layer in reversed(layers)]
+            # The forward pass takes `count` units, then the backward pass two a layer, the last
+            # layer first.
+            messages += [
+                _Message(begin + min(count + 2 * (count - layer), step), need + layer, 1)
+                for layer in reversed(layers)
+            ]
         else:
             messages.append(_Message(begin + step, need, len(layers)))
     return messages
 
 
 def _events(messages: list[_Message], units: int) -> list[tuple[int, bool, tuple[int, int]]]:
-    """All launches and needs of as many rounds as it takes, in order; at one time launches come first."""
-    return sorted((turn * units + at, is_need, (turn, i)) for turn in range(_WARM_UP + _MEASURED + 1)
-                  for i, m in enumerate(messages) for is_need, at in ((False, m.launch), (True, m.need)))
+    """All launches and needs of as many rounds as it takes, in order.
+
+    At one time launches come first.
+    """
+    return sorted(
+        (turn * units + at, is_need, (turn, i))
+        for turn in range(_WARM_UP + _MEASURED + 1)
+        for i, m in enumerate(messages)
+        for is_need, at in ((False, m.launch), (True, m.need))
+    )

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int = 4) -> Tensor:
-    """Each image moved by up to `padding` pixels each way, what comes in being 0, and mirrored half of the time.
+    """Each image moved by up to `padding` pixels each way, what comes in being 0, and mirrored half
+    of the time.
 
     Args:
         images: [n, channels, height, width].

@@ -1,4 +1,7 @@
-"""Checkpoints of a run: one file a rank, in a folder that becomes the latest only when all have written theirs."""
+"""Checkpoints of a run.
+
+One file a rank, in a folder that becomes the latest only when all have written theirs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ _LATEST = "latest"
 
 
 def save(folder: Path, *, world: World, step: int, state: dict[str, Any]) -> Path:
-    """Write every rank's state and make it the latest; collective. Killed at any moment, an older one stays.
+    """Write every rank's state and make it the latest; collective. Killed at any moment, an older
+    one stays.
 
     Args:
         folder: the run's.
@@ -59,8 +63,9 @@ def latest(folder: Path) -> Path:
 def load(folder: Path, *, world: World) -> tuple[dict[str, Any], bool]:
     """This rank's state of the latest checkpoint, and whether it is really its worker's.
 
-    At another number of workers, those for whom there is no state of their own get one of another's; none of
-    them can then go on where it was. At another size of islands ranks get that of their worker's first rank.
+    At another number of workers, those for whom there is no state of their own get one of
+    another's; none of them can then go on where it was. At another size of islands ranks get that
+    of their worker's first rank.
 
     Raises:
         ValueError: there is no checkpoint, or its file is damaged.

@@ -14,20 +14,27 @@ from distoptim.train.loop import Observer
 METHODS = ("ddp", "local-sgd", "easgd", "cocod-sgd", "bmuf", "overlap-local-sgd")
 
 
-def variants(config: RunConfig, methods: Sequence[str], options: Mapping[str, Any] | None = None) -> list[RunConfig]:
+def variants(
+    config: RunConfig, methods: Sequence[str], options: Mapping[str, Any] | None = None
+) -> list[RunConfig]:
     """`config` once per method, all checked; options go to the methods that take them.
 
     Raises:
-        ValueError: there is no such method, one is named twice, or a value does not suit it; an option of none of them.
+        ValueError: there is no such method, one is named twice, or a value does not suit it; an
+            option of none of them.
     """
     if len(set(methods)) < len(methods) or not methods:
         raise ValueError(f"methods={', '.join(methods)!r}: allowed is a list of different methods")
     common = {**config.to_dict(), "checkpoint_every": 0}
-    return [compared({**common, "algorithm": name, "options": own})
-            for name, own in optimizers.shared_options(options or {}, methods).items()]
+    return [
+        compared({**common, "algorithm": name, "options": own})
+        for name, own in optimizers.shared_options(options or {}, methods).items()
+    ]
 
 
-def compare(configs: Sequence[RunConfig], folder: Path, observer: Callable[[RunConfig], Observer]) -> int:
+def compare(
+    configs: Sequence[RunConfig], folder: Path, observer: Callable[[RunConfig], Observer]
+) -> int:
     """Run all, each in its own folder below `folder`; returns the signal that stopped one, or 0.
 
     Args:

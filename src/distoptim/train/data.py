@@ -46,7 +46,9 @@ def load(name: str, data_dir: Path | None = None, *, validation: float = 0.0) ->
     Raises:
         ValueError: there is no such data set, or a file of it is missing or damaged.
     """
-    loaded = _text(Path(name)) if Path(name).exists() and not is_images(name) else parse(name)(data_dir)
+    loaded = (
+        _text(Path(name)) if Path(name).exists() and not is_images(name) else parse(name)(data_dir)
+    )
     return hold_out(loaded, validation) if validation else loaded
 
 
@@ -54,21 +56,30 @@ def hold_out(data: Dataset, share: float) -> Dataset:
     """The same with `share` of the training set, after a fixed shuffle, as validation set."""
     order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
     held, kept = order.tensor_split([round(share * len(order))])
-    return replace(data, train_images=data.train_images[kept], train_labels=data.train_labels[kept],
-                   validation=(data.train_images[held], data.train_labels[held]))
+    return replace(
+        data,
+        train_images=data.train_images[kept],
+        train_labels=data.train_labels[kept],
+        validation=(data.train_images[held], data.train_labels[held]),
+    )
 
 
 def _digits(data_dir: Path | None) -> Dataset:
-    """1797 real 8x8 scans that come with scikit-learn; every fifth, after a fixed shuffle, is for the test."""
+    """1797 real 8x8 scans that come with scikit-learn.
+
+    Every fifth, after a fixed shuffle, is for the test.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError("data='digits' needs scikit-learn: pip install 'distoptim[train]'") from error
+        raise ValueError(
+            "data='digits' needs scikit-learn: pip install 'distoptim[train]'"
+        ) from error
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    test, train = order[: len(order) // 5], order[len(order) // 5:]
+    test, train = order[: len(order) // 5], order[len(order) // 5 :]
     return _standardised(images[train], labels[train], images[test], labels[test])
 
 
@@ -95,13 +106,17 @@ def has_files(name: str) -> bool:
     return is_images(name) and name not in ("digits", "synthetic")
 
 
-def _standardised(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Dataset:
+def _standardised(
+    train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor
+) -> Dataset:
     if train_images.shape[1] == 1:
         mean, std = train_images.mean(), train_images.std()
     else:
         std, mean = torch.std_mean(train_images, dim=(0, 2, 3), keepdim=True)
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    return Dataset((train_images - mean) / std, train_labels, (test_images - mean) / std, test_labels, classes)
+    return Dataset(
+        (train_images - mean) / std, train_labels, (test_images - mean) / std, test_labels, classes
+    )
 
 
 def _of_files(data_dir: Path | None, *, name: str) -> Dataset:
@@ -113,7 +128,8 @@ def _image_folder(data_dir: Path | None, *, size: int = image_folder.SIZE) -> Da
 
 
 def parse(name: str) -> Callable[[Path | None], Dataset]:
-    """What loads the images of a name, given their folder: one of `DATASETS`, or "image-folder:SIZE".
+    """What loads the images of a name, given their folder: one of `DATASETS`, or
+    "image-folder:SIZE".
 
     Raises:
         ValueError: there is no such data set.
@@ -122,22 +138,27 @@ def parse(name: str) -> Callable[[Path | None], Dataset]:
     if kind == "image-folder" and colon:
         return partial(_image_folder, size=image_folder.parse_size(size))
     if name not in DATASETS:
-        raise ValueError(f"data={name!r}: allowed is one of {', '.join(DATASETS)}, image-folder:SIZE, "
-                         "or a file or folder of text")
+        raise ValueError(
+            f"data={name!r}: allowed is one of {', '.join(DATASETS)}, image-folder:SIZE, "
+            "or a file or folder of text"
+        )
     return DATASETS[name]
 
 
 DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
-    **{name: partial(_of_files, name=name) for name in cifar.LAYOUTS}, "digits": _digits,
-    **{name: partial(_of_files, name=name) for name in idx.LAYOUTS}, "image-folder": _image_folder,
-    "synthetic": _synthetic}
+    **{name: partial(_of_files, name=name) for name in cifar.LAYOUTS},
+    "digits": _digits,
+    **{name: partial(_of_files, name=name) for name in idx.LAYOUTS},
+    "image-folder": _image_folder,
+    "synthetic": _synthetic,
+}
 
 
 class Batches:
     """An endless iterator over one worker's samples, shuffled anew at every pass.
 
-    A batch that reaches the end of a pass goes on in the next, so all batches are full and all samples are
-    seen equally often.
+    A batch that reaches the end of a pass goes on in the next, so all batches are full and all
+    samples are seen equally often.
 
     Args:
         images: [n, ...].
@@ -147,8 +168,9 @@ class Batches:
         augment: `augment.crop_and_flip` every batch.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, *, batch_size: int, seed: int,
-                 augment: bool = False) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, *, batch_size: int, seed: int, augment: bool = False
+    ) -> None:
         self._images, self._labels, self._batch_size = images, labels, batch_size
         self._generator = torch.Generator().manual_seed(seed)
         self._augment = torch.Generator().manual_seed(seed) if augment else None
@@ -161,7 +183,7 @@ class Batches:
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         """The next images [batch, ...] and labels [batch]."""
-        chosen = self._order[self._position: self._position + self._batch_size]
+        chosen = self._order[self._position : self._position + self._batch_size]
         self._position += len(chosen)
         while len(chosen) < self._batch_size:
             self._shuffle()

@@ -17,12 +17,15 @@ def missing(folder: Path | None, files: Sequence[str], *, name: str, source: str
         source: where it can be had.
     """
     if folder is None:
-        return ValueError(f"data={name!r} needs --data-dir, the folder with {', '.join(files)}; from {source}")
+        return ValueError(
+            f"data={name!r} needs --data-dir, the folder with {', '.join(files)}; from {source}"
+        )
     return ValueError(f"{folder}: missing {', '.join(files)} of data={name!r}; from {source}")
 
 
 def check_md5(path: Path, content: bytes, published: Mapping[int, str]) -> None:
-    """Compare with the checksum that was published for this many bytes; any other number is another file.
+    """Compare with the checksum that was published for this many bytes; any other number is another
+    file.
 
     Args:
         path: of the file, for the message.
@@ -36,5 +39,7 @@ def check_md5(path: Path, content: bytes, published: Mapping[int, str]) -> None:
     # Nobody is kept out by it: it tells a file from another.
     found = hashlib.md5(content, usedforsecurity=False).hexdigest() if expected else None
     if found != expected:
-        raise ValueError(f"{path}: the MD5 of its content is {found}, expected {expected}: damaged, or not the "
-                         "published file")
+        raise ValueError(
+            f"{path}: the MD5 of its content is {found}, expected {expected}: damaged, or not the "
+            "published file"
+        )

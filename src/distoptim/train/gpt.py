@@ -1,4 +1,7 @@
-"""A small GPT over bytes: pre-norm blocks of causal attention with rotary places and a perceptron, tied embeddings."""
+"""A small GPT over bytes.
+
+Pre-norm blocks of causal attention with rotary places and a perceptron, tied embeddings.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,32 @@ BYTES = 256
 
 
 class GPT(nn.Module):
-    """Tokens [batch, positions] -> scores of the next token [batch, classes, positions], as `cross_entropy` takes them.
+    """Tokens [batch, positions] -> scores of the next token [batch, classes, positions], as
+    `cross_entropy` takes them.
 
     Args:
         classes: different tokens.
-        layers, width, heads: its size; the default has 0.82 million parameters. A head's width must be even.
+        layers, width, heads: its size; the default has 0.82 million parameters. A head's width must
+            be even.
     """
 
-    def __init__(self, classes: int = BYTES, *, layers: int = 4, width: int = 128, heads: int = 4) -> None:
+    def __init__(
+        self, classes: int = BYTES, *, layers: int = 4, width: int = 128, heads: int = 4
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(classes, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width, bias=False)
-        # GPT-2's 0.02 is for its width of 768. In narrower models it leaves every branch weak, and they hardly learn.
+        # GPT-2's 0.02 is for its width of 768. In narrower models it leaves every branch weak, and
+        # they hardly learn.
         std = 0.02 * (768 / width) ** 0.5
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # GPT-2: the branches that add to the residual stream begin small, so that depth does not widen it.
-                nn.init.normal_(p, std=std / (2 * layers) ** 0.5 if name.endswith("out.weight") else std)
+                # GPT-2: the branches that add to the residual stream begin small, so that depth
+                # does not widen it.
+                nn.init.normal_(
+                    p, std=std / (2 * layers) ** 0.5 if name.endswith("out.weight") else std
+                )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The score of every token at every next position."""
@@ -56,20 +67,28 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.qkv, self.out = (
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the same shape as x."""
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2))
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, dim=2)
+        )
         mixed = functional.scaled_dot_product_attention(_rotated(q), _rotated(k), v, is_causal=True)
         y: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return y
 
 
 def _rotated(x: Tensor) -> Tensor:
-    """Pairs of features turned by angles that grow with the position, so that q k depends on the distance alone.
+    """Pairs of features turned by angles that grow with the position, so that q k depends on the
+    distance alone.
 
-    With learned embeddings of positions instead, the small model needs several times the steps to look beyond the last
+    With learned embeddings of positions instead, the small model needs several times the steps to
+    look beyond the last
     byte. Source: Su et al. 2021 (arXiv 2104.09864).
     """
     positions, pairs = x.shape[-2], x.shape[-1] // 2
@@ -85,7 +104,10 @@ class Perceptron(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden, self.out = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.hidden, self.out = (
+            nn.Linear(width, 4 * width, bias=False),
+            nn.Linear(4 * width, width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the same shape as x."""

@@ -37,38 +37,65 @@ class Layout:
     first_label: int = 0
 
 
-_MNIST = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_MNIST = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 def _emnist(split: str) -> Layout:
-    train, train_labels, test, test_labels = (f"emnist-{split}-{file.replace('t10k', 'test')}" for file in _MNIST)
-    return Layout((train, train_labels, test, test_labels),
-                  "https://www.nist.gov/itl/products-and-services/emnist-dataset", upright=False,
-                  first_label=1 if split == "letters" else 0)
+    train, train_labels, test, test_labels = (
+        f"emnist-{split}-{file.replace('t10k', 'test')}" for file in _MNIST
+    )
+    return Layout(
+        (train, train_labels, test, test_labels),
+        "https://www.nist.gov/itl/products-and-services/emnist-dataset",
+        upright=False,
+        first_label=1 if split == "letters" else 0,
+    )
 
 
 LAYOUTS = {
-    "mnist": Layout(_MNIST, "http://yann.lecun.com/exdb/mnist/", {
-        47_040_016: "6bbc9ace898e44ae57da46a324031adb", 60_008: "a25bea736e30d166cdddb491f175f624",
-        7_840_016: "2646ac647ad5339dbf082846283269ea", 10_008: "27ae3e4e09519cfbb04c329615203637"}),
-    "fashion-mnist": Layout(_MNIST, "https://github.com/zalandoresearch/fashion-mnist", {
-        47_040_016: "f4a8712d7a061bf5bd6d2ca38dc4d50a", 60_008: "9018921c3c673c538a1fc5bad174d6f9",
-        7_840_016: "8181f5470baa50b63fa0f6fddb340f0a", 10_008: "15d484375f8d13e6eb1aabb0c3f46965"}),
-    **{f"emnist-{split}": _emnist(split) for split in ("balanced", "letters", "digits", "byclass", "bymerge",
-                                                       "mnist")},
+    "mnist": Layout(
+        _MNIST,
+        "http://yann.lecun.com/exdb/mnist/",
+        {
+            47_040_016: "6bbc9ace898e44ae57da46a324031adb",
+            60_008: "a25bea736e30d166cdddb491f175f624",
+            7_840_016: "2646ac647ad5339dbf082846283269ea",
+            10_008: "27ae3e4e09519cfbb04c329615203637",
+        },
+    ),
+    "fashion-mnist": Layout(
+        _MNIST,
+        "https://github.com/zalandoresearch/fashion-mnist",
+        {
+            47_040_016: "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+            60_008: "9018921c3c673c538a1fc5bad174d6f9",
+            7_840_016: "8181f5470baa50b63fa0f6fddb340f0a",
+            10_008: "15d484375f8d13e6eb1aabb0c3f46965",
+        },
+    ),
+    **{
+        f"emnist-{split}": _emnist(split)
+        for split in ("balanced", "letters", "digits", "byclass", "bymerge", "mnist")
+    },
 }
 
 
 def read_folder(folder: Path | None, *, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images, training labels, test images, test labels; images [n, 1, h, w] in [0, 1], labels [n] from 0.
+    """Training images, training labels, test images, test labels; images [n, 1, h, w] in [0, 1],
+    labels [n] from 0.
 
     Args:
         folder: holds the four files, each as it is or with ".gz".
         name: one of `LAYOUTS`.
 
     Raises:
-        ValueError: no folder is given, a file is missing, damaged or not the published one, or images and labels
-            differ in number.
+        ValueError: no folder is given, a file is missing, damaged or not the published one, or
+            images and labels differ in number.
     """
     layout = LAYOUTS[name]
     source = f"{layout.source} (each may end in .gz)"
@@ -81,11 +108,18 @@ def read_folder(folder: Path | None, *, name: str) -> tuple[Tensor, Tensor, Tens
     arrays = [read(path, layout.published) for path in paths if path is not None]
     for images, labels in (arrays[:2], arrays[2:]):
         if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels):
-            raise ValueError(f"{folder}: images {list(images.shape)} and labels {list(labels.shape)} do not belong "
-                             "together")
+            raise ValueError(
+                f"{folder}: images {list(images.shape)} and labels {list(labels.shape)} do not belong "
+                "together"
+            )
     train, train_labels, test, test_labels = arrays
     first = layout.first_label
-    return (_pixels(train, layout), train_labels.long() - first, _pixels(test, layout), test_labels.long() - first)
+    return (
+        _pixels(train, layout),
+        train_labels.long() - first,
+        _pixels(test, layout),
+        test_labels.long() - first,
+    )
 
 
 def read(path: Path, published: Mapping[int, str] | None = None) -> Tensor:
@@ -111,7 +145,9 @@ def read(path: Path, published: Mapping[int, str] | None = None) -> Tensor:
         raise ValueError(f"{path}: cut off in the header")
     shape = struct.unpack(f">{dimensions}I", content[4:start])
     if len(content) - start != math.prod(shape):
-        raise ValueError(f"{path}: {len(content) - start} bytes of data, expected {math.prod(shape)} for {list(shape)}")
+        raise ValueError(
+            f"{path}: {len(content) - start} bytes of data, expected {math.prod(shape)} for {list(shape)}"
+        )
     check_md5(path, content, published or {})
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(shape)
 

@@ -1,4 +1,7 @@
-"""Start a run: in processes of our own on this machine, or as the worker that somebody else has started."""
+"""Start a run.
+
+In processes of our own on this machine, or as the worker that somebody else has started.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,15 @@ from distoptim.train.config import RunConfig
 from distoptim.train.loop import Observer, Run
 from distoptim.train.world import Meeting, StopSignals, joined
 
-# Imported once, by the server from which the workers are forked; what is not installed is passed over. Making
-# any torch optimizer imports torch._dynamo, which takes longer than all the rest.
-_PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "distoptim.train.launch", "sklearn.datasets"]
+# Imported once, by the server from which the workers are forked; what is not installed is passed
+# over. Making any torch optimizer imports torch._dynamo, which takes longer than all the rest.
+_PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "distoptim.train.launch",
+    "sklearn.datasets",
+]
 
 
 class WorkerError(RuntimeError):
@@ -48,7 +57,9 @@ class Job:
     label: str | None = None
 
 
-def run_worker(job: Job, meeting: Meeting, observers: Sequence[Observer] = (), *, store: Store | None = None) -> int:
+def run_worker(
+    job: Job, meeting: Meeting, observers: Sequence[Observer] = (), *, store: Store | None = None
+) -> int:
     """Be one rank, to the end; returns the signal that stopped the run, or 0.
 
     Args:
@@ -67,7 +78,9 @@ def run_worker(job: Job, meeting: Meeting, observers: Sequence[Observer] = (), *
     with StopSignals() as signals, joined(meeting, job.config, store) as world:
         # Under torchrun every rank has made up a name of its own.
         job = replace(job, folder=world.gather(job.folder)[0])
-        run = Run(job.config, world, job.folder, observers=observers, resume=job.resume, label=job.label)
+        run = Run(
+            job.config, world, job.folder, observers=observers, resume=job.resume, label=job.label
+        )
         signum = run.train(signals)
         run.close()
         world.barrier()
@@ -75,9 +88,11 @@ def run_worker(job: Job, meeting: Meeting, observers: Sequence[Observer] = (), *
 
 
 def run_local(job: Job, observers: Sequence[Observer] = ()) -> int:
-    """Run with `config.ranks` processes on this machine; returns the signal that stopped the run, or 0.
+    """Run with `config.ranks` processes on this machine; returns the signal that stopped the run,
+    or 0.
 
-    SIGINT and SIGTERM are passed on: the workers leave a checkpoint and end. The second one kills them.
+    SIGINT and SIGTERM are passed on: the workers leave a checkpoint and end. The second one kills
+        them.
 
     Raises:
         WorkerError: a worker failed; names its rank.
@@ -102,8 +117,12 @@ def run_local(job: Job, observers: Sequence[Observer] = ()) -> int:
                 process.join()
 
 
-def _watch(workers: list[tuple[Any, Connection]], signals: StopSignals, observers: Sequence[Observer],
-           island_size: int) -> int:
+def _watch(
+    workers: list[tuple[Any, Connection]],
+    signals: StopSignals,
+    observers: Sequence[Observer],
+    island_size: int,
+) -> int:
     """Pass lines on to the observers and signals to the workers, until all workers have ended."""
     pending = {receiver: rank for rank, (_, receiver) in enumerate(workers)}
     signum = passed_on = 0
@@ -115,7 +134,9 @@ def _watch(workers: list[tuple[Any, Connection]], signals: StopSignals, observer
                 kind, value = receiver.recv()
             except EOFError:
                 workers[rank][0].join(5)
-                raise WorkerError(f"{_name(rank, island_size)} died: {_cause(workers[rank][0].exitcode)}") from None
+                raise WorkerError(
+                    f"{_name(rank, island_size)} died: {_cause(workers[rank][0].exitcode)}"
+                ) from None
             if kind == "line":
                 for observer in observers:
                     observer(value)
@@ -143,7 +164,11 @@ def _name(rank: int, island_size: int) -> str:
 
 
 def _cause(exitcode: int | None) -> str:
-    return signal.Signals(-exitcode).name if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"
+    return (
+        signal.Signals(-exitcode).name
+        if exitcode is not None and exitcode < 0
+        else f"exit code {exitcode}"
+    )
 
 
 def _main(job: Job, meeting: Meeting, sender: Connection) -> None:

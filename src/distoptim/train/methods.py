@@ -1,4 +1,7 @@
-"""One step of training, with its clock: an averaging algorithm, or synchronous SGD by DistributedDataParallel."""
+"""One step of training, with its clock.
+
+An averaging algorithm, or synchronous SGD by DistributedDataParallel.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,16 @@ from distoptim.train.data import Dataset
 
 # torch 2.13 renamed the argument.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False
+}
 
 
 class Method(ABC):
     """What the training loop asks for.
 
-    `step` returns the loss of this worker's batch, and the seconds of `time.perf_counter` for which its
-    computation stood still for communication.
+    `step` returns the loss of this worker's batch, and the seconds of `time.perf_counter` for which
+    its computation stood still for communication.
     """
 
     optimizer: torch.optim.Optimizer
@@ -64,8 +69,8 @@ class Method(ABC):
 class Averaging(Method):
     """An algorithm of `distoptim`.
 
-    Exposed communication is the time inside `optimizer.average()`: the waits, and the merging too, so it is an
-    upper bound of what `optimizer.stats()["exposed_s"]` counts.
+    Exposed communication is the time inside `optimizer.average()`: the waits, and the merging too,
+    so it is an upper bound of what `optimizer.stats()["exposed_s"]` counts.
 
     Args:
         model: what is trained in place.
@@ -74,9 +79,17 @@ class Averaging(Method):
         group: with whom to average; None means all.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, *, module: nn.Module | None = None,
-                 group: dist.ProcessGroup | None = None) -> None:
-        optimizer = optimizers.build(config, model.parameters(), group=group, levels=rounds.groups(config))
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        *,
+        module: nn.Module | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        optimizer = optimizers.build(
+            config, model.parameters(), group=group, levels=rounds.groups(config)
+        )
         assert isinstance(optimizer, AveragingOptimizer)
         self.optimizer = self._averaging = optimizer
         self._model, self._module, self._dtype = model, module or model, DTYPES[config.dtype]
@@ -112,10 +125,11 @@ class Averaging(Method):
 class Synchronous(Method):
     """DistributedDataParallel with SGD.
 
-    Exposed communication is the time from the moment this worker's last gradient is computed, which a hook on
-    every parameter notes, to the end of `backward()`: there DDP waits for what its buckets have not hidden. The
-    forward pass does not communicate: batch-norm statistics stay local, as with the other methods, and are
-    averaged for evaluation.
+    Exposed communication is the time from the moment this worker's last gradient is computed, which
+    a hook on every parameter notes, to the end of `backward()`: there DDP waits for what its
+    buckets have not hidden. The
+    forward pass does not communicate: batch-norm statistics stay local, as with the other methods,
+    and are averaged for evaluation.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig, **ddp_options: Any) -> None:
@@ -157,7 +171,10 @@ class Synchronous(Method):
 
     def traffic(self) -> dict[str, int]:
         """A gradient for every parameter at every step."""
-        return {"bytes": self._syncs * sum(p.numel() * p.element_size() for p in self._params), "syncs": self._syncs}
+        return {
+            "bytes": self._syncs * sum(p.numel() * p.element_size() for p in self._params),
+            "syncs": self._syncs,
+        }
 
 
 def build(model: nn.Module, config: RunConfig) -> Method:
@@ -171,18 +188,26 @@ def build(model: nn.Module, config: RunConfig) -> Method:
         from distoptim.train.islands import IslandAveraging
 
         return IslandAveraging(model, config)
-    return Synchronous(model, config) if config.algorithm == optimizers.SYNCHRONOUS else Averaging(model, config)
+    return (
+        Synchronous(model, config)
+        if config.algorithm == optimizers.SYNCHRONOUS
+        else Averaging(model, config)
+    )
 
 
 def score(model: nn.Module, data: Dataset) -> dict[str, float]:
     """`evaluate` on the test set, and on the validation set if there is one."""
     found = evaluate(model, data.test_images, data.test_labels)
-    return {**found, **evaluate(model, *data.validation, part="validation")} if data.validation else found
+    return (
+        {**found, **evaluate(model, *data.validation, part="validation")}
+        if data.validation
+        else found
+    )
 
 
 def goes_on(losses: Iterable[float]) -> bool:
-    """Whether a run can go on after the workers' losses of a step: one that is finite is enough, since a worker that
-    has gone astray alone is left out of the next mean and brought back by it.
+    """Whether a run can go on after the workers' losses of a step: one that is finite is enough,
+    since a worker that has gone astray alone is left out of the next mean and brought back by it.
     """
     return any(map(math.isfinite, losses))
 
@@ -199,19 +224,28 @@ def diverged(found: Mapping[str, float], classes: int, *, whole: bool) -> bool:
 
 
 def worker_accuracy(model: nn.Module, data: Dataset) -> float:
-    """Of a single worker's own model, on the first 1000 test images or 100 windows of text: all workers are asked."""
+    """Of a single worker's own model, on the first 1000 test images or 100 windows of text.
+
+    All workers are asked.
+    """
     few = 1000 if data.test_labels.dim() == 1 else 100
     return evaluate(model, data.test_images[:few], data.test_labels[:few])["test_accuracy"]
 
 
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, part: str = "test",
-             batch_size: int = 512) -> dict[str, float]:
-    """Mean loss (nats) and accuracy (in [0, 1]) per label of `model` in evaluation mode; its mode is put back."""
+def evaluate(
+    model: nn.Module, images: Tensor, labels: Tensor, *, part: str = "test", batch_size: int = 512
+) -> dict[str, float]:
+    """Mean loss (nats) and accuracy (in [0, 1]) per label of `model` in evaluation mode.
+
+    Its mode is put back.
+    """
     was_training = model.training
     model.eval()
     loss, right = 0.0, 0
     with torch.no_grad():
-        for x, y in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
+        for x, y in zip(
+            torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
+        ):
             out = model(x)
             loss += float(nn.functional.cross_entropy(out, y, reduction="sum"))
             right += int((out.argmax(1) == y).sum())

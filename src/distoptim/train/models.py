@@ -27,11 +27,19 @@ def build(name: str, image: Size, classes: int) -> nn.Module:
 
 
 def _cnn(image: Size, classes: int, width: int = 48) -> nn.Module:
-    """Three convolutions with batch norm, the last one halving the image; 129 thousand parameters."""
+    """Three convolutions with batch norm, the last one halving the image.
+
+    129 thousand parameters.
+    """
     wide = 2 * width
     return nn.Sequential(
-        *_block(image[0], width, stride=1), *_block(width, wide, stride=1), *_block(wide, wide, stride=2),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * wide, classes))
+        *_block(image[0], width, stride=1),
+        *_block(width, wide, stride=1),
+        *_block(wide, wide, stride=2),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * wide, classes),
+    )
 
 
 def _block(inputs: int, outputs: int, stride: int, size: int = 3) -> list[nn.Module]:
@@ -42,22 +50,43 @@ def _block(inputs: int, outputs: int, stride: int, size: int = 3) -> list[nn.Mod
 def _mlp(image: Size, classes: int, width: int = 64) -> nn.Module:
     """One hidden layer; 5 thousand parameters at 8x8."""
     inputs = image.numel()
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(inplace=True), nn.Linear(width, classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(inplace=True), nn.Linear(width, classes)
+    )
 
 
 def _cnn_small(image: Size, classes: int, width: int = 16) -> nn.Module:
-    """Three strided convolutions with batch norm, in channels_last; 90 thousand parameters at 28x28."""
+    """Three strided convolutions with batch norm, in channels_last.
+
+    90 thousand parameters at 28x28.
+    """
     side = [-(-size // 8) for size in image[1:]]
     model = nn.Sequential(
-        *_block(image[0], width, stride=2, size=5), *_block(width, 2 * width, stride=2),
-        *_block(2 * width, 4 * width, stride=2), nn.Flatten(), nn.Linear(4 * width * side[0] * side[1], 64),
-        nn.ReLU(inplace=True), nn.Linear(64, classes))
+        *_block(image[0], width, stride=2, size=5),
+        *_block(width, 2 * width, stride=2),
+        *_block(2 * width, 4 * width, stride=2),
+        nn.Flatten(),
+        nn.Linear(4 * width * side[0] * side[1], 64),
+        nn.ReLU(inplace=True),
+        nn.Linear(64, classes),
+    )
     nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch lacks this one
     return model
 
 
-TEXT_MODELS: dict[str, Callable[[Size, int], nn.Module]] = {"gpt": gpt.build, "gpt-small": gpt.build_small}
+TEXT_MODELS: dict[str, Callable[[Size, int], nn.Module]] = {
+    "gpt": gpt.build,
+    "gpt-small": gpt.build_small,
+}
 LARGE: dict[str, Callable[[Size, int], nn.Module]] = {
-    "resnet18": resnet.resnet18, "vgg16": resnet.vgg16, "wrn28-10": resnet.wrn28_10}
-MODELS: dict[str, Callable[[Size, int], nn.Module]] = {**TEXT_MODELS, **LARGE, "cnn": _cnn,
-                                                      "cnn-small": _cnn_small, "mlp": _mlp}
+    "resnet18": resnet.resnet18,
+    "vgg16": resnet.vgg16,
+    "wrn28-10": resnet.wrn28_10,
+}
+MODELS: dict[str, Callable[[Size, int], nn.Module]] = {
+    **TEXT_MODELS,
+    **LARGE,
+    "cnn": _cnn,
+    "cnn-small": _cnn_small,
+    "mlp": _mlp,
+}

@@ -36,8 +36,11 @@ def own_options(algorithm: str) -> dict[str, type]:
         return {"approximation_rank": int}
     types = {"int": int, "float": float, "bool": bool}
     parameters = inspect.signature(ALGORITHMS[algorithm]).parameters.values()
-    annotations = {p.name: getattr(p.annotation, "__name__", str(p.annotation)).split(" ")[0]
-                   for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("tau", "gmf")}
+    annotations = {
+        p.name: getattr(p.annotation, "__name__", str(p.annotation)).split(" ")[0]
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("tau", "gmf")
+    }
     own = {name: types[text] for name, text in annotations.items() if text in types}
     return {"fragments": int, "pattern": str, **own, "reset_inner": bool, "codec": str}
 
@@ -54,8 +57,13 @@ def shared_options(options: Mapping[str, Any], methods: Sequence[str]) -> dict[s
     for name in options:
         if not any(name in own for own in taken.values()):
             others = ", ".join(method for method in names() if name in own_options(method))
-            raise ValueError(f"{', '.join(methods)}: none of them takes {name}; it is an option of {others}")
-    return {method: {name: value for name, value in options.items() if name in own} for method, own in taken.items()}
+            raise ValueError(
+                f"{', '.join(methods)}: none of them takes {name}; it is an option of {others}"
+            )
+    return {
+        method: {name: value for name, value in options.items() if name in own}
+        for method, own in taken.items()
+    }
 
 
 def _known(algorithm: str) -> None:
@@ -63,9 +71,14 @@ def _known(algorithm: str) -> None:
         raise ValueError(f"algorithm={algorithm!r}: allowed is one of {', '.join(names())}")
 
 
-def build(config: RunConfig, params: Iterable[Tensor], *, communicator: Communicator | None = None,
-          group: dist.ProcessGroup | None = None,
-          levels: Mapping[int, dist.ProcessGroup] | None = None) -> torch.optim.Optimizer:
+def build(
+    config: RunConfig,
+    params: Iterable[Tensor],
+    *,
+    communicator: Communicator | None = None,
+    group: dist.ProcessGroup | None = None,
+    levels: Mapping[int, dist.ProcessGroup] | None = None,
+) -> torch.optim.Optimizer:
     """The optimizer that `config` describes.
 
     Args:
@@ -76,7 +89,8 @@ def build(config: RunConfig, params: Iterable[Tensor], *, communicator: Communic
         levels: period -> this worker's group, as `rounds.groups` makes them.
 
     Raises:
-        ValueError: there is no such algorithm, it has no such option, or a value is outside its range.
+        ValueError: there is no such algorithm, it has no such option, or a value is outside its
+            range.
     """
     _known(config.algorithm)
     allowed = own_options(config.algorithm)
@@ -89,8 +103,15 @@ def build(config: RunConfig, params: Iterable[Tensor], *, communicator: Communic
         checks.integer("approximation_rank", config.options.get("approximation_rank", 1), 1)
     if config.synchronous:
         return inner
-    return ALGORITHMS[config.algorithm](inner, tau=rounds.period_of(config), communicator=communicator, group=group,
-                                        levels=levels, timeout_s=config.timeout_s, **config.options)
+    return ALGORITHMS[config.algorithm](
+        inner,
+        tau=rounds.period_of(config),
+        communicator=communicator,
+        group=group,
+        levels=levels,
+        timeout_s=config.timeout_s,
+        **config.options,
+    )
 
 
 def _inner(config: RunConfig, params: list[Tensor]) -> torch.optim.Optimizer:
@@ -99,9 +120,15 @@ def _inner(config: RunConfig, params: list[Tensor]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         inner = torch.optim.AdamW(params, lr=config.peak_lr, weight_decay=config.weight_decay)
     else:
-        inner = inner_optimizer(params, lr=config.peak_lr, momentum=config.momentum,
-                                nesterov=config.nesterov and config.momentum > 0, weight_decay=config.weight_decay)
+        inner = inner_optimizer(
+            params,
+            lr=config.peak_lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov and config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )
     if (norm := config.clip_norm) is not None:
+
         def clip(*_: object) -> None:
             torch.nn.utils.clip_grad_norm_(params, norm)
 

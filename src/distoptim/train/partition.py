@@ -20,12 +20,15 @@ def iid(labels: Tensor, workers: int, generator: torch.Generator) -> list[Tensor
     return [order[rank::workers] for rank in range(workers)]
 
 
-def label_skew(labels: Tensor, workers: int, generator: torch.Generator, *, share: float = 0.64) -> list[Tensor]:
-    """Every worker has a main class that makes up `share` of its samples; the rest is dealt out from what is left.
+def label_skew(
+    labels: Tensor, workers: int, generator: torch.Generator, *, share: float = 0.64
+) -> list[Tensor]:
+    """Every worker has a main class that makes up `share` of its samples; the rest is dealt out
+    from what is left.
 
-    Shards differ by one sample at most. Of 50,000 samples of 10 classes 16 workers get 3125 each, 2000 of them of one
-    class, as in the experiments of Overlap-Local-SGD. A class with too few samples for all its workers is divided
-    among them.
+    Shards differ by one sample at most. Of 50,000 samples of 10 classes 16 workers get 3125 each,
+    2000 of them of one class, as in the experiments of Overlap-Local-SGD. A class with too few
+    samples for all its workers is divided among them.
 
     Args:
         labels: [n].
@@ -41,7 +44,7 @@ def label_skew(labels: Tensor, workers: int, generator: torch.Generator, *, shar
     for rank, label in enumerate(owners):
         members = order[labels[order] == label]
         want = min(round(share * sizes[rank]), len(members) // owners.count(label))
-        mine.append(members[taken[label]: taken[label] + want])
+        mine.append(members[taken[label] : taken[label] + want])
         taken[label] += want
     left = torch.ones(len(labels), dtype=torch.bool)
     left[torch.cat(mine)] = False
@@ -53,16 +56,22 @@ def label_skew(labels: Tensor, workers: int, generator: torch.Generator, *, shar
 
 
 def main_classes(workers: int, classes: int) -> list[int]:
-    """The main class of each worker: all in turn, then the odd ones before the even ones, from 1, again and again.
+    """The main class of each worker: all in turn, then the odd ones before the even ones, from 1,
+    again and again.
 
     For 16 workers and 10 classes: 0 to 9, then 1, 3, 5, 7, 9, 2, as in the paper's code.
     """
     again = [*range(1, classes, 2), *range(2, classes, 2), 0]
-    return [rank if rank < classes else again[(rank - classes) % classes] for rank in range(workers)]
+    return [
+        rank if rank < classes else again[(rank - classes) % classes] for rank in range(workers)
+    ]
 
 
-def dirichlet(labels: Tensor, workers: int, generator: torch.Generator, *, concentration: float = 0.5) -> list[Tensor]:
-    """Each class is divided among the workers in proportions from Dirichlet(concentration); shards differ in size.
+def dirichlet(
+    labels: Tensor, workers: int, generator: torch.Generator, *, concentration: float = 0.5
+) -> list[Tensor]:
+    """Each class is divided among the workers in proportions from Dirichlet(concentration); shards
+    differ in size.
 
     Args:
         labels: [n].
@@ -75,14 +84,19 @@ def dirichlet(labels: Tensor, workers: int, generator: torch.Generator, *, conce
     shards: list[list[Tensor]] = [[] for _ in range(workers)]
     for label in range(int(labels.max()) + 1):
         members = order[labels[order] == label]
-        cuts = (rng.dirichlet([concentration] * workers).cumsum()[:-1] * len(members)).round().astype(int)
+        cuts = (
+            (rng.dirichlet([concentration] * workers).cumsum()[:-1] * len(members))
+            .round()
+            .astype(int)
+        )
         for shard, part in zip(shards, torch.tensor_split(members, cuts.tolist()), strict=True):
             shard.append(part)
     return [torch.cat(shard) for shard in shards]
 
 
 def parse(name: str) -> Partition:
-    """A partition by name: "iid", "label-skew" or "label-skew:SHARE", "dirichlet" or "dirichlet:CONCENTRATION".
+    """A partition by name: "iid", "label-skew" or "label-skew:SHARE", "dirichlet" or
+    "dirichlet:CONCENTRATION".
 
     Raises:
         ValueError: there is no such partition, or its number is outside its range.
@@ -95,14 +109,29 @@ def parse(name: str) -> Partition:
     except ValueError:
         value = float("nan")
     if kind == "label-skew":
-        return label_skew if value is None else partial(
-            label_skew, share=checks.number(f"partition={name!r}: the share", value, 0, 1, open_low=True))
+        return (
+            label_skew
+            if value is None
+            else partial(
+                label_skew,
+                share=checks.number(f"partition={name!r}: the share", value, 0, 1, open_low=True),
+            )
+        )
     if kind == "dirichlet":
-        return dirichlet if value is None else partial(
-            dirichlet, concentration=checks.number(f"partition={name!r}: the concentration", value, 0, 1e6,
-                                                   open_low=True))
-    raise ValueError(f"partition={name!r}: allowed is one of iid, label-skew, label-skew:SHARE, dirichlet, "
-                     "dirichlet:CONCENTRATION")
+        return (
+            dirichlet
+            if value is None
+            else partial(
+                dirichlet,
+                concentration=checks.number(
+                    f"partition={name!r}: the concentration", value, 0, 1e6, open_low=True
+                ),
+            )
+        )
+    raise ValueError(
+        f"partition={name!r}: allowed is one of iid, label-skew, label-skew:SHARE, dirichlet, "
+        "dirichlet:CONCENTRATION"
+    )
 
 
 def partition(name: str, labels: Tensor, *, workers: int, seed: int) -> list[Tensor]:
@@ -119,5 +148,7 @@ def partition(name: str, labels: Tensor, *, workers: int, seed: int) -> list[Ten
     """
     shards = parse(name)(labels, workers, torch.Generator().manual_seed(seed))
     if not all(len(shard) for shard in shards):
-        raise ValueError(f"workers={workers}: partition {name!r} of {len(labels)} samples leaves one without any")
+        raise ValueError(
+            f"workers={workers}: partition {name!r} of {len(labels)} samples leaves one without any"
+        )
     return shards

@@ -1,7 +1,8 @@
 """A run's record: a file of JSON lines, written as the run goes on and read for tables and figures.
 
-Kinds of lines: "start" (configuration, versions, machine, time), "log" (step, epoch, seconds, loss), "evaluation"
-(step, epoch, seconds, test_loss, test_accuracy), "checkpoint", "resume", and "summary" at the end.
+Kinds of lines: "start" (configuration, versions, machine, time), "log" (step, epoch, seconds,
+loss), "evaluation" (step, epoch, seconds, test_loss, test_accuracy), "checkpoint", "resume", and
+"summary" at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class RecordWriter:
 
     Args:
         path: of the file.
-        after_step: on resume, lines of later steps are dropped: those steps are made again. None begins a new file.
+        after_step: on resume, lines of later steps are dropped: those steps are made again. None
+            begins a new file.
 
     Raises:
         ValueError: naming the file, if it cannot be written, here or in `write`.
@@ -39,8 +41,11 @@ class RecordWriter:
     def __init__(self, path: Path, *, after_step: int | None = None) -> None:
         kept: list[Line] = []
         if after_step is not None and path.exists():
-            kept = [line for line in read_lines(path)
-                    if line.get("step", 0) <= after_step and line["kind"] != "summary"]
+            kept = [
+                line
+                for line in read_lines(path)
+                if line.get("step", 0) <= after_step and line["kind"] != "summary"
+            ]
         draft, self._path = path.with_suffix(".draft"), path
         try:
             draft.write_text("".join(_text(line) for line in kept))
@@ -77,7 +82,10 @@ class Record:
 
 
 def file(folder: Path) -> Path:
-    """Of a run's folder the record: in it or, for little space, beside it as `FOLDER.record.jsonl`."""
+    """Of a run's folder the record.
+
+    In it or, for little space, beside it as `FOLDER.record.jsonl`.
+    """
     beside = folder.with_name(f"{folder.name}.{FILE}")
     return beside if beside.exists() and not (folder / FILE).exists() else folder / FILE
 
@@ -85,7 +93,9 @@ def file(folder: Path) -> Path:
 def folders(root: Path) -> list[Path]:
     """The folders of all runs below `root` that have a record, or the draft of one."""
     inside = {path.parent for name in (FILE, DRAFT) for path in root.rglob(name)}
-    beside = {path.with_name(path.name.removesuffix(f".{FILE}")) for path in root.rglob(f"*.{FILE}")}
+    beside = {
+        path.with_name(path.name.removesuffix(f".{FILE}")) for path in root.rglob(f"*.{FILE}")
+    }
     return sorted(inside | beside)
 
 
@@ -93,19 +103,26 @@ def read(path: Path) -> Record:
     """The record in a file, or of a run's folder.
 
     Raises:
-        ValueError: there is no such file, or a line in the middle of it is damaged. A last line that was cut off
-            is left out.
+        ValueError: there is no such file, or a line in the middle of it is damaged. A last line
+            that was cut off is left out.
     """
     path = path if path.is_file() else file(path)
     lines = list(read_lines(path))
     if not lines or lines[0]["kind"] != "start" or not isinstance(lines[0].get("config"), dict):
-        raise ValueError(f"{path}:1: a record begins with a line of kind 'start' that has a 'config'")
+        raise ValueError(
+            f"{path}:1: a record begins with a line of kind 'start' that has a 'config'"
+        )
     kinds: dict[str, list[Line]] = {}
     for line in lines:
         kinds.setdefault(line["kind"], []).append(line)
     summaries = kinds.get("summary", [])
-    return Record(lines[0]["config"], lines[0], kinds.get("log", []), kinds.get("evaluation", []),
-                  summaries[-1] if summaries else None)
+    return Record(
+        lines[0]["config"],
+        lines[0],
+        kinds.get("log", []),
+        kinds.get("evaluation", []),
+        summaries[-1] if summaries else None,
+    )
 
 
 def finished(folder: Path) -> bool:
@@ -148,8 +165,13 @@ def surroundings() -> Line:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
-        "machine": {"processor": _processor(), "cores": len(os.sched_getaffinity(0)) if hasattr(
-            os, "sched_getaffinity") else os.cpu_count(), "system": platform.system()},
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "system": platform.system(),
+        },
     }
 
 
@@ -169,8 +191,13 @@ def _processor() -> str:
 def _commit() -> str | None:
     """Of the source tree the package was imported from, with "-dirty" if it has changes."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
-                              text=True, cwd=Path(__file__).parent, timeout=10)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

@@ -13,9 +13,11 @@ SCHEDULES = ("constant", "steps", "cosine")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Local step -> what the peak learning rate is multiplied with; it has no state that a checkpoint could lose.
+    """Local step -> what the peak learning rate is multiplied with; it has no state that a
+    checkpoint could lose.
 
-    Warm-up rises linearly from 1/workers, where one worker alone would be, to 1 (arXiv 1706.02677, section 2.2).
+    Warm-up rises linearly from 1/workers, where one worker alone would be, to 1 (arXiv 1706.02677,
+    section 2.2).
 
     Args:
         kind: one of `SCHEDULES`; "cosine" falls to 0 at the last step.
@@ -34,7 +36,10 @@ class Schedule:
     decay: float = 0.1
 
     def set(self, optimizer: torch.optim.Optimizer, step: int, peak: float) -> None:
-        """Give all param groups the learning rate of local step `step`; `peak` is that at the factor 1."""
+        """Give all param groups the learning rate of local step `step`.
+
+        `peak` is that at the factor 1.
+        """
         for group in optimizer.param_groups:
             group["lr"] = peak * self(step)
 

@@ -19,7 +19,10 @@ def _pareto(mean_s: float, seed: int) -> Pareto:
 
 
 SLOWDOWNS: dict[str, Callable[[float, int], ShiftedExponential | Pareto] | None] = {
-    "none": None, "exponential": _exponential, "pareto": _pareto}
+    "none": None,
+    "exponential": _exponential,
+    "pareto": _pareto,
+}
 
 
 def seconds(kind: str, *, mean_ms: float, seed: int, rank: int, step: int) -> float:

@@ -21,7 +21,11 @@ class TensorBoard:
 
     def __call__(self, line: Line) -> None:
         """Write what is a number over the steps."""
-        names = {"log": ("loss",), "evaluation": ("test_loss", "test_accuracy"), "summary": ("exposed_share",)}
+        names = {
+            "log": ("loss",),
+            "evaluation": ("test_loss", "test_accuracy"),
+            "summary": ("exposed_share",),
+        }
         for name in names.get(line["kind"], ()):
             self._writer.add_scalar(name, line[name], line["step"])
         if line["kind"] == "summary":

@@ -1,4 +1,7 @@
-"""The workers of a run: how they meet, agree to stop, and speak outside of the training's own communication."""
+"""The workers of a run.
+
+How they meet, agree to stop, and speak outside of the training's own communication.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,17 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the workers of a run find each other: a store's host and port, this worker's rank, and how many there are.
+    """Where the workers of a run find each other: a store's host and port, this worker's rank, and
+    how many there are.
 
     Args:
         host, port: of a TCPStore.
         rank: in [0, size).
         size: number of workers.
-        prefix: of the keys in the store, so that a second attempt does not find the first one's addresses.
-        hosted: whether somebody else (a parent, torchrun's agent) serves the store; otherwise rank 0 does.
+        prefix: of the keys in the store, so that a second attempt does not find the first one's
+            addresses.
+        hosted: whether somebody else (a parent, torchrun's agent) serves the store; otherwise rank
+            0 does.
     """
 
     host: str
@@ -43,8 +49,14 @@ class Meeting:
 
     def connect(self, timeout_s: float) -> Store:
         """The store; it may be used for one run after another, with a prefix for each."""
-        store: Store = TCPStore(self.host, self.port, self.size, timeout=timedelta(seconds=timeout_s),
-                                is_master=not self.hosted and self.rank == 0, wait_for_workers=False)
+        store: Store = TCPStore(
+            self.host,
+            self.port,
+            self.size,
+            timeout=timedelta(seconds=timeout_s),
+            is_master=not self.hosted and self.rank == 0,
+            wait_for_workers=False,
+        )
         return PrefixStore(self.prefix, store) if self.prefix else store
 
 
@@ -60,9 +72,12 @@ def from_torchrun() -> Meeting | None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"RANK and WORLD_SIZE are set, MASTER_ADDR and MASTER_PORT are not: {error}") from error
+        raise ValueError(
+            f"RANK and WORLD_SIZE are set, MASTER_ADDR and MASTER_PORT are not: {error}"
+        ) from error
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    # A store of the workers' own is new at every attempt; and the agents of several hosts count attempts differently.
+    # A store of the workers' own is new at every attempt; and the agents of several hosts count
+    # attempts differently.
     attempt = f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if hosted else ""
     return Meeting(host, port, rank, size, attempt, hosted)
 
@@ -74,12 +89,15 @@ def workers_of(ranks: int, island_size: int) -> int:
         ValueError: the size of an island does not divide their number.
     """
     if ranks % checks.integer("island_size", island_size, 1):
-        raise ValueError(f"island_size={island_size} with {ranks} ranks: allowed is a number that divides it")
+        raise ValueError(
+            f"island_size={island_size} with {ranks} ranks: allowed is a number that divides it"
+        )
     return ranks // island_size
 
 
 class World:
-    """This rank's place, and a private gloo group for small messages that the emulated link does not slow down.
+    """This rank's place, and a private gloo group for small messages that the emulated link does
+    not slow down.
 
     Attributes:
         rank, size: among all ranks.
@@ -111,13 +129,20 @@ def joined(meeting: Meeting, config: RunConfig, store: Store | None = None) -> I
     Args:
         meeting: where the workers find each other.
         config: the run.
-        store: of the meeting, if there is a connection already; nothing of an earlier run may be in it.
+        store: of the meeting, if there is a connection already; nothing of an earlier run may be in
+            it.
     """
     timeout = timedelta(seconds=config.timeout_s)
     store = meeting.connect(config.timeout_s) if store is None else store
     link = config.link
-    backend = "gloo" if link is None else emulate(latency_s=link.latency_s, bandwidth_gbit_s=link.bandwidth_gbit_s)
-    dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout)
+    backend = (
+        "gloo"
+        if link is None
+        else emulate(latency_s=link.latency_s, bandwidth_gbit_s=link.bandwidth_gbit_s)
+    )
+    dist.init_process_group(
+        backend, store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout
+    )
     yield World(config.island_size)
     # Not after an exception: peers may be anywhere, and this process is about to end.
     dist.destroy_process_group()
@@ -146,8 +171,9 @@ class StopSignals:
 class StopVote:
     """Lets all workers stop after the same step when one was told to.
 
-    An all-reduce (maximum) of [signal, seconds per step, whether the run can go on] travels in the background and is
-    read some steps later, about four times a second at the slowest worker's pace: nobody waits for it.
+    An all-reduce (maximum) of [signal, seconds per step, whether the run can go on] travels in the
+    background and is read some steps later, about four times a second at the slowest worker's pace:
+    nobody waits for it.
     """
 
     def __init__(self, world: World, signals: StopSignals) -> None:
@@ -176,7 +202,9 @@ class StopVote:
             raise FloatingPointError("no worker's loss is finite")
         self._due = steps + (max(1, min(1000, round(0.25 / pace))) if pace else 1)
         self._ballot = torch.tensor([self._signals.received, step_s, goes_on], dtype=torch.float64)
-        self._work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, self._world.control, async_op=True)
+        self._work = dist.all_reduce(
+            self._ballot, dist.ReduceOp.MAX, self._world.control, async_op=True
+        )
         return 0
 
     def close(self) -> int:
