@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-
-from distoptim.train import text
-from distoptim.train.gpt import BYTES
+from distoptim_experiments.data import text
+from distoptim_experiments.models.gpt import BYTES
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distoptim.sim.machines import Machines
-from distoptim.sim.run import VirtualRun
-from distoptim.train.config import RunConfig
+from distoptim_experiments.config import RunConfig
+from distoptim_experiments.machines import Machines
+from distoptim_experiments.training.virtual import VirtualRun
 
 CODECS = ("float32", "bf16", "int8", "e3m0", "2bit", "2bit+ef", "e3m0+ef")
 # The demo's learning rate for SGD, and AdamW's default.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import Report, json_path, save
-from distoptim.comm.codec import CODECS
+from distoptim.comm.codecs import CODECS
 
 NUMEL, REPEATS = 11_200_000, 9
 LIMITS = {"bf16": 3.0, "int8": 3.0}

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import distoptim
 from benchmarks.report import Report, json_path, save
 from distoptim.comm import Link, ProcessGroupCommunicator, emulate
-from distoptim.sim import Cluster, Constant, Ring
-from distoptim.sim.planner import Job, plan
+from distoptim.planning.planner import Job, plan
+from distoptim.simulator import Cluster, Constant, Ring
 
 STEP_S, NUMEL, WORKERS = 0.03, 50_000, 2
 ROUNDS = 4

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import torch
+from distoptim_experiments.models import registry as models
 from torch import Tensor, nn
 
 import distoptim
 from benchmarks.report import Report, json_path, save
 from distoptim.comm import Link
-from distoptim.sim import Cluster, Constant, Ring
-from distoptim.train import models
+from distoptim.simulator import Cluster, Constant, Ring
 
 WORKERS, BATCH, TAU = 16, 48, 4
 REPEATS = 8

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from distoptim_experiments.studies.stragglers import WORKERS, Curve, draw, study
 
-from distoptim.sim import Pareto, ShiftedExponential
-from distoptim.sim.stragglers import WORKERS, Curve, draw, study
+from distoptim.simulator import Pareto, ShiftedExponential
 
 TAU = 8
 PANELS = {

@@ -19,10 +19,10 @@ from distoptim.algorithms import (
     StreamingDiLoCo,
     register,
 )
-from distoptim.algorithms.rule import Mean, Rule, State
 from distoptim.comm import CommunicationError
+from distoptim.engine.fragment_sync import QuarantineWarning
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.slot import QuarantineWarning
+from distoptim.rule import Mean, Rule, State
 from distoptim.version import __version__
 
 logging.getLogger("distoptim").addHandler(logging.NullHandler())

@@ -15,10 +15,10 @@ def main() -> None:
     """
     try:
         import click
+        from distoptim_experiments.cli import cli
+        from distoptim_experiments.training.launch import WorkerError
 
         from distoptim.comm import CommunicationError
-        from distoptim.commands import cli
-        from distoptim.train.launch import WorkerError
     except ImportError as error:
         if error.name is None or error.name.split(".")[0] not in _EXTRA:
             raise

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distoptim.comm import islands
-from distoptim.pieces import pieces
+from distoptim.chunks import pieces
+from distoptim.comm import mesh as islands
 
 Partition = Sequence[Sequence[int]]
 Fragments = int | Sequence[Sequence[Tensor] | torch.nn.Module]

@@ -11,19 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distoptim import checkpoint, checks, evaluation, handshake
-from distoptim.algorithms.rule import Rule
+from distoptim import checks
 from distoptim.comm import Communicator, connect
-from distoptim.comm.codec import Coding
-from distoptim.comm.codec import find as find_codec
-from distoptim.comm.islands import Island, averaging_group
-from distoptim.engine import Engine
+from distoptim.comm.codecs import Coding
+from distoptim.comm.codecs import find as find_codec
+from distoptim.comm.mesh import Island, averaging_group
+from distoptim.engine import checkpoint, evaluation
+from distoptim.engine import membership as handshake
+from distoptim.engine.clock import Pace
+from distoptim.engine.engine import Engine
+from distoptim.engine.hierarchy import Levels, connect_levels
 from distoptim.face import Face
 from distoptim.fragments import Fragments, build, names, partition, trainable
-from distoptim.levels import Levels, connect_levels
 from distoptim.options import Params, check_size, inner_optimizer, workers
-from distoptim.pace import Pace
-from distoptim.period import Tau
+from distoptim.periods import Tau
+from distoptim.rule import Rule
 from distoptim.version import __version__
 
 

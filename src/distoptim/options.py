@@ -13,8 +13,8 @@ from typing_extensions import TypedDict
 
 from distoptim import checks
 from distoptim.comm import Communicator, world_size
-from distoptim.comm.codec import Coding
-from distoptim.comm.islands import averaging_group
+from distoptim.comm.codecs import Coding
+from distoptim.comm.mesh import averaging_group
 from distoptim.fragments import Fragments
 
 Params = (

@@ -1,8 +1,327 @@
-"""What `tau` may be instead of an integer."""
+"""tau: how long a round is, fixed or chosen while training."""
 
 from __future__ import annotations
 
-from distoptim.adaptive import AdaComm, HideCommunication
-from distoptim.period import Period, PostLocal, Schedule
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-__all__ = ["AdaComm", "HideCommunication", "Period", "PostLocal", "Schedule"]
+from distoptim import checks
+
+Change = tuple[int, str]
+
+
+class Period(ABC):
+    """Says how many local steps the next round has; asked where a round ends, before the next
+    launch.
+
+    Subclasses are frozen dataclasses, on which all workers must agree. What they decide must follow
+    from what is
+    equal on all workers: the local step and the means.
+
+    Attributes:
+        measures: what each worker sends along, so that its mean over the workers can be decided on:
+            of "loss", "lr", "step_s" (computing a local step) and "communication_s" (all means of a
+            round).
+        start: local step until which the workers average after every local step.
+    """
+
+    measures: tuple[str, ...] = ()
+    start: int = 0
+
+    @property
+    @abstractmethod
+    def smallest(self) -> int:
+        """The smallest tau it will choose."""
+
+    @property
+    def first(self) -> int:
+        """The tau it begins with."""
+        return self.smallest
+
+    @property
+    def choices(self) -> frozenset[int] | None:
+        """Every tau it can choose, if that is known before."""
+        return None
+
+    def choose(
+        self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
+    ) -> Change:
+        """The next round's tau and the reason.
+
+        Args:
+            step: local steps done.
+            tau: of the round that ends.
+            means: the workers' means of `measures`, as sent at the start of the round merged last;
+                or empty.
+            memory: what it wants to remember; part of the checkpoint.
+        """
+        return tau, "fixed"
+
+
+Tau = int | Period | Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Fixed(Period):
+    """Always the same tau, >= 1."""
+
+    tau: int
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        checks.integer("tau", self.tau, 1)
+
+    @property
+    def smallest(self) -> int:
+        """That."""
+        return self.tau
+
+    @property
+    def choices(self) -> frozenset[int]:
+        """That."""
+        return frozenset([self.tau])
+
+
+def period_of(tau: object) -> Period:
+    """A period object as it is, a mapping of local steps to taus as a schedule, an integer as a
+    fixed one.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(tau, Period):
+        return tau
+    if isinstance(tau, Mapping):
+        return Schedule(tau)
+    return Fixed(checks.integer("tau", tau, 1))
+
+
+@dataclass(frozen=True)
+class Schedule(Period):
+    """tau by local step: `Schedule({0: 2, 1000: 8})` has rounds of 2, and of 8 from step 1000 on.
+
+    A change takes effect where a round ends, at that step or after it.
+
+    Args:
+        taus: local step -> tau, >= 1; 0 must be among the steps.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    taus: Mapping[int, int]
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not isinstance(self.taus, Mapping) or 0 not in self.taus:
+            raise ValueError(
+                f"taus={self.taus!r}: allowed is a mapping of local steps to tau that begins at step 0"
+            )
+        for step, tau in self.taus.items():
+            checks.integer("step of the schedule", step, 0)
+            checks.integer("tau", tau, 1)
+
+    @property
+    def smallest(self) -> int:
+        """Of all."""
+        return min(self.taus.values())
+
+    @property
+    def first(self) -> int:
+        """At step 0."""
+        return self.taus[0]
+
+    @property
+    def choices(self) -> frozenset[int]:
+        """Those of the table."""
+        return frozenset(self.taus.values())
+
+    def choose(
+        self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
+    ) -> Change:
+        """As the table says."""
+        return self.taus[max(s for s in self.taus if s <= step)], "schedule"
+
+
+class PostLocal(Period):
+    """Averaging after every local step, blocking, until local step `start`; then the algorithm with
+    its tau.
+
+    Until then x <- mean after each local step, whatever the algorithm; it begins at `start` from
+    the shared x, its anchors there too.
+
+    Args:
+        start: local steps of the synchronous phase, >= 1.
+        tau: of the phase after it: local steps in a round or another period object.
+
+    Raises:
+        ValueError: a value outside its range, or one PostLocal in another.
+
+    Source: Lin, Stich, Patel, Jaggi 2018 (arXiv 1808.07217).
+    """
+
+    def __init__(self, *, start: int, tau: Tau) -> None:
+        self.start = checks.integer("start", start, 1)
+        self.then = period_of(tau)
+        if self.then.start:
+            raise ValueError(
+                f"tau={tau!r} inside PostLocal: allowed is an integer or another kind of period"
+            )
+        self.measures = self.then.measures
+
+    @property
+    def smallest(self) -> int:
+        """Of the phase after `start`."""
+        return self.then.smallest
+
+    @property
+    def first(self) -> int:
+        """Of the phase after `start`."""
+        return self.then.first
+
+    @property
+    def choices(self) -> frozenset[int] | None:
+        """Of the phase after `start`."""
+        return self.then.choices
+
+    def choose(
+        self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
+    ) -> Change:
+        """As in the phase after `start`."""
+        return self.then.choose(step, tau, means, memory)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal in all it decides."""
+        return isinstance(other, PostLocal) and (self.start, self.then) == (other.start, other.then)
+
+    def __hash__(self) -> int:
+        """Of its parts."""
+        return hash((self.start, repr(self.then)))
+
+    def __repr__(self) -> str:
+        """As it is made."""
+        return f"PostLocal(start={self.start}, tau={self.then!r})"
+
+
+@dataclass(frozen=True)
+class HideCommunication(Period):
+    """The smallest tau that hides the means behind computation, as measured: ceil((1 + margin)
+    communication / step).
+
+    Both times are measured by every worker and their means travel with the parameters, so that all
+    workers decide alike and nothing waits for it. tau comes down only where twice the margin would
+    fit, lest it swing. It needs an algorithm whose delay is the whole round.
+
+    Args:
+        smallest: bound of tau, and where it begins, >= 1.
+        largest: bound of tau, >= smallest.
+        margin: time left over, as a share of the communication's, in [0, 10]; default 0.1, against
+            jitter.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    smallest: int = 1
+    largest: int = 1000
+    margin: float = 0.1
+    measures = ("step_s", "communication_s")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        checks.integer("smallest", self.smallest, 1)
+        checks.integer("largest", self.largest, self.smallest)
+        checks.number("margin", self.margin, 0, 10)
+
+    def choose(
+        self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
+    ) -> Change:
+        """From the ratio of the two times."""
+        if not means or means["communication_s"] <= 0 or means["step_s"] <= 0:
+            return tau, "nothing measured yet"
+        ratio = means["communication_s"] / means["step_s"]
+        enough, plenty = (self._bound(math.ceil(ratio * (1 + k * self.margin))) for k in (1, 2))
+        why = f"communication takes {ratio:.2f} local steps of {1e3 * means['step_s']:.3g} ms"
+        return (enough if enough > tau else min(plenty, tau)), why
+
+    def _bound(self, tau: int) -> int:
+        return min(max(tau, self.smallest), self.largest)
+
+
+@dataclass(frozen=True)
+class AdaComm(Period):
+    """tau falls with the loss: tau = ceil(tau0 sqrt(loss / loss0)), once every `interval` local
+    steps.
+
+    Where that is no smaller than before, tau <- ceil(gamma tau). Report the loss with
+    `average(loss=loss)`; what counts is its mean over the workers and the interval, and loss0 is
+    that of the first round.
+
+    Args:
+        tau0: the first tau, >= 1.
+        interval: local steps between two decisions, >= 1; the paper has 60 seconds, on which
+            workers cannot agree.
+        gamma: factor where the loss is stuck, in (0, 1); default 0.5, the paper's.
+        follow_lr: tau = ceil(tau0 sqrt(lr0 / lr loss / loss0)) instead, so that a learning rate
+            that decays makes rounds longer. lr0 is the largest so far, not the first, which a
+            warm-up would make too small; gamma then waits for intervals with an unchanged lr. Both
+            are our choice; without warm-up lr0 is the paper's.
+        largest: bound of tau, >= tau0.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: Wang, Joshi 2018 (arXiv 1810.08313), section 4.
+    """
+
+    tau0: int
+    interval: int = 100
+    gamma: float = 0.5
+    follow_lr: bool = False
+    largest: int = 1000
+    measures = ("loss", "lr")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        checks.integer("tau0", self.tau0, 1)
+        checks.integer("interval", self.interval, 1)
+        checks.number("gamma", self.gamma, 0, 1, open_low=True, open_high=True)
+        checks.flag("follow_lr", self.follow_lr)
+        checks.integer("largest", self.largest, self.tau0)
+
+    @property
+    def smallest(self) -> int:
+        """One: the loss may fall to nothing."""
+        return 1
+
+    @property
+    def first(self) -> int:
+        """tau0."""
+        return self.tau0
+
+    def choose(
+        self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
+    ) -> Change:
+        """From the mean loss of the interval, where one ends."""
+        if not means or not all(map(math.isfinite, means.values())):
+            return tau, "no loss"
+        loss, lr = means["loss"], means["lr"]
+        if "loss0" not in memory:
+            memory.update(loss0=loss, lr0=lr, lr=lr, since=step, sum=0.0, rounds=0)
+            return tau, "the first loss"
+        memory["sum"] += loss
+        memory["rounds"] += 1
+        if step - memory["since"] < self.interval:
+            return tau, "within an interval"
+        loss = memory["sum"] / memory["rounds"]
+        same_lr = memory["lr"] == lr
+        memory.update(sum=0.0, rounds=0, since=step, lr=lr, lr0=max(memory["lr0"], lr))
+        ratio = max(loss, 0.0) / memory["loss0"] if memory["loss0"] > 0 else 1.0
+        if self.follow_lr and memory["lr0"] > 0:
+            ratio = ratio * memory["lr0"] / lr if lr > 0 else math.inf
+        new = max(1, math.ceil(min(self.largest, self.tau0 * math.sqrt(ratio))))
+        if new >= tau and (same_lr or not self.follow_lr):
+            return math.ceil(self.gamma * tau), f"the loss is stuck at {loss:.4g}"
+        return new, f"loss {loss:.4g}, at first {memory['loss0']:.4g}"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from distoptim import checks
-from distoptim.algorithms.rule import Mean, State
 from distoptim.algorithms.rules import Anchored, Pull
 from distoptim.fragments import Flat, Fragment
+from distoptim.rule import Mean, State
 
 
 @dataclass

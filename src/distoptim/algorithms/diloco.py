@@ -10,7 +10,7 @@ from distoptim.algorithms.outer import Factory, Outer
 from distoptim.algorithms.rules import Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
-from distoptim.period import Tau
+from distoptim.periods import Tau
 
 
 class DiLoCo(AveragingOptimizer):

@@ -9,7 +9,7 @@ from distoptim.algorithms.late import Late
 from distoptim.checks import flag, integer
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params, workers
-from distoptim.period import Tau
+from distoptim.periods import Tau
 
 
 class EagerDiLoCo(AveragingOptimizer):

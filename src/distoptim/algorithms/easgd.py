@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing_extensions import Unpack
 
 from distoptim import checks
-from distoptim.algorithms.rule import Mean, State
 from distoptim.algorithms.rules import Anchored, AnchorRule
 from distoptim.fragments import Flat, Fragment
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params, workers
-from distoptim.period import Tau
+from distoptim.periods import Tau
+from distoptim.rule import Mean, State
 
 
 @dataclass(frozen=True)

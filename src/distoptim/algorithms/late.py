@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from distoptim.algorithms.carry import Carried, Carry, based
-from distoptim.algorithms.rule import State
+from distoptim.chunks import pieces
 from distoptim.fragments import Flat, Fragment
-from distoptim.pieces import pieces
+from distoptim.rule import State
 
 
 @dataclass(frozen=True)

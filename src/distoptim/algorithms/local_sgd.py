@@ -6,11 +6,11 @@ from typing_extensions import Unpack
 
 from distoptim import checks
 from distoptim.algorithms.carry import adopting
-from distoptim.algorithms.rule import Rule
 from distoptim.algorithms.rules import Average, Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
-from distoptim.period import Tau
+from distoptim.periods import Tau
+from distoptim.rule import Rule
 
 
 class LocalSGD(AveragingOptimizer):

@@ -9,12 +9,12 @@ from typing_extensions import Unpack
 
 from distoptim import checks
 from distoptim.algorithms.carry import Carry, based
-from distoptim.algorithms.rule import Mean, State
 from distoptim.algorithms.rules import Anchored
 from distoptim.fragments import Flat, Fragment
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
-from distoptim.period import Tau
+from distoptim.periods import Tau
+from distoptim.rule import Mean, State
 
 
 @dataclass(frozen=True)

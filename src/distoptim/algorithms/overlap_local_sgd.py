@@ -11,7 +11,7 @@ from distoptim import checks
 from distoptim.algorithms.rules import Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
-from distoptim.period import Tau
+from distoptim.periods import Tau
 
 
 class OverlapLocalSGD(AveragingOptimizer):

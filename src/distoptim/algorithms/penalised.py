@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distoptim.algorithms.rule import Mean, State
 from distoptim.algorithms.rules import Anchored, AnchorRule
+from distoptim.chunks import CHUNK, pieces
 from distoptim.fragments import Flat, Fragment
-from distoptim.pieces import CHUNK, pieces
+from distoptim.rule import Mean, State
 
 
 @dataclass

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from distoptim.algorithms.outer import Outer
-from distoptim.algorithms.rule import Mean, Rule, State
 from distoptim.fragments import Flat, Fragment
+from distoptim.rule import Mean, Rule, State
 
 
 @dataclass

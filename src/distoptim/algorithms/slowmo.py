@@ -9,7 +9,7 @@ from distoptim.algorithms.carry import adopting
 from distoptim.algorithms.rules import Pull
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
-from distoptim.period import Tau
+from distoptim.periods import Tau
 
 
 class SlowMo(AveragingOptimizer):

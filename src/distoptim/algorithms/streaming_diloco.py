@@ -9,7 +9,7 @@ from distoptim.algorithms.diloco import outer_rule
 from distoptim.algorithms.outer import Factory
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.options import Options, Params
-from distoptim.period import Tau
+from distoptim.periods import Tau
 
 
 class StreamingDiLoCo(AveragingOptimizer):

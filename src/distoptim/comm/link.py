@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distoptim import checks
-from distoptim.comm import cable
-from distoptim.comm.cable import TimedWork
+from distoptim.comm import emulated as cable
+from distoptim.comm.emulated import TimedWork
 
 BACKEND = "emulated"
 

@@ -1,0 +1,1 @@
+"""The experiments around distoptim: training runs, comparisons, grids, reports."""

@@ -1,0 +1,179 @@
+"""The subcommand that runs a whole grid of experiments."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import (
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from distoptim_experiments import records
+from distoptim_experiments.cli.effects import check_effects
+from distoptim_experiments.cli.options import check_files
+from distoptim_experiments.config import RunConfig
+from distoptim_experiments.grid import estimate, run, spec
+from distoptim_experiments.grid.real import Processes, Stopped, Worker
+from distoptim_experiments.training.world import Meeting, from_torchrun
+
+
+@click.command
+@click.argument(
+    "file",
+    metavar="FILE.toml|small|beyond|stragglers|shakespeare|paper|gpu",
+    type=click.Path(path_type=Path),
+)
+@click.option(
+    "--data-dir", type=click.Path(), metavar="FOLDER", help="Where the files of the data set are."
+)
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where records go.  [default: runs/NAME]"
+)
+@click.option(
+    "--processes",
+    type=int,
+    help="Runs on virtual workers at the same time.  [default: one per core]",
+)
+@click.option(
+    "--real", is_flag=True, help="Real workers, one run after the other; always so under torchrun."
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Instead of what the file says in [grid] or else [run], or in TABLE.KEY; may be given again.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show all runs, and how long those that are left would take; make none.",
+)
+def reproduce(
+    *,
+    file: Path,
+    data_dir: str | None,
+    folder: Path | None,
+    processes: int | None,
+    real: bool,
+    assignments: Sequence[str],
+    dry_run: bool,
+) -> int:
+    """Run the grid in a file: choose learning rates on the validation set, then run every
+    combination.
+
+    Interrupted at any moment, it goes on when called again: finished runs are kept, others go on at
+        their last epoch.
+    """
+    given = dict(spec.assignment(text) for text in assignments)
+    meeting = from_torchrun()
+    check_effects({"real": real or meeting})
+    grid = spec.read(
+        file,
+        overrides={**given, **({"run.data_dir": data_dir} if data_dir else {})},
+        virtual=meeting is None and not real,
+    )
+    configs = [case.config for case in (*grid.trials(), *grid.cases())]
+    for config in {repr((config.data, config.data_dir)): config for config in configs}.values():
+        check_files(config)
+    folder = folder or Path("runs") / file.stem
+    console = Console(quiet=meeting is not None and meeting.rank > 0)
+    runner = _runner(file, configs, meeting) if meeting else Processes() if real else None
+    if dry_run:
+        _show(
+            list(run.stages(grid, folder, runner=runner)), processes or os.cpu_count() or 1, console
+        )
+        return 0
+    try:
+        folders = _run(grid, folder, processes, runner, console)
+    except Stopped as stopped:
+        if not console.quiet:
+            print("Stopped; the same command goes on", file=sys.stderr)
+        return 128 + stopped.signum
+    for path in () if console.quiet else folders:
+        record = records.read(path)
+        if record.summary and record.summary["diverged"]:
+            console.print(
+                f"diverged: {record.start['label']}, tau {record.config['tau']}, "
+                f"{record.config['partition']}, seed {record.config['seed']}",
+                highlight=False,
+            )
+    console.print(
+        f"records: {folder}; tables and figures: distoptim report {folder}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
+def _runner(file: Path, configs: Sequence[RunConfig], meeting: Meeting) -> Worker:
+    for config in configs:
+        if config.ranks != meeting.size:
+            of = f" of {config.island_size} ranks" if config.island_size > 1 else ""
+            raise ValueError(
+                f"{file}: workers={config.workers}{of}, but torchrun has started {meeting.size} processes"
+            )
+    return Worker(meeting, max(config.timeout_s for config in configs))
+
+
+def _run(
+    grid: spec.Spec,
+    folder: Path,
+    processes: int | None,
+    runner: run.Runner | None,
+    console: Console,
+) -> list[Path]:
+    """With a bar for each stage."""
+    columns = (
+        TextColumn("{task.description:<14}"),
+        *Progress.get_default_columns()[1:2],
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=3600) as bar:
+        totals = {
+            stage.name: len(stage.places()) for stage in run.stages(grid, folder, runner=runner)
+        }
+        tasks = {name: bar.add_task(name, total=total) for name, total in totals.items()}
+        return run.reproduce(
+            grid,
+            folder,
+            processes=processes,
+            runner=runner,
+            done=lambda name, finished, total: bar.update(tasks[name], completed=finished),
+        )
+
+
+def _show(stages: Sequence[run.Stage], processes: int, console: Console) -> None:
+    """A line for each run, and how many are left."""
+    left: list[RunConfig] = []
+    virtual = False
+    for stage in stages:
+        for case, path in stage.places():
+            config, finished = case.config, records.finished(path)
+            left += [] if finished else [config]
+            console.print(
+                f"{'done' if finished else 'to do'}  {stage.name}: {case.label}, tau {config.tau}, "
+                f"{config.partition}, seed {config.seed}, lr {config.lr:g}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        virtual = isinstance(stage.runner, run.Virtual)
+    took = estimate.seconds(left, virtual=virtual) / (processes if virtual else 1)
+    console.print(
+        f"{len(left)} to do, about {timedelta(seconds=round(took))} for their training steps, "
+        f"{f'{processes} runs at a time' if virtual else 'with a core for each worker'}",
+        highlight=False,
+    )

@@ -1,0 +1,264 @@
+"""The subcommands that train with real processes: train and compare."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from distoptim_experiments import records
+from distoptim_experiments.cli.effects import check_effects
+from distoptim_experiments.cli.options import (
+    DEFAULTS,
+    Sections,
+    algorithm_options,
+    check_files,
+    config_of,
+    is_given,
+    new_folder,
+    option,
+    run_options,
+    split,
+)
+from distoptim_experiments.data import datasets as data
+from distoptim_experiments.report.figure import draw
+from distoptim_experiments.report.progress import LiveProgress
+from distoptim_experiments.report.table import note, table
+from distoptim_experiments.training import checkpoint, optimizers
+from distoptim_experiments.training import compare as comparison
+from distoptim_experiments.training.launch import Job, run_local, run_worker
+from distoptim_experiments.training.world import Meeting, from_torchrun, workers_of
+
+# Fast enough for two cores, and a link over which an all-reduce takes about as long as a training
+# step.
+DEMO = {
+    **DEFAULTS,
+    "epochs": 36,
+    "lr": 0.01,
+    "batch_size": 48,
+    "latency_ms": 3.0,
+    "bandwidth_gbit_s": 0.5,
+    "log_every": 5,
+    "evaluate_every": 49,
+}
+
+# What a checkpoint holds the results of, or holds itself, so that a change would be an error or
+# count for nothing.
+_LASTING = (
+    "algorithm",
+    "fragments",
+    "pattern",
+    "codec",
+    "model",
+    "optimizer",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "data",
+    "partition",
+    "validation",
+    "augment",
+    "seed",
+)
+
+
+@click.command(cls=Sections)
+@option(
+    "Training",
+    "--algorithm",
+    type=click.Choice(optimizers.names()),
+    default=DEFAULTS["algorithm"],
+    help="Method; ddp is synchronous SGD by DistributedDataParallel, powersgd the same with compressed gradients.",
+)
+@run_options(DEFAULTS)
+@option(
+    "Results",
+    "--checkpoint-every",
+    type=int,
+    help="Steps between two checkpoints; 0: only at the end.  [default: an epoch]",
+)
+@option(
+    "Results",
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Go on with the run in this folder; options given now replace its own, if it can go on with them.",
+)
+@option(
+    "Results",
+    "--auto-resume",
+    is_flag=True,
+    default=False,
+    help="Go on with the run in --folder if it has a checkpoint, else begin; for torchrun --max-restarts.",
+)
+@option("Results", "--tensorboard", is_flag=True, default=False, help="Log for TensorBoard too.")
+@option(
+    "Workers and network",
+    "--init",
+    metavar="tcp://HOST:PORT",
+    help="Be one of several processes; rank 0 listens there. Not needed under torchrun.",
+)
+@option(
+    "Workers and network", "--rank", type=int, help="With --init: this process's number, from 0."
+)
+@option(
+    "Workers and network",
+    "--world-size",
+    type=int,
+    help="With --init: how many processes there are.",
+)
+@algorithm_options
+def train(
+    *,
+    folder: Path | None,
+    resume: Path | None,
+    auto_resume: bool,
+    tensorboard: bool,
+    init: str | None,
+    rank: int | None,
+    world_size: int | None,
+    **given: Any,
+) -> int:
+    """Train a model with one method.
+
+    Starts --workers processes on this machine, or is one worker under torchrun or with --init; with
+    --island-size N there are N times as many processes, and each is one of the ranks of a worker.
+    """
+    meeting = _meeting(init, rank, world_size) or from_torchrun()
+    if auto_resume:
+        resume = _found(folder, resume)
+    elif resume is None:
+        _check_free(folder)
+    fields = given if resume is None else _resumed(resume, folder, given)
+    started = meeting and workers_of(meeting.size, fields.get("island_size", 1))
+    # Records of earlier versions lack the newest options.
+    check_effects({**given, **fields, "started": started})
+    if started:
+        fields = {**fields, "workers": started}
+    config = config_of(fields)
+    check_files(config, tensorboard)
+    job = Job(
+        config, folder or resume or new_folder(config.algorithm), resume is not None, tensorboard
+    )
+    speaks = meeting is None or meeting.rank == 0
+    console = Console(quiet=not speaks)
+    with LiveProgress(console) as progress:
+        watch = [progress.watch(config.algorithm)] if speaks else []
+        signum = run_local(job, watch) if meeting is None else run_worker(job, meeting, watch)
+    if signum and speaks:
+        go_on = f"go on with: distoptim train --resume {job.folder}"
+        print(
+            f"Stopped; {go_on if checkpoint.exists(job.folder) else 'no checkpoint yet'}",
+            file=sys.stderr,
+        )
+    elif speaks:
+        record = records.read(job.folder)
+        console.print(table([record]))
+        if record.summary and record.summary["diverged"]:
+            step, why = record.summary["step"], "no worker is finite"
+            if step >= record.start["steps"]:
+                why = "the loss is no better than that of guessing"
+            console.print(f"diverged after {step} steps: {why}", highlight=False)
+        console.print(f"record: {job.folder / records.FILE}", soft_wrap=True, highlight=False)
+    return 128 + signum if signum else 0
+
+
+@click.command(cls=Sections)
+@option(
+    "Training",
+    "--methods",
+    default=",".join(comparison.METHODS),
+    metavar="NAME,NAME,...",
+    help="What is compared, one after the other.",
+)
+@run_options(DEMO)
+@algorithm_options
+def compare(*, methods: str, folder: Path | None, **given: Any) -> int:
+    """Train the same model once per method, over an emulated slow link.
+
+    An option of the algorithms goes to those that take it. Prints a table, and leaves a picture and
+    the records of all runs.
+    """
+    check_effects(given)
+    fields, own = split(given)
+    configs = comparison.variants(
+        config_of(fields), [name.strip() for name in methods.split(",")], own
+    )
+    check_files(configs[0])
+    folder = folder or new_folder("compare")
+    console = Console()
+    with LiveProgress(console) as progress:
+        signum = comparison.compare(
+            configs, folder, lambda config: progress.watch(config.algorithm)
+        )
+    if signum:
+        print(f"Stopped; the records are in {folder}", file=sys.stderr)
+        return 128 + signum
+    runs = comparison.read(folder)
+    picture = folder / "comparison.png"
+    draw(runs, picture)
+    console.print(table(runs))
+    console.print(note(runs), soft_wrap=True, highlight=False)
+    for name, path in (("picture", picture), ("records", folder / "*" / records.FILE)):
+        console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _found(folder: Path | None, resume: Path | None) -> Path | None:
+    """What --auto-resume goes on from, if there is something."""
+    if folder is None or resume is not None:
+        raise ValueError("--auto-resume goes with --folder FOLDER, and not with --resume")
+    return folder if checkpoint.exists(folder) else None
+
+
+def _check_free(folder: Path | None) -> None:
+    """A new run would overwrite the record and the checkpoints of the one that is there."""
+    if folder is not None and (records.file(folder).exists() or checkpoint.exists(folder)):
+        raise ValueError(
+            f"--folder {folder}: there is a run in it; go on with --resume {folder}, or with "
+            "--auto-resume beside --folder, or give another folder"
+        )
+
+
+def _resumed(resume: Path, folder: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a recorded run, with what is given on the command line now."""
+    checkpoint.latest(resume)
+    if folder is not None and folder != resume:
+        raise ValueError(
+            f"--resume {resume} with --folder {folder}: a run goes on in its own folder"
+        )
+    saved = records.read(resume).config
+    now = {name: value for name, value in given.items() if is_given(name)}
+    saved.update(saved.pop("options"))
+    for name in _LASTING:
+        if name in now and not _same(name, saved.get(name), now[name]):
+            before = f"{name}={saved[name]!r}" if name in saved else f"the default {name}"
+            raise ValueError(
+                f"{name}={now[name]!r}: {resume} was begun with {before}, and goes on only with that"
+            )
+    return {**saved, **now}
+
+
+def _same(name: str, before: Any, now: Any) -> bool:
+    """Text is named by its place, which may be another one by now."""
+    return bool(
+        before == now or (name == "data" and not data.is_images(before) and not data.is_images(now))
+    )
+
+
+def _meeting(init: str | None, rank: int | None, size: int | None) -> Meeting | None:
+    if init is None:
+        if rank is not None or size is not None:
+            raise ValueError("--rank and --world-size go with --init tcp://HOST:PORT")
+        return None
+    host, colon, port = init.removeprefix("tcp://").rpartition(":")
+    if not init.startswith("tcp://") or not colon or not port.isdigit():
+        raise ValueError(f"--init {init}: expected tcp://HOST:PORT")
+    if rank is None or size is None or not 0 <= rank < size:
+        raise ValueError(
+            f"--init needs --rank and --world-size with 0 <= rank < world size, got {rank} and {size}"
+        )
+    return Meeting(host, int(port), rank, size, hosted=False)

@@ -1,0 +1,112 @@
+"""Real workers for a grid: processes started here, or those that torchrun has started.
+
+One run after the other.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, but not marked so
+
+from distoptim_experiments import records
+from distoptim_experiments.grid import simulated as grid
+from distoptim_experiments.grid.run import Done, Runner, T
+from distoptim_experiments.grid.spec import Case
+from distoptim_experiments.training import checkpoint
+from distoptim_experiments.training.launch import Job, run_local, run_worker
+from distoptim_experiments.training.loop import Observer
+from distoptim_experiments.training.world import Meeting
+
+
+class Stopped(Exception):
+    """A signal stopped the grid; the run that was on its way has left a checkpoint."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def _share(finished: int, total: int, done: Done) -> Observer:
+    """Tells how far the run on its way is."""
+    steps = 1
+
+    def observe(line: records.Line) -> None:
+        nonlocal steps
+        steps = line.get("steps", steps)
+        done(finished + min(0.99, line["step"] / steps), total)
+
+    return observe
+
+
+class Processes(Runner):
+    """Starts each run's workers on this machine, and ends them."""
+
+    def places(self, cases: Sequence[Case], folder: Path) -> list[tuple[Case, Path]]:
+        """A folder for each case; not that of the same case on virtual workers."""
+        return [(case, folder / grid.name(case.config, None)) for case in cases]
+
+    def run_all(self, cases: Sequence[Case], folder: Path, done: Done) -> list[Path]:
+        """Run what has no whole record yet, going on from checkpoints.
+
+        Returns all records' folders, in order.
+        """
+        left = self.decide(
+            lambda: [
+                (case, path, checkpoint.exists(path))
+                for case, path in self.places(cases, folder)
+                if not records.finished(path)
+            ]
+        )
+        done(finished := len(cases) - len(left), len(cases))
+        for case, path, resume in left:
+            signum = self.run(
+                Job(case.config, path, resume, label=case.label),
+                [_share(finished, len(cases), done)],
+            )
+            if signum:
+                raise Stopped(signum)
+            shutil.rmtree(path / checkpoint.FOLDER, ignore_errors=True)
+            done(finished := finished + 1, len(cases))
+        return [path for _, path in self.places(cases, folder)]
+
+    def run(self, job: Job, observers: Sequence[Observer]) -> int:
+        """One run, from start or checkpoint to end; returns the signal that stopped it, or 0."""
+        return run_local(job, observers)
+
+
+class Worker(Processes):
+    """Is one worker of every run, in a process that somebody else has started; rank 0 decides what
+    is run.
+
+    Args:
+        meeting: where the workers find each other.
+        timeout_s: bound of every wait for rank 0's decisions.
+    """
+
+    def __init__(self, meeting: Meeting, timeout_s: float) -> None:
+        self.meeting = meeting
+        self._store = meeting.connect(timeout_s)
+        self._decisions = self._runs = 0
+
+    def decide(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on all workers."""
+        self._decisions += 1
+        key = f"decision{self._decisions}"
+        if self.meeting.rank:
+            made: T = pickle.loads(bytes.fromhex(self._store.get(key).decode()))
+            return made
+        made = make()
+        self._store.set(key, pickle.dumps(made).hex())
+        return made
+
+    def run(self, job: Job, observers: Sequence[Observer]) -> int:
+        """This worker's part."""
+        self._runs += 1
+        # A group must not find the addresses of the one before.
+        return run_worker(
+            job, self.meeting, observers, store=PrefixStore(f"run{self._runs}", self._store)
+        )

@@ -1,0 +1,143 @@
+"""Many simulated runs: all combinations, on all cores, each once, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distoptim_experiments import records
+from distoptim_experiments.config import RunConfig, compared
+from distoptim_experiments.machines import Machines
+from distoptim_experiments.training.virtual import run
+
+
+def combinations(
+    config: RunConfig,
+    axes: Mapping[str, Sequence[Any]],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[RunConfig]:
+    """`config` once per combination of the axes' values; synchronous SGD once for all tau.
+
+    Args:
+        config: what they have in common.
+        axes: name of a field of the configuration -> its values.
+        options: algorithm -> its own options, instead of the configuration's.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    found: dict[str, RunConfig] = {}
+    for values in itertools.product(*axes.values()):
+        fields = {**config.to_dict(), **dict(zip(axes, values, strict=True))}
+        made = compared(
+            {**fields, **({} if options is None else {"options": options[fields["algorithm"]]})}
+        )
+        if made.algorithm == "ddp":
+            made = replace(made, tau=1, options={})
+        found.setdefault(name(made, Machines()), made)
+    return list(found.values())
+
+
+def name(config: RunConfig, machines: Machines | None) -> str:
+    """A folder's name: readable, and different for every different run, wherever its data are.
+
+    None: real machines.
+    """
+    # Fields at their default are left out, so that a new field does not make every finished run
+    # another one.
+    plain = RunConfig().to_dict()
+    changed = {
+        key: value
+        for key, value in replace(config, data_dir=None).to_dict().items()
+        if value != plain[key]
+    }
+    text = json.dumps([changed, machines and machines.to_dict()], sort_keys=True)
+    short = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{config.algorithm}-tau{config.tau}-m{config.workers}-seed{config.seed}-{short}"
+
+
+def run_all(
+    configs: Sequence[RunConfig],
+    machines: Machines,
+    folder: Path,
+    *,
+    processes: int | None = None,
+    done: Callable[[int, int], object] = lambda finished, total: None,
+    labels: Sequence[str] | None = None,
+) -> list[Path]:
+    """Run what has no whole record yet; returns all records' folders, in order.
+
+    An interruption loses what runs have made since their last epoch; the next call goes on from
+    there.
+
+    Args:
+        configs: the runs.
+        machines: the virtual machines, the same for all.
+        folder: of the grid.
+        processes: runs at the same time; default one per core, or one with all cores if only one
+            run is left.
+        done: told (finished, total) at the start and after every run.
+        labels: the runs' names for their records, where the algorithm's is not enough.
+    """
+    folders = [folder / name(config, machines) for config in configs]
+    names = labels or [config.algorithm for config in configs]
+    left = [
+        run for run in zip(configs, folders, names, strict=True) if not records.finished(run[1])
+    ]
+    done(len(configs) - len(left), len(configs))
+    if len(left) == 1 or processes == 1:
+        for i, (config, target, label) in enumerate(left, 1):
+            run(config, machines, target, label=label)
+            done(len(configs) - len(left) + i, len(configs))
+    else:
+        for i, _ in enumerate(_in_processes(left, machines, processes or os.cpu_count() or 1), 1):
+            done(len(configs) - len(left) + i, len(configs))
+    return folders
+
+
+def _in_processes(
+    left: Sequence[tuple[RunConfig, Path, str]], machines: Machines, processes: int
+) -> Iterator[None]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
+        pending = {
+            pool.submit(run, config, machines, target, label=label, threads=1)
+            for config, target, label in left
+        }
+        try:
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    yield
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin() -> None:
+    """In a process of the pool: one thread computes, and nothing outlives whoever asked for it,
+    however that ended.
+
+    The next call goes on with the same runs, and would meet whoever still writes their records.
+    """
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

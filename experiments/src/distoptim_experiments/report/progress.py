@@ -1,0 +1,51 @@
+"""Live progress of runs in the terminal, fed by the lines of their records."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from distoptim_experiments.records import Line
+from distoptim_experiments.training.loop import Observer
+
+
+class LiveProgress(Progress):
+    """One bar per run, with the last loss, the last test accuracy and the time that is left.
+
+    Args:
+        console: where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:>6}"),
+            TextColumn("test {task.fields[accuracy]:>6}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def watch(self, name: str) -> Observer:
+        """What is to be given the lines of a run called `name`."""
+        task = self.add_task(name, total=None, loss="", accuracy="")
+
+        def observe(line: Line) -> None:
+            if line["kind"] in ("start", "resume"):
+                self.update(task, total=line["steps"], completed=line["step"])
+            elif line["kind"] == "log":
+                self.update(task, completed=line["step"], loss=f"{line['loss']:.4f}")
+            elif line["kind"] == "evaluation":
+                self.update(task, completed=line["step"], accuracy=f"{line['test_accuracy']:.1%}")
+
+        return observe

@@ -1,0 +1,1 @@
+"""Tables of papers and figures of our own."""

@@ -1,0 +1,488 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from distoptim_experiments import records
+from distoptim_experiments.cli.options import MEANING
+from distoptim_experiments.config import RunConfig
+from distoptim_experiments.training import checkpoint
+
+import distoptim
+from distoptim import cli
+from distoptim.testing.processes import free_port
+
+TINY = (
+    "--data",
+    "synthetic",
+    "--model",
+    "mlp",
+    "--workers",
+    "2",
+    "--batch-size",
+    "8",
+    "--log-every",
+    "1",
+)
+COMMAND = (sys.executable, "-m", "distoptim")
+
+
+@pytest.fixture
+def invoke(monkeypatch, capfd, tmp_path):
+    """Runs the command line in this process, in an empty folder.
+
+    Returns exit code, stdout, stderr.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("RANK", raising=False)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["distoptim", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capfd.readouterr()
+
+    return run
+
+
+def test_version_and_help(invoke):
+    version = f"distoptim, version {distoptim.__version__}\n"
+    assert invoke("--version") == (0, version, "")
+    assert (
+        subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True).stdout
+        == version
+    )
+    assert "compare" in invoke()[1]
+    code, out, _ = invoke("train", "--help")
+    assert code == 0
+    for part in (
+        "Training:",
+        "Workers and network:",
+        "Results:",
+        "--tau INTEGER",
+        "[default: 4]",
+        "Gbit/s",
+        "bf16, int8, e3m0,",
+        "--carry / --no-carry",
+        "--eager / --no-eager",
+        "--adacomm INTEGER",
+        "--tau-at STEP:TAU,...",
+        "--levels PERIOD:SIZE,...",
+        "--island-size INTEGER",
+        "--island-kind [ddp|fsdp2]",
+        "--reset-inner / --no-reset-inner",
+    ):
+        assert part in out
+    assert "Other:\n  -h, --help" in out
+    assert "--methods" in invoke("compare", "--help")[1]
+
+
+def test_all_commands_that_train_have_all_options_of_the_algorithms():
+    from distoptim_experiments.cli import cli as group
+    from distoptim_experiments.training import optimizers
+
+    wanted = {
+        name for algorithm in optimizers.names() for name in optimizers.own_options(algorithm)
+    }
+    for command in ("train", "compare", "simulate"):
+        own = {
+            p.name
+            for p in group.commands[command].params
+            if getattr(p, "section", "").startswith("Options of the")
+        }
+        assert own == wanted, command
+    assert MEANING.keys() == wanted
+
+
+def test_virtual_workers_are_not_said_to_be_processes(invoke):
+    workers = re.search(r"--workers INTEGER +(.*?) +--", invoke("simulate", "--help")[1], re.DOTALL)
+    assert (
+        " ".join(workers[1].split())
+        == "How many there are, without a process of their own. [default: 16]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("train", "--tau", "0"), "tau=0: allowed is an integer, 1 or more"),
+        (("train", "--tau", "x"), "'x' is not a valid integer"),
+        (("train", "--algorithm", "sgd"), "'sgd' is not one of 'ddp', 'local-sgd'"),
+        (("train", "--algorithm", "bmuf", "--alpha", "0.5"), "bmuf takes no alpha"),
+        (("train", "--algorithm", "diloco", "--delay", "2", "--no-carry"), "delay=2 without carry"),
+        (
+            ("train", "--adacomm", "5", "--hide-communication"),
+            "hide_communication=True with adacomm=5",
+        ),
+        (("simulate", "--levels", "2:2"), "No such option"),
+        (("simulate", "--island-size", "2"), "No such option"),
+        (("train", "--island-size", "5"), "batch_size=32 with island_size=5"),
+        (
+            (
+                "train",
+                "--init",
+                "tcp://localhost:1",
+                "--rank",
+                "0",
+                "--world-size",
+                "3",
+                "--island-size",
+                "2",
+            ),
+            "island_size=2 with 3 ranks: allowed is a number that divides it",
+        ),
+        (("train", "--alpha", "3"), "alpha=3.0: allowed is a number in [0, 1]"),
+        (("train", "--taux", "3"), "No such option"),
+        (("trian",), "No such command 'trian'"),
+        (("train", "--data", "mnist"), "needs --data-dir, the folder with train-images-idx3-ubyte"),
+        (
+            ("train", "--data", "mnist", "--data-dir", "nowhere"),
+            "nowhere: missing train-images-idx3-ubyte",
+        ),
+        (("train", "--resume", "nowhere"), "nowhere: no checkpoint there to resume from"),
+        (("train", "--rank", "1"), "--rank and --world-size go with --init"),
+        (
+            ("train", "--init", "tcp://localhost", "--rank", "0", "--world-size", "2"),
+            "expected tcp://HOST:PORT",
+        ),
+        (
+            ("train", "--init", "tcp://localhost:1", "--rank", "2", "--world-size", "2"),
+            "0 <= rank < world size",
+        ),
+        (("compare", "--methods", "ddp,ddp"), "a list of different methods"),
+        (("compare", "--methods", "ddp,x"), "algorithm='x': allowed is one of"),
+        (
+            ("compare", "--methods", "ddp,bmuf", "--alpha", "0.5"),
+            "ddp, bmuf: none of them takes alpha; it is an option of easgd, overlap-local-sgd",
+        ),
+        (
+            ("simulate", "--approximation-rank", "2"),
+            "overlap-local-sgd: none of them takes approximation_rank",
+        ),
+        (
+            ("simulate", "--methods", "powersgd", "--approximation-rank", "2"),
+            "powersgd: torch's hook runs inside of DDP",
+        ),
+        (
+            ("simulate", "--methods", "ddp,easgd", "--alpha", "3"),
+            "alpha=3.0: allowed is a number in (0, 0.11",
+        ),
+        (
+            ("simulate", "--timing", "--alpha", "0.5"),
+            "--alpha 0.5: has an effect only without --timing",
+        ),
+        (("compare", "--latency-ms", "-1"), "latency_ms=-1.0: allowed is a number in [0, inf)"),
+    ],
+)
+def test_a_wrong_value_gives_one_line(invoke, args, message):
+    code, out, err = invoke(*args)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("Error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_compare_leaves_table_picture_and_records(invoke, tmp_path):
+    code, out, err = invoke(
+        "compare", *TINY, "--steps", "6", "--evaluate-every", "3", "--alpha", "0.3"
+    )
+    assert (code, err) == (0, "")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert f"picture: {folder.relative_to(tmp_path)}/comparison.png" in out
+    table = [line.split() for line in out.splitlines() if "%" in line and line.split()[0].islower()]
+    methods = ["ddp", "local-sgd", "easgd", "cocod-sgd", "bmuf", "overlap-local-sgd"]
+    assert [row[0] for row in table if row[0] in methods][-6:] == methods
+    for name in methods:
+        record = records.read(folder / name)
+        assert record.config["algorithm"] == name
+        assert record.config["options"] == (
+            {"alpha": 0.3} if name in ("easgd", "overlap-local-sgd") else {}
+        )
+        assert [line["step"] for line in record.logs] == [1, 2, 3, 4, 5, 6]
+        assert record.summary["step"] == 6
+
+
+def test_a_tau_that_is_measured_is_simulated_once(invoke):
+    assert (
+        "1/1 runs"
+        in invoke(
+            "simulate",
+            *TINY,
+            "--methods",
+            "overlap-local-sgd",
+            "--hide-communication",
+            "--steps",
+            "1",
+        )[1]
+    )
+
+
+def test_train_then_resume_for_longer(invoke, tmp_path):
+    code, out, err = invoke(
+        "train", *TINY, "--algorithm", "easgd", "--alpha", "0.2", "--steps", "5", "--folder", "a"
+    )
+    assert (code, err) == (0, "")
+    assert "easgd" in out
+    code, out, err = invoke("train", "--resume", "a", "--steps", "9")
+    assert (code, err) == (0, "")
+    record = records.read(tmp_path / "a")
+    assert [line["step"] for line in record.logs] == list(range(1, 10))
+    resumed = [
+        line
+        for line in records.read_lines(tmp_path / "a" / records.FILE)
+        if line["kind"] == "resume"
+    ]
+    assert resumed[0]["config"] == {**record.config, "steps": 9}
+    assert record.config["options"] == {"alpha": 0.2}
+
+
+def test_train_with_flags_of_the_algorithm_a_table_of_tau_and_levels(invoke, tmp_path):
+    code, _, err = invoke(
+        "train",
+        *TINY,
+        "--workers",
+        "4",
+        "--algorithm",
+        "diloco",
+        "--delay",
+        "2",
+        "--carry",
+        "--tau",
+        "4",
+        "--tau-at",
+        "6:2",
+        "--levels",
+        "1:2",
+        "--steps",
+        "12",
+        "--folder",
+        "a",
+    )
+    assert (code, err) == (0, "")
+    record = records.read(tmp_path / "a")
+    assert record.config["options"] == {"delay": 2, "carry": True}
+    # Launched at 4, 8, 10 and 12, of which the last is on its way; and a mean of each pair after
+    # every step.
+    assert record.summary["syncs"] == 3 + 12
+    assert record.summary["stats"]["tau"] == 2
+    code, _, err = invoke("train", "--resume", "a", "--steps", "13", "--no-carry")
+    assert (code, err) == (
+        2,
+        "Error: delay=2 without carry: adopting a late anchor throws away the local steps made "
+        "meanwhile; use delay=0, or carry=True, which keeps them, or OverlapLocalSGD, which "
+        "pulls instead\n",
+    )
+
+
+@pytest.mark.parametrize("left", [records.FILE, f"{checkpoint.FOLDER}/latest"])
+def test_a_folder_with_a_run_is_refused_without_resume(invoke, tmp_path, left):
+    (tmp_path / "a" / left).parent.mkdir(parents=True)
+    (tmp_path / "a" / left).write_text("step-6")
+    assert invoke("train", *TINY, "--folder", "a") == (
+        2,
+        "",
+        "Error: --folder a: there is a run in it; go on with --resume a, or with --auto-resume beside --folder, "
+        "or give another folder\n",
+    )
+    assert (tmp_path / "a" / left).read_text() == "step-6"
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A folder with what a resumed run is asked about."""
+    config = RunConfig(
+        data="synthetic", model="mlp", seed=3, algorithm="local-sgd", options={"codec": "int8"}
+    )
+    (tmp_path / "a" / checkpoint.FOLDER).mkdir(parents=True)
+    (tmp_path / "a" / checkpoint.FOLDER / "latest").write_text("step-6")
+    (tmp_path / "a" / records.FILE).write_text(
+        json.dumps({"kind": "start", "config": config.to_dict()}) + "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "now", "before"),
+    [
+        (("--algorithm", "bmuf"), "algorithm='bmuf'", "algorithm='local-sgd'"),
+        (("--data", "digits"), "data='digits'", "data='synthetic'"),
+        (("--model", "cnn"), "model='cnn'", "model='mlp'"),
+        (("--optimizer", "adamw"), "optimizer='adamw'", "optimizer='sgd'"),
+        (("--seed", "5"), "seed=5", "seed=3"),
+        (("--momentum", "0.5"), "momentum=0.5", "momentum=0.9"),
+        (("--no-nesterov",), "nesterov=False", "nesterov=True"),
+        (("--partition", "label-skew"), "partition='label-skew'", "partition='iid'"),
+        (("--augment",), "augment=True", "augment=False"),
+        (("--codec", "bf16"), "codec='bf16'", "codec='int8'"),
+        (("--fragments", "2"), "fragments=2", "the default fragments"),
+    ],
+)
+def test_what_a_run_cannot_go_on_with_is_refused_by_name(invoke, begun, args, now, before):
+    words = f"Error: {now}: a was begun with {before}, and goes on only with that\n"
+    assert invoke("train", "--resume", "a", *args) == (2, "", words)
+    assert invoke("train", "--folder", "a", "--auto-resume", *args) == (2, "", words)
+
+
+def test_what_a_run_was_begun_with_may_be_said_again(invoke, begun):
+    # Refused for another reason, after that.
+    said = (
+        "--data",
+        "synthetic",
+        "--seed",
+        "3",
+        "--codec",
+        "int8",
+        "--momentum",
+        "0.9",
+        "--workers",
+        "0",
+    )
+    assert (
+        invoke("train", "--resume", "a", *said)[2]
+        == "Error: workers=0: allowed is an integer, 1 or more\n"
+    )
+    assert invoke("train", "--resume", "a", "--folder", "b")[2] == (
+        "Error: --resume a with --folder b: a run goes on in its own folder\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("simulate", *TINY, "--steps", "1", "--methods", "ddp", "--folder", "file"),
+        ("simulate", "--timing", "--folder", "file"),
+        ("partition", "--workers", "2", "--out", "file/x.png"),
+    ],
+)
+def test_a_file_where_a_folder_is_wanted_gives_one_line(invoke, tmp_path, args):
+    (tmp_path / "file").touch()
+    code, _, err = invoke(*args)
+    assert code == 2
+    assert err.startswith("Error: file")
+    assert err.endswith((": Not a directory\n", ": File exists\n"))
+    assert err.count("\n") == 1
+
+
+def wait_for_steps(process, path):
+    deadline = time.monotonic() + 300
+    while not (path.exists() and any(line["kind"] == "log" for line in records.read_lines(path))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(invoke, tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "train", *TINY, "--steps", "1000000", "--folder", "a"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for_steps(process, tmp_path / "a" / records.FILE)
+        # As a terminal does: to the command and its workers alike.
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err == "Stopped; go on with: distoptim train --resume a\n"
+    step = int(checkpoint.latest(tmp_path / "a").name.removeprefix("step-"))
+    code, _, err = invoke("train", "--resume", "a", "--steps", step + 3)
+    assert (code, err) == (0, "")
+    assert [line["step"] for line in records.read(tmp_path / "a").logs] == list(range(1, step + 4))
+
+
+def test_torchrun(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "distoptim",
+            "train",
+            *TINY,
+            "--algorithm",
+            "local-sgd",
+            "--steps",
+            "4",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("record: ") == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert records.read(folder).start["workers"] == 2
+    assert len(list(checkpoint.latest(folder).glob("rank-*.pt"))) == 2
+
+
+def test_two_commands_meet_by_tcp(tmp_path):
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [
+                *COMMAND,
+                "train",
+                *TINY,
+                "--steps",
+                "4",
+                "--init",
+                f"tcp://127.0.0.1:{port}",
+                "--rank",
+                str(rank),
+                "--world-size",
+                "2",
+                "--folder",
+                "a",
+            ],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "overlap-local-sgd" in outputs[0][0]
+    assert outputs[1][0] == ""
+    assert records.read(tmp_path / "a").summary["step"] == 4
+
+
+def test_without_the_extra_the_library_works_and_the_command_says_what_is_missing():
+    missing = (
+        "import sys; sys.modules.update(dict.fromkeys(['click', 'rich', 'matplotlib', 'sklearn']));"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{missing} import distoptim; from distoptim import cli; cli.main()",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "Error: the command line needs click: pip install 'distoptim[train]'\n"

@@ -1,0 +1,402 @@
+"""The report of a folder of records: its figures, its files, and what is wrong with the records."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner
+from distoptim_experiments.cli import cli
+from distoptim_experiments.report import front, report, runs
+
+from distoptim.cli import main
+from experiments.tests.report.records import METHODS, grid, lines, put
+
+
+def row(text, *cells):
+    """The first row of the Markdown that begins with these cells, without them."""
+    start = "| " + " | ".join(cells) + " | "
+    found = next(line for line in text.splitlines() if line.startswith(start))
+    return found.removeprefix(start).removesuffix(" |").split(" | ")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Markdown and HTML of a whole grid, with slow-downs, trials, an unfinished and a damaged record."""
+    folder = tmp_path_factory.mktemp("grid")
+    grid(folder, slowdowns=("none", "exponential"))
+    for lr, accuracy in ((0.03, 0.7), (0.1, 0.8), (0.3, 0.75)):
+        put(folder / "trials", f"t{lr}", lines(lr=lr, accuracy=accuracy))
+    put(folder / "final", "cut-short", lines()[:-1])
+    (folder / "final" / "on-its-way").mkdir()
+    (folder / "final" / "on-its-way" / "record.jsonl.draft").write_text("")
+    put(folder / "final", "broken", lines()).write_text('{"kind": "start"\n{}\n')
+    out = folder / "out"
+    return [path.read_text() for path in report.write(runs.read(folder), out)], out
+
+
+def test_the_table_tells_mean_deviation_seeds_best_and_diverged(made):
+    (text, page), _ = made
+    iid, skewed = text.split("**iid**")[1], text.split("**label-skew**")[1]
+    # Seeds .91 - .01, + .002, + .004: mean .902, sample deviation .002.
+    assert row(iid, "Local SGD") == ["90.20 ± 0.20", "87.20 ± 0.20"]
+    assert row(iid, "Overlap-Local-SGD")[0] == "**92.20 ± 0.20**"
+    assert row(iid, "sync") == ["89.70 ± 0.20", "**89.70 ± 0.20**"]
+    assert row(skewed, "CoCoD-SGD") == ["90.20 ± 0.20", "diverged (3)"]
+    assert "<td>diverged (3)</td>" in page
+    assert "<td><strong>92.20 ± 0.20</strong></td>" in page
+    assert "mean ± standard deviation over 3 seeds." in text
+    workers = text.split("## Test accuracy of single workers")[1]
+    assert "measured on the first 1000 test images or 100 windows" in workers
+    assert row(workers, "Local SGD") == ["80.20 ± 0.20", "77.20 ± 0.20"]
+
+
+def test_text_is_judged_by_its_loss(tmp_path):
+    for tau, losses in ((2, (2.1, 2.2)), (8, (2.4, 2.5))):
+        for seed, loss in enumerate(losses):
+            for label, more in (("Local SGD", 0), ("CoCoD-SGD", 0.05)):
+                made = lines(label=label, tau=tau, seed=seed, model="gpt-small", data="plays")
+                made[-1]["test_loss"] = loss + more
+                put(tmp_path / "final", f"{label}-{tau}-{seed}", made)
+    for lr, loss, accuracy in ((0.03, 2.2, 0.5), (0.1, 2.1, 0.4)):
+        made = lines(lr=lr, model="gpt-small", data="plays")
+        made[-1] |= {"validation_loss": loss, "validation_accuracy": accuracy}
+        put(tmp_path / "trials", f"t{lr}", made)
+    text = report.write(runs.read(tmp_path), tmp_path / "out")[0].read_text()
+    assert (
+        "Loss on the whole test set in nats per byte, mean ± standard deviation over 2 seeds."
+        in text
+    )
+    quality, tried = text.split("## Test loss of the averaged model")[1].split(
+        "## Learning rates tried"
+    )
+    assert row(quality, "Local SGD") == ["**2.150 ± 0.071**", "**2.450 ± 0.071**"]
+    assert row(quality, "CoCoD-SGD") == ["2.200 ± 0.071", "2.500 ± 0.071"]
+    assert row(tried, "Local SGD", "2") == ["2.200", "**2.100**", "0.1"]
+
+
+def test_learning_rates_with_the_best_and_the_one_used(made):
+    text = made[0][0].split("## Learning rates tried")[1]
+    assert row(text, "method", "tau") == ["lr 0.03", "lr 0.1", "lr 0.3", "used"]
+    assert row(text, "Local SGD", "2") == ["71.00", "**81.00**", "76.00", "0.1"]
+
+
+def test_what_is_left_out_is_named(made):
+    text = made[0][0].split("## What was left out")[1].split("##")[0]
+    assert "final/broken/record.jsonl:1: not a JSON line" in text
+    assert "2 unfinished, left out: final/cut-short, final/on-its-way." in text
+    assert "84 final runs (6 diverged); 3 runs to choose learning rates." in made[0][0]
+
+
+class Checked(HTMLParser):
+    """Tags are closed in order, ids are used once."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        values = dict(attrs)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_asks_for_nothing(made):
+    page = made[0][1]
+    checked = Checked()
+    checked.feed(page)
+    assert checked.open == []
+    assert len(set(checked.ids)) == len(checked.ids) > 100
+    assert {link.removeprefix("#") for link in checked.links} <= set(checked.ids)
+    assert set(re.findall(r"url\(#?([\w-]+)", page)) <= set(checked.ids)
+    assert not re.findall(r'(?<!xmlns=")(?<!xmlns:xlink=")https?:', page)
+    assert "@import" not in page
+    assert "some &lt;CPU&gt;" in page
+    assert page.count("<svg") == 5
+
+
+def test_pictures_show_every_method_in_the_colours_of_the_page(made):
+    for name in ("epochs", "seconds", "front", "times", "stragglers"):
+        root = ElementTree.parse(made[1] / "report-pictures" / f"{name}.svg").getroot()
+        said = {
+            "".join(e.itertext()).strip() for e in root.iter("{http://www.w3.org/2000/svg}text")
+        }
+        assert {"sync", "Local SGD", "CoCoD-SGD", "Overlap-Local-SGD"} <= said, name
+        text = (made[1] / "report-pictures" / f"{name}.svg").read_text()
+        assert "currentColor" in text
+        assert "#ffffff" not in text
+        assert "#000000" not in text
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(svg):
+    """(text, its left end, its right end, height) in points.
+
+    A letter is at least 4 wide in the size of names.
+    """
+    out = []
+    for e in ElementTree.fromstring(svg).iter(f"{SVG}text"):
+        text = "".join(e.itertext()).strip()
+        place = re.findall(r"translate\(([-.\d]+) ([-.\d]+)", e.get("transform", ""))
+        x, y = (float(e.get(k) or place[0][i]) for i, k in enumerate("xy"))
+        left = x - 4 * len(text) * (
+            0 if "anchor: start" in (style := e.get("style")) else 1 if "end" in style else 0.5
+        )
+        out.append((text, left, left + 4 * len(text), y))
+    return out
+
+
+def test_no_text_leaves_a_picture_or_covers_another(tmp_path):
+    for label in METHODS:
+        for tau in (12, 34, 56):
+            # All in one place, as overlapped methods often are.
+            put(tmp_path, f"{label}{tau}", lines(label=label, tau=tau, lr=0.1))
+            put(tmp_path, f"{label}{tau}-lr", lines(label=label, tau=tau, lr=0.123456))
+    picture = front.front(runs.read(tmp_path).final, "virtual seconds")
+    width = float(re.findall(r'viewBox="0 0 ([.\d]+)', picture)[0])
+    found = texts(picture)
+    # But for the one that is turned.
+    assert all(
+        left >= 0 and right <= width for text, left, right, _ in found if text != "test error, %"
+    )
+    assert {"tau 12", "tau 34", "tau 56"} <= {text for text, *_ in found}
+    names = [place for text, *place in found if ", tau" in text]
+    assert len(names) > 3
+    assert all(
+        abs(a[2] - b[2]) > 8 or a[1] < b[0] or b[1] < a[0]
+        for a, b in itertools.combinations(names, 2)
+    )
+
+
+def points(*places):
+    return [front.Point(f"method {i}", i, 4, x, y) for i, (x, y) in enumerate(places)]
+
+
+def test_the_front_is_what_nothing_beats_in_time_and_error():
+    shown = points((2, 5), (1, 9), (3, 5), (2, 6), (4, 1), (5, 1), (1, 9))
+    assert [(p.x, p.y) for p in front.best(shown)] == [(1, 9), (1, 9), (2, 5), (4, 1)]
+
+
+def test_an_axis_leaves_out_few_values_and_only_if_they_squeeze_all_others():
+    near = [40.0 + k for k in range(15)]
+    assert front.limit([*near, 285.0]) == 54.0
+    assert front.limit([*near, 54.0 + 14]) == 68.0
+    assert front.limit([*near, 285.0, 286.0, 287.0]) == 287.0
+    # Of few values none is far; without any extent there is nothing to be squeezed.
+    assert front.limit([1.0, 2.0, 99.0]) == 99.0
+    assert front.limit([*[40.0] * 15, 285.0]) == 285.0
+
+
+def test_where_all_runs_diverged_the_picture_is_empty(tmp_path):
+    put(tmp_path, "a", lines(diverged=True))
+    assert "test error, %" in {
+        text for text, *_ in texts(front.front(runs.read(tmp_path).final, "seconds"))
+    }
+
+
+def test_markers_are_moved_sideways_until_none_covers_another():
+    places = [(100.0, 50.0)] * 5 + [(104.0, 53.0), (300.0, 50.0)]
+    moved = front.apart(places)
+    assert all(
+        abs(a[0] - b[0]) >= 10 or abs(a[1] - b[1]) >= 8 for a, b in itertools.combinations(moved, 2)
+    )
+    assert [y for _, y in moved] == [y for _, y in places]
+    assert moved[0] == places[0]
+    assert moved[-1] == places[-1]
+
+
+def test_a_name_goes_where_nothing_is_covered_or_nowhere():
+    inside = (0.0, 0.0, 200.0, 100.0)
+    # To the left of the point, to its right where the left has no room or is taken, lower where
+    # both are.
+    assert front.room(50, (100, 50), inside, []) == (-9, 0, True)
+    assert front.room(50, (30, 50), inside, []) == (9, 0, False)
+    taken = [(95.0, 45.0, 105.0, 55.0), (40.0, 48.0, 90.0, 52.0), (110.0, 48.0, 160.0, 52.0)]
+    assert front.room(50, (100, 50), inside, taken) == (-5, -12, True)
+    assert front.room(250, (100, 50), inside, []) is None
+
+
+def test_what_is_far_from_all_others_stands_at_the_border_with_its_value(tmp_path):
+    for k, label in enumerate(METHODS):
+        for tau in (2, 4, 8):
+            seconds, accuracy = 6.0 + k / tau, 0.9 - tau / 100 + k / 200
+            if label == "sync":
+                tau, seconds = 1, 300.0
+            elif label == "CoCoD-SGD" and tau == 8:
+                accuracy = 0.1
+            put(
+                tmp_path,
+                f"{label}{tau}",
+                lines(label=label, tau=tau, seconds=seconds, accuracy=accuracy),
+            )
+    said = {text for text, *_ in texts(front.front(runs.read(tmp_path).final, "seconds"))}
+    assert {"sync: 300 s", "CoCoD-SGD: 90.0 % (tau 8)"} <= said
+    # So the axes need not reach them.
+    numbers = {float(text) for text in said if re.fullmatch(r"[\d.]+", text)}
+    assert 0 < max(numbers) < 30
+
+
+def test_a_method_has_the_same_style_in_all_reports(tmp_path):
+    for label in METHODS:
+        put(tmp_path / "all", label, lines(label=label))
+        put(tmp_path / "one" / label, "x", lines(label=label))
+    put(tmp_path / "all", "variant", lines(label="Overlap-Local-SGD", lr=0.5))
+    assert runs.labels(runs.read(tmp_path / "all").final) == {
+        "sync": 0,
+        "Local SGD": 1,
+        "CoCoD-SGD": 3,
+        "Overlap-Local-SGD, lr 0.1": 5,
+        "Overlap-Local-SGD, lr 0.5": 6,
+    }
+    alone = [runs.labels(runs.read(tmp_path / "one" / label).final)[label] for label in METHODS]
+    assert alone == [0, 1, 3, 5]
+
+
+def test_runs_of_different_configurations_are_not_mixed(tmp_path):
+    for lr in (0.1, 0.2):
+        for seed in (0, 1):
+            put(tmp_path, f"{lr}-{seed}", lines(lr=lr, seed=seed))
+    again = lines(lr=0.2, seed=1, accuracy=0.5)
+    again[0]["date"] = "2026-11-25"
+    put(tmp_path, "again", again)
+    found = runs.read(tmp_path)
+    assert [run.label for run in found.ended] == ["Local SGD, lr 0.1"] * 2 + [
+        "Local SGD, lr 0.2"
+    ] * 2
+    assert found.ended[-1].value("test_accuracy") == 0.5
+    assert found.notes == ["1 superseded by a later run of the same configuration, left out"]
+
+
+def test_a_partly_diverged_method_is_marked_and_not_the_best(tmp_path):
+    put(tmp_path, "a", lines(accuracy=0.95))
+    put(tmp_path, "b", lines(seed=1, diverged=True))
+    put(tmp_path, "c", lines(label="CoCoD-SGD"))
+    put(tmp_path, "d", lines(label="CoCoD-SGD", seed=1))
+    put(tmp_path, "e", lines(label="CoCoD-SGD", seed=2))
+    text = report.write(runs.read(tmp_path), tmp_path)[0].read_text()
+    assert row(text, "Local SGD") == ["95.00 (1 of 2 diverged)"]
+    # Methods have not the same number of seeds, so it is told.
+    assert row(text, "CoCoD-SGD") == ["**90.00 ± 0.00 (3)**"]
+    assert "over seeds, whose number is in parentheses." in text
+    assert "Left out: no run here had random slow-downs." in text
+
+
+def test_experiments_that_cannot_be_compared_are_told_apart(tmp_path):
+    for data in ("digits", "fashion-mnist"):
+        for label in ("sync", "Local SGD"):
+            put(tmp_path / data, label, lines(label=label, data=data))
+    text, page = (path.read_text() for path in report.write(runs.read(tmp_path), tmp_path))
+    for data in ("digits", "fashion-mnist"):
+        assert (
+            f"## cnn-small on {data}, virtual workers: test accuracy of the averaged model" in text
+        )
+    assert text.count("| sync | **90.00** |") == 2
+    assert [run.style for run in runs.read(tmp_path).ended] == [0, 1, 0, 1]
+    assert {path.stem for path in (tmp_path / "report-pictures").iterdir()} == {
+        f"{name}-{i}" for name in ("epochs", "seconds", "front", "times") for i in (0, 1)
+    }
+    checked = Checked()
+    checked.feed(page)
+    assert len(set(checked.ids)) == len(checked.ids)
+
+
+def test_slow_downs_of_real_workers_are_stragglers(tmp_path):
+    for slowdown, mean_ms in (("none", 0.0), ("pareto", 20.0)):
+        made = lines(slowdown_ms=mean_ms)
+        made[0]["config"]["slowdown"] = slowdown
+        del made[0]["machines"]
+        put(tmp_path, slowdown, made)
+    found = runs.read(tmp_path)
+    assert [run.slowdown for run in found.plain] == ["none"]
+    text = report.write(found, tmp_path)[0].read_text()
+    assert row(text, "Local SGD") == ["**90.00**"]
+    assert "Seconds of real workers are those of their training steps" in text
+    assert "pareto" in (tmp_path / "report-pictures" / "stragglers.svg").read_text()
+
+
+def test_real_runs_without_worker_accuracy_or_label_are_shown(tmp_path):
+    made = lines()
+    for line in made:
+        for name in ("label", "machines", "worker_accuracy", "diverged"):
+            line.pop(name, None)
+    put(tmp_path, "a", made)
+    text = report.write(runs.read(tmp_path), tmp_path)[0].read_text()
+    assert row(text, "local-sgd") == ["**90.00**"]
+    assert "Left out: these records have no accuracy of single workers." in text
+
+
+def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path):
+    put(tmp_path / "in", "a", lines())
+    put(tmp_path / "in", "b", [{"kind": "start"}])
+    for arguments, place in (([], "in"), (["--out", str(tmp_path / "out" / "deep")], "out/deep")):
+        done = CliRunner().invoke(
+            cli, ["report", str(tmp_path / "in"), *arguments], catch_exceptions=False
+        )
+        assert done.exit_code == 0
+        assert f"{place}/report.html" in done.output
+        assert "damaged, left out: b/record.jsonl:1: a record begins with" in done.output
+        assert (tmp_path / place / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda folder: None, "nothing: no such folder"),
+        (lambda folder: folder.mkdir(), "nothing: no finished run there"),
+        (
+            lambda folder: put(folder, "a", lines()[:-1]),
+            "no finished run there; 1 unfinished, left out: a",
+        ),
+        (
+            lambda folder: put(folder, "a", [{"kind": "start", "config": {}}]),
+            "a/record.jsonl: no algorithm, tau, seed, lr",
+        ),
+        (
+            lambda folder: put(folder, "a", [lines()[0], {"kind": "log", "step": 1}]),
+            "a/record.jsonl: no epoch, seconds, l",
+        ),
+        (
+            lambda folder: put(folder, "a", [lines()[0], {**lines()[-1], "seconds": None}]),
+            "a/record.jsonl: no seconds in",
+        ),
+        (lambda folder: put(folder, "a", [{"kind": "start"}]), "a/record.jsonl:1: a record begins"),
+        (
+            lambda folder: put(folder, "", [{"kind": "start"}]).rename(folder / "a.record.jsonl"),
+            "a.record.jsonl:1: a rec",
+        ),
+        (
+            lambda folder: (folder / "a" / "record.jsonl").mkdir(parents=True),
+            "a/record.jsonl: Is a directory",
+        ),
+    ],
+)
+def test_a_folder_without_runs_gives_one_line(tmp_path, monkeypatch, capsys, prepare, words):
+    prepare(tmp_path / "nothing")
+    monkeypatch.setattr("sys.argv", ["distoptim", "report", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_file_in_the_way_gives_one_line(tmp_path):
+    put(tmp_path, "a", lines())
+    (tmp_path / "x").write_text(json.dumps(1))
+    with pytest.raises(ValueError, match="x/report-pictures: Not a directory"):
+        report.write(runs.read(tmp_path), tmp_path / "x")

@@ -1,0 +1,1 @@
+"""Time: when to launch, when to merge, and what is in flight."""

@@ -1,0 +1,155 @@
+"""All workers agree before the first step and before they resume, or all fail with a message that names both sides."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from distoptim.comm.communicator import Communicator
+from distoptim.comm.mesh import Island, describe
+from distoptim.engine import checkpoint
+from distoptim.fragments import Fragment
+
+logger = logging.getLogger("distoptim")
+
+Facts = dict[str, object]
+
+
+@torch.no_grad()
+def introduce(
+    communicator: Communicator, facts: Facts, fragments: Sequence[Fragment], names: Sequence[str]
+) -> None:
+    """Compare facts and parameters, then give everybody rank 0's parameters; blocking and
+    collective.
+
+    The ranks of an island agree on the facts too: they launch together. Their shards may differ.
+
+    Args:
+        communicator: to the other workers.
+        facts: by name, what must be equal.
+        fragments: whose values are to be equal at the start.
+        names: the parameters' names, where torch knows them; two of one shape in another order go
+            unseen without.
+
+    Raises:
+        ValueError: on every worker, as `compare`.
+    """
+    params = [p for f in fragments for p in f.params]
+    own = {
+        "number of fragments": len(fragments),
+        "names of parameters": names,
+        "shards": describe(params),
+        **{f"fragment {i}": f"part {f.part}: {f.signature()}" for i, f in enumerate(fragments)},
+    }
+    # One message, compared only when everybody has them all: who finds a difference leaves nobody
+    # waiting.
+    messages = cast(
+        "list[tuple[list[Facts], Facts]]",
+        communicator.exchange((Island(params).exchange(facts), own)),
+    )
+    try:
+        compare([theirs for island, _ in messages for theirs in island])
+        compare([theirs for _, theirs in messages])
+    except ValueError:
+        # Nobody could later: with torch 2.6 a program that ends with these groups open may hang.
+        communicator.close()
+        raise
+    for f in fragments:
+        start = f.flat()
+        f.read(start)
+        communicator.broadcast(start.tensor)
+        f.write(start)
+
+
+@torch.no_grad()
+def reunite(
+    communicator: Communicator, params: Sequence[Tensor], saved: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """What this worker is to resume from, so that all resume from the same round; blocking and
+    collective.
+
+    A mean that is cut off by a failure may be there on some workers and lost on others, whose saved
+    anchors and outer states then are a round apart. Where places differ, everybody gets the state
+    of the worker that is furthest, as one of nobody's: what was in flight is dropped, workers start
+    from the anchor, and a new round begins.
+
+    Args:
+        communicator: to the other workers.
+        params: all that are averaged; the ranks of an island resume at one local step too.
+        saved: by `checkpoint.save`; None for a plain optimizer's state, which starts a new run.
+
+    Raises:
+        ValueError: on every worker, if only some have rounds to resume.
+    """
+    own = None if saved is None else checkpoint.place(saved)
+    messages = cast(
+        "list[tuple[list[checkpoint.Place | None], checkpoint.Place | None]]",
+        communicator.exchange((Island(params).exchange(own), own)),
+    )
+    everybody = [place for island, _ in messages for place in island]
+    places = [place for _, place in messages if place is not None]
+    compare(
+        [
+            {"what to resume": "a plain optimizer" if place is None else "rounds"}
+            for place in everybody
+        ]
+    )
+    if saved is None or all(place == own for place in everybody):
+        return saved
+    furthest = places.index(max(places, key=lambda place: place.progress))
+    steps = [place.step for place in everybody if place is not None]
+    logger.warning(
+        "workers saved different rounds (local steps %d to %d): all go on from rank %d's, at a new round",
+        min(steps),
+        max(steps),
+        furthest,
+    )
+    return {**_share(communicator, saved, furthest), "step": max(steps), "workers": 0}
+
+
+def _share(communicator: Communicator, saved: dict[str, Any], source: int) -> dict[str, Any]:
+    """Rank `source`'s saved state, on the CPU."""
+    file = io.BytesIO()
+    if communicator.rank == source:
+        torch.save(saved, file)
+    nbytes = cast("list[int]", communicator.exchange(file.getbuffer().nbytes))[source]
+    message = torch.frombuffer(bytearray(file.getvalue() or nbytes), dtype=torch.uint8)
+    communicator.broadcast(message, source)
+    theirs: dict[str, Any] = torch.load(
+        io.BytesIO(message.numpy().tobytes()), map_location="cpu", weights_only=True
+    )
+    return theirs
+
+
+def compare(everybody: Sequence[Facts]) -> None:
+    """Whether all workers say the same.
+
+    Raises:
+        ValueError: naming the first fact that differs, the two ranks and both values.
+    """
+    reference = everybody[0]
+    for rank, theirs in enumerate(everybody):
+        for key in {**reference, **theirs}:
+            ours, other = reference.get(key), theirs.get(key)
+            if ours != other:
+                raise ValueError(
+                    f"workers disagree on {key}: rank 0 has {_short(ours, other)}, "
+                    f"rank {rank} has {_short(other, ours)}"
+                )
+
+
+def _short(value: object, other: object, width: int = 160) -> str:
+    """The value as text, long ones from a little before the place where the two part."""
+    text, against = str(value), str(other)
+    if len(text) <= width:
+        return text
+    same = next(
+        (i for i, (a, b) in enumerate(zip(text, against, strict=False)) if a != b), len(against)
+    )
+    start = max(0, same - width // 2)
+    return f"...{text[start : start + width]}..."

@@ -1,0 +1,1 @@
+"""What will pay on a given link, before anything is rented."""

@@ -1,0 +1,240 @@
+"""What will pay.
+
+Seconds per step of every algorithm and tau on a given link, and one recommendation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from distoptim import checks
+from distoptim.algorithms import ALGORITHMS
+from distoptim.fragments import Flat
+from distoptim.optimizer import AveragingOptimizer
+from distoptim.options import Params
+from distoptim.simulator.cluster import Cluster
+from distoptim.simulator.compute import Constant
+from distoptim.simulator.fabric import VirtualCommunicator
+from distoptim.simulator.network import Network
+
+TAUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Periods offered; more local steps than that are rarely trained with."""
+
+CLOSE = 1.05
+"""Settings up to 5 % slower than the fastest count as equally fast: then the smaller tau trains better."""
+
+FAVOURED_FROM = 8
+"""From this tau on OverlapBMUF was compared with Overlap-Local-SGD, and better at 8 and 24 (results/beyond)."""
+
+_BUCKET_BYTES = 25 * 2**20
+_BACKWARD = 2 / 3
+_ELEMENT_BYTES = 4
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be planned.
+
+    Args:
+        step_s: seconds of one local step without communication, > 0.
+        params: number of parameters, >= 1; they travel as float32.
+        workers: >= 1.
+        network: what a mean costs.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    step_s: float
+    params: int
+    workers: int
+    network: Network
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        checks.number("step_s", self.step_s, 0, math.inf, open_low=True, open_high=True)
+        checks.integer("params", self.params, 1)
+        checks.integer("workers", self.workers, 1)
+
+    def all_reduce_s(self, nbytes: float) -> float:
+        """Seconds of one mean."""
+        return self.network.all_reduce_s(nbytes, self.workers) if self.workers > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One setting.
+
+    Attributes:
+        algorithm: its name in `ALGORITHMS`, or "ddp".
+        tau: local steps in a round.
+        step_s: seconds per local step, communication included.
+        speed_up: over DDP.
+        exposed_share: exposed communication / computation.
+        copies: memory beyond the model and its inner optimizer, in float32 copies of the model.
+        gbytes_per_hour: payload per worker and hour, in 10^9 bytes.
+    """
+
+    algorithm: str
+    tau: int
+    step_s: float
+    speed_up: float
+    exposed_share: float
+    copies: float
+    gbytes_per_hour: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All predictions, fastest first within an algorithm, and what to take.
+
+    Attributes:
+        best: the recommended setting.
+        line: the line of code for it.
+        reason: why, in one sentence.
+    """
+
+    predictions: list[Prediction]
+    best: Prediction
+    line: str
+    reason: str
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data."""
+        return asdict(self)
+
+
+def plan(job: Job, *, algorithms: Sequence[str] | None = None, taus: Sequence[int] = TAUS) -> Plan:
+    """Predict every setting and choose one.
+
+    Chosen is, of the settings within 5 % of the fastest, DDP if it is among them, else the one with
+    the smallest tau, since workers drift apart for tau steps. Of equals it is the algorithm that
+    comes first; by default OverlapBMUF from tau = 8 on and Overlap-Local-SGD below (docs/which.md).
+
+    Args:
+        job: the model, the machines and their link.
+        algorithms: names in `ALGORITHMS`; default all.
+        taus: the periods offered.
+
+    Raises:
+        ValueError: an unknown algorithm or a tau below 1.
+    """
+    names = list(dict.fromkeys(ALGORITHMS if algorithms is None else algorithms))
+    for name in names:
+        if name not in ALGORITHMS:
+            raise ValueError(f"algorithm {name!r}: allowed are {', '.join(ALGORITHMS)}")
+    ddp = _ddp(job)
+    predictions = [ddp] + [
+        _predict(job, name, checks.integer("tau", tau, 1), ddp.step_s)
+        for name in names
+        for tau in taus
+    ]
+    fastest = min(p.step_s for p in predictions)
+    close = [p for p in predictions if p.step_s <= CLOSE * fastest]
+    best = min(
+        close, key=lambda p: (p.algorithm != "ddp", p.tau, algorithms is None and not _favoured(p))
+    )
+    return Plan(predictions, best, _line(best), _reason(best, ddp, job))
+
+
+def _ddp(job: Job) -> Prediction:
+    """DDP sends gradients in buckets of 25 MiB as the backward pass, 2/3 of a step, makes them ready."""
+    nbytes = job.params * _ELEMENT_BYTES
+    buckets = math.ceil(nbytes / _BUCKET_BYTES)
+    link_free = 0.0
+    for k in range(1, buckets + 1):
+        ready = job.step_s * (1 - _BACKWARD + _BACKWARD * k / buckets)
+        link_free = max(link_free, ready) + job.all_reduce_s(nbytes / buckets)
+    step_s = max(job.step_s, link_free)
+    return _prediction(job, "ddp", 1, step_s, copies=1.0, baseline=step_s)
+
+
+def _predict(job: Job, name: str, tau: int, ddp_s: float) -> Prediction:
+    """Run the algorithm's own engine on a clock.
+
+    One virtual worker, who stands for all, on their network.
+    """
+
+    def optimizer(params: Params, communicator: VirtualCommunicator) -> AveragingOptimizer:
+        communicator.size = job.workers
+        return ALGORITHMS[name](params, tau=tau, lr=0.0, communicator=communicator)
+
+    cluster = Cluster(
+        workers=1,
+        model=lambda: torch.nn.Linear(1, 1, bias=False),
+        optimizer=optimizer,
+        threads=1,
+        compute=Constant(job.step_s),
+        network=_Whole(job),
+    )
+    for _ in range(2 * tau):
+        cluster.step()
+    start = cluster.seconds()
+    for _ in range(_ROUNDS * tau):
+        cluster.step()
+    step_s = (cluster.seconds() - start) / (_ROUNDS * tau)
+    return _prediction(
+        job, name, tau, step_s, copies=_copies(cluster.optimizers[0]), baseline=ddp_s
+    )
+
+
+def _prediction(
+    job: Job, name: str, tau: int, step_s: float, *, copies: float, baseline: float
+) -> Prediction:
+    per_hour = 3600 / (step_s * tau) * job.params * _ELEMENT_BYTES / 1e9 if job.workers > 1 else 0.0
+    return Prediction(
+        name, tau, step_s, baseline / step_s, max(0.0, step_s / job.step_s - 1), copies, per_hour
+    )
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The job's network and all its parameters, whatever the virtual worker sends."""
+
+    job: Job
+
+    def all_reduce_s(self, nbytes: float, workers: int) -> float:
+        """Seconds of a mean of the job's model over the job's workers."""
+        return self.job.all_reduce_s(self.job.params * _ELEMENT_BYTES)
+
+
+def _copies(optimizer: AveragingOptimizer) -> float:
+    """What the engine keeps, in copies of the fragment."""
+    total = 0.0
+    for slot in optimizer._engine.slots:
+        flats = [v for v in vars(slot.state).values() if isinstance(v, Flat)]
+        outer = [v for v in vars(slot.state).values() if isinstance(v, torch.optim.Optimizer)]
+        total += (
+            1
+            + len(flats)
+            + sum("momentum" in g and g["momentum"] > 0 for o in outer for g in o.param_groups)
+        )
+    return total / len(optimizer._engine.slots)
+
+
+def _favoured(p: Prediction) -> bool:
+    return p.algorithm == ("overlap-bmuf" if p.tau >= FAVOURED_FROM else "overlap-local-sgd")
+
+
+def _line(best: Prediction) -> str:
+    if best.algorithm == "ddp":
+        return "model = torch.nn.parallel.DistributedDataParallel(model)"
+    return f"optimizer = distoptim.{ALGORITHMS[best.algorithm].__name__}(optimizer, tau={best.tau})"
+
+
+def _reason(best: Prediction, ddp: Prediction, job: Job) -> str:
+    if best.algorithm == "ddp":
+        return (
+            f"none of this pays: DDP waits {ddp.exposed_share:.1%} of the computation for communication, and "
+            f"nothing is more than {CLOSE - 1:.0%} faster"
+        )
+    return (
+        f"{best.speed_up:.1f} times as fast as DDP, which waits {ddp.exposed_share:.0%} of the computation; "
+        f"communication exposed {best.exposed_share:.1%}; no smaller tau is within {CLOSE - 1:.0%} of it; "
+        "why this one of the equally fast algorithms: docs/which.md"
+    )

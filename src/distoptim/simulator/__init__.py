@@ -1,0 +1,26 @@
+"""A cluster of virtual workers on a virtual clock.
+
+The same engine and algorithms, in one process.
+"""
+
+from __future__ import annotations
+
+from distoptim.simulator.cluster import Cluster
+from distoptim.simulator.compute import Compute, Constant, Pareto, ShiftedExponential, Trace
+from distoptim.simulator.fabric import Fabric, VirtualCommunicator
+from distoptim.simulator.network import Islands, Network, Ring, Tree
+
+__all__ = [
+    "Cluster",
+    "Compute",
+    "Constant",
+    "Fabric",
+    "Islands",
+    "Network",
+    "Pareto",
+    "Ring",
+    "ShiftedExponential",
+    "Trace",
+    "Tree",
+    "VirtualCommunicator",
+]

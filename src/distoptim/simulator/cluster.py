@@ -1,0 +1,211 @@
+"""Virtual workers in one process, in lockstep.
+
+The same optimizers and engine, another communicator and clock.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distoptim import checks
+from distoptim.comm.compressed import CodedHandle
+from distoptim.engine.fragment_sync import Flight
+from distoptim.optimizer import AveragingOptimizer
+from distoptim.simulator.compute import Compute
+from distoptim.simulator.fabric import Fabric, VirtualCommunicator, VirtualHandle
+from distoptim.simulator.network import Network
+
+Make = Callable[..., AveragingOptimizer]
+
+
+class Cluster:
+    """`workers` virtual workers, each with a model and an optimizer of its own, on a virtual clock.
+
+    Deterministic: the same arguments and gradients give the same parameters and times, whatever the
+    number of threads. Memory and time grow linearly with the number of workers.
+
+    Args:
+        workers: how many, >= 1.
+        model: makes one worker's model; all start from worker 0's.
+        optimizer: called as optimizer(parameters, communicator=...), must pass the communicator on.
+        compute: how long local steps take; None: no time.
+        network: what means cost; None: nothing.
+        threads: workers computed at the same time; default one per processor core.
+        synchronous: average the gradients before every step, as DDP does.
+        scale: a byte of payload counts as so many, to time a large model with a small one.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int,
+        model: Callable[[], torch.nn.Module],
+        optimizer: Make,
+        compute: Compute | None = None,
+        network: Network | None = None,
+        threads: int | None = None,
+        synchronous: bool = False,
+        scale: float = 1.0,
+    ) -> None:
+        checks.integer("workers", workers, 1)
+        self.fabric = Fabric(workers, network, scale=scale)
+        self.models = [model() for _ in range(workers)]
+        self.optimizers = [
+            optimizer(m.parameters(), communicator=VirtualCommunicator(self.fabric, rank))
+            for rank, m in enumerate(self.models)
+        ]
+        self.steps = 0
+        self._compute, self._synchronous = compute, synchronous
+        threads = checks.integer("threads", os.cpu_count() if threads is None else threads, 1)
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def step(self, loss: Callable[[torch.nn.Module, int], Tensor] | None = None) -> list[float]:
+        """One local step of every worker, then `average()`; returns the workers' losses.
+
+        Args:
+            loss: called as loss(model, rank), on several threads; None: only time passes.
+        """
+        ranks = range(len(self.models))
+        losses: list[float] = []
+        if loss is not None:
+            run: Callable[..., Iterable[Any]] = self._pool.map if self._pool else map
+            losses = list(run(lambda rank: self._backward(loss, rank), ranks))
+            if self._synchronous:
+                self._average_gradients()
+            list(run(self._local_step, ranks))
+            for optimizer, value in zip(self.optimizers, losses, strict=True):
+                optimizer._engine.pace.report(value, None)
+        if self._compute is not None:
+            for rank in ranks:
+                self.fabric.clocks[rank] += self._compute.seconds(rank, self.steps)
+        self.steps += 1
+        self._average()
+        return losses
+
+    def mean_model(self) -> torch.nn.Module:
+        """A copy of worker 0's model with the mean parameters and floating-point buffers; takes no
+        time.
+
+        Of the workers whose values are finite, as in every mean; of all if there are none.
+        """
+        mean = copy.deepcopy(self.models[0])
+        with torch.no_grad():
+            sound = [
+                m for m in self.models if all(bool(torch.isfinite(t).all()) for t in _tensors(m))
+            ]
+            tensors = zip(*(_tensors(m) for m in sound or self.models), strict=True)
+            for target, values in zip(_tensors(mean), tensors, strict=True):
+                total = values[0].to(torch.float64)
+                for value in values[1:]:
+                    total = total + value
+                target.copy_(total / len(values))
+        return mean
+
+    def seconds(self) -> float:
+        """The virtual time at which the last worker stands."""
+        return max(self.fabric.clocks)
+
+    def stats(self) -> dict[str, Any]:
+        """`AveragingOptimizer.stats` averaged over the workers, and `seconds`."""
+        each = [optimizer.stats() for optimizer in self.optimizers]
+        return {
+            **{key: sum(s[key] for s in each) / len(each) for key in each[0]},
+            "seconds": self.seconds(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit-equal, clocks included, as tensors and plain data.
+
+        Takes no virtual time.
+        """
+        self.fabric.frozen = True
+        states = [
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "counters": _counters(optimizer),
+                "flights": [_times(slot.flight) for slot in optimizer._engine.slots],
+            }
+            for model, optimizer in zip(self.models, self.optimizers, strict=True)
+        ]
+        self.fabric.frozen = False
+        return {
+            "workers": states,
+            "clocks": self.fabric.clocks,
+            "free_at": self.fabric.free_at,
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, in a new cluster made with the same arguments."""
+        for rank, saved in enumerate(state_dict["workers"]):
+            optimizer = self.optimizers[rank]
+            self.models[rank].load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            vars(optimizer._engine.counters).update(saved["counters"])
+            for slot, times in zip(optimizer._engine.slots, saved["flights"], strict=True):
+                if slot.flight is not None and times is not None:
+                    slot.flight.handle = self.fabric.in_flight(rank, slot.buffer.tensor, *times)
+            optimizer._engine.resume_at(state_dict["steps"])
+        self.fabric.clocks[:] = state_dict["clocks"]
+        self.fabric.free_at, self.steps = state_dict["free_at"], state_dict["steps"]
+
+    def _backward(self, loss: Callable[[torch.nn.Module, int], Tensor], rank: int) -> float:
+        value = loss(self.models[rank], rank)
+        value.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+        return value.item()
+
+    def _local_step(self, rank: int) -> None:
+        self.optimizers[rank].step()
+        self.optimizers[rank].zero_grad()
+
+    @torch.no_grad()
+    def _average_gradients(self) -> None:
+        for params in zip(*(m.parameters() for m in self.models), strict=True):
+            gradients = [p.grad for p in params if p.grad is not None]
+            if gradients:
+                torch._foreach_copy_(gradients, [torch.stack(gradients).mean(0)] * len(gradients))
+
+    def _average(self) -> None:
+        engines = [optimizer._engine for optimizer in self.optimizers]
+        for engine in engines:
+            engine.count()
+        for engine in engines:
+            engine.finish_due()
+        for engine in engines:
+            engine.launch_due()
+        if engines[0].delay == 0:
+            for engine in engines:
+                engine.finish_due()
+
+
+def _counters(optimizer: AveragingOptimizer) -> dict[str, Any]:
+    optimizer._engine.counters.collect()
+    return {
+        name: value for name, value in vars(optimizer._engine.counters).items() if name != "unread"
+    }
+
+
+def _times(flight: Flight | None) -> tuple[float, float] | None:
+    """Launch and end of a mean in flight; None for one that took no time."""
+    handle = None if flight is None else flight.handle
+    if isinstance(handle, CodedHandle):
+        handle = handle.carried
+    if not isinstance(handle, VirtualHandle):
+        return None
+    assert handle.ends_at is not None
+    return handle.launched_at, handle.ends_at
+
+
+def _tensors(module: torch.nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]

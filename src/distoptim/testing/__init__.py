@@ -1,0 +1,1 @@
+"""Real workers and what they hold, for tests: ours and users'."""

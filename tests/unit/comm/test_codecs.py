@@ -1,0 +1,267 @@
+"""Codecs: what a code loses and weighs, and what the algorithms make of coded means."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import distoptim
+from distoptim.comm import Communicator
+from distoptim.comm.codecs import CODECS, Codec, ErrorFeedback, find
+from distoptim.testing import processes as workers
+from tests.helpers import toy
+from tests.helpers.cluster import Cluster
+
+
+def numbers(numel: int, seed: int = 0) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+
+
+SIZES = (1, 255, 256, 257, 65536, 70001)
+# Of the root mean square error over that of the numbers, for numbers of a normal law.
+ERRORS = {"bf16": 0.0018, "int8": 0.008, "e3m0": 0.21, "2bit": 0.48}
+NAMES = [*CODECS, *(f"{name}+ef" for name in CODECS)]
+# 15 blocks of 256, the last one not full: enough for two stages of up to 7 workers, and of 8 with
+# parts of two blocks.
+START = [
+    numbers(n, seed).view(shape)
+    for seed, (n, shape) in enumerate([(3500, (70, 50)), (130, (130,)), (1, ())])
+]
+MINIMA = [
+    [numbers(p.numel(), 10 * (rank + 1) + i).view(p.shape) for i, p in enumerate(START)]
+    for rank in range(8)
+]
+ALGORITHMS: dict[str, Any] = {
+    "local": partial(distoptim.LocalSGD, tau=3),
+    "cocod": partial(distoptim.CoCoDSGD, tau=3),
+    "overlap": partial(distoptim.OverlapLocalSGD, tau=3, fragments=2),
+    "overlap1": partial(distoptim.OverlapLocalSGD, tau=3, delay=1),
+    "easgd": partial(distoptim.EASGD, tau=3, alpha=0.2),
+    "diloco": partial(distoptim.DiLoCo, tau=3),
+    "eager": partial(distoptim.EagerDiLoCo, tau=3),
+    "co2": partial(distoptim.CO2, tau=3),
+    "slowmo": partial(distoptim.SlowMo, tau=3),
+}
+
+
+def gradient(rank: int, params: list[Tensor]) -> list[Tensor]:
+    """Of a quadratic whose minimum is another one on every worker."""
+    return [
+        (p - c) * (1 + 0.1 * i) for i, (p, c) in enumerate(zip(params, MINIMA[rank], strict=True))
+    ]
+
+
+def through(codec: Codec, x: Tensor) -> Tensor:
+    code = torch.zeros(codec.nbytes(x.numel()), dtype=torch.uint8)
+    codec.encode(x, code)
+    out = torch.zeros_like(x)
+    codec.add_decoded(code, out)
+    return out
+
+
+def cluster(make: Any, size: int = 4, **options: Any) -> Cluster:
+    return Cluster(partial(make, lr=0.05, momentum=0.5, **options), [START] * size)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("numel", SIZES)
+def test_errors_are_bounded_at_every_size(name: str, numel: int) -> None:
+    x = numbers(numel)
+    y = through(CODECS[name], x)
+    assert torch.isfinite(y).all()
+    if name == "bf16":
+        assert torch.equal(y, x.bfloat16().float())
+    if name == "int8":
+        whole = torch.zeros(-(-numel // 256) * 256)
+        whole[:numel] = x
+        limit = (
+            whole.view(-1, 256).abs().amax(1, keepdim=True).expand(-1, 256).reshape(-1)[:numel]
+            / 254
+        )
+        assert (y - x).abs().le(limit * 1.001).all()
+    if name == "e3m0":
+        assert torch.equal(torch.frexp(y[y != 0])[0].abs(), torch.full_like(y[y != 0], 0.5))
+        assert ((y - x).abs() <= x.abs() / 3 + 1e-6)[y != 0].all()
+    if numel > 60000:
+        assert ((y - x).norm() / x.norm()).item() < ERRORS[name]
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_zero_denormals_and_infinities(name: str) -> None:
+    codec = CODECS[name]
+    assert not through(codec, torch.zeros(300)).any()
+    assert torch.isfinite(through(codec, torch.full((300,), 1e-42))).all()
+    assert through(codec, torch.full((300,), 1e-42)).abs().max() < 1e-37
+    extreme = through(codec, torch.tensor([math.inf, -math.inf, 1.0]))
+    assert torch.isfinite(extreme[:2]).all() or name == "2bit"
+    assert extreme[0] > 1e35 or name == "2bit"
+    mixed = torch.zeros(256)
+    mixed[3] = -5.0
+    if name != "2bit":
+        assert (through(codec, mixed) != 0).sum() == 1
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8", "e3m0"])
+def test_what_was_coded_once_is_coded_without_loss(name: str) -> None:
+    once = through(CODECS[name], numbers(1000))
+    torch.testing.assert_close(through(CODECS[name], once), once, rtol=3e-7, atol=0)
+
+
+def test_bytes_of_a_code() -> None:
+    assert {name: codec.nbytes(257) for name, codec in CODECS.items()} == {
+        "bf16": 1024,
+        "int8": 520,
+        "e3m0": 258,
+        "2bit": 136,
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("algorithm", ["local", "overlap"])
+def test_stats_count_the_code(name: str, algorithm: str) -> None:
+    run = cluster(ALGORITHMS[algorithm], codec=name)
+    run.run(3, gradient)
+    codec = find(name)
+    codec = codec.codec if isinstance(codec, ErrorFeedback) else codec
+    assert codec is not None
+    launched = [s.fragment.numel for s in run.optimizers[0]._engine.slots if s.launched > 0]
+    assert len(launched) == 1 + (algorithm == "overlap")
+    expected = 0
+    for numel in launched:
+        whole, part = (-(-codec.nbytes(math.ceil(numel / 256 / n) * 256) // 4) * 4 for n in (1, 4))
+        # One stage, or two of a fourth each; the weight before what the first sends.
+        expected += 4 * (4 + min(whole, 2 * part)) // 2
+    assert run.optimizers[0].stats()["bytes"] == expected
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", ["bf16", "int8", "e3m0+ef", "2bit+ef"])
+def test_anchors_stay_equal_and_runs_end_near_the_uncoded(algorithm: str, name: str) -> None:
+    coded, plain = cluster(ALGORITHMS[algorithm], codec=name), cluster(ALGORITHMS[algorithm])
+    limit = {"bf16": 0.01, "int8": 0.02, "e3m0+ef": 0.25, "2bit+ef": 0.35}[name]
+    x, y = coded.run(60, gradient)[-15:].mean((0, 1)), plain.run(60, gradient)[-15:].mean((0, 1))
+    assert 0 < (x - y).norm() < limit * y.norm()
+    engines = [o._engine for o in coded.optimizers]
+    for slots in zip(*(e.slots for e in engines), strict=True):
+        assert all(torch.equal(s.coder.reference, slots[0].coder.reference) for s in slots)
+
+
+@pytest.mark.parametrize("name", ["e3m0", "2bit"])
+def test_error_feedback_loses_nothing_in_the_sum(name: str) -> None:
+    run = cluster(distoptim.LocalSGD, size=1, tau=1, codec=f"{name}+ef")
+    coder = run.optimizers[0]._engine.slots[0].coder
+    given, got = torch.zeros(coder.numel), torch.zeros(coder.numel)
+    buffer = torch.zeros(coder.numel + 1)
+    for i in range(20):
+        d = numbers(coder.numel, i)
+        buffer[:-1], buffer[-1] = coder.reference + d, 1.0
+        coder.launch(buffer).wait(1.0)
+        given += d
+        got += buffer[:-1] - coder.reference
+    torch.testing.assert_close(got + coder.residual, given, rtol=0, atol=2e-5)
+    assert coder.residual.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["int8", "2bit+ef"])
+@pytest.mark.parametrize("algorithm", ["local", "cocod", "overlap", "overlap1"])
+def test_resume_in_flight_is_bit_exact(algorithm: str, name: str) -> None:
+    run = cluster(ALGORITHMS[algorithm], codec=name)
+    run.run(7, gradient)
+    saved = copy.deepcopy([o.state_dict() for o in run.optimizers])
+    again = Cluster(partial(ALGORITHMS[algorithm], lr=0.05, momentum=0.5, codec=name), [START] * 4)
+    with torch.no_grad():
+        for mine, theirs in zip(again.params, run.params, strict=True):
+            torch._foreach_copy_(mine, theirs)
+    for optimizer, state in zip(again.optimizers, saved, strict=True):
+        optimizer.load_state_dict(state)
+    assert torch.equal(again.run(8, gradient), run.run(8, gradient))
+
+
+def test_a_checkpoint_of_another_coding_is_refused() -> None:
+    states = {
+        name: cluster(ALGORITHMS["local"], codec=name).optimizers[0].state_dict()
+        for name in (None, "int8", "int8+ef")
+    }
+    for a, b in itertools.permutations(states, 2):
+        with pytest.raises(ValueError, match="codec"):
+            cluster(ALGORITHMS["local"], codec=a).optimizers[0].load_state_dict(states[b])
+
+
+@pytest.mark.parametrize("algorithm", ["local", "overlap1"])
+def test_a_worker_in_quarantine_weighs_nothing_and_loses_its_residual(algorithm: str) -> None:
+    run = cluster(ALGORITHMS[algorithm], codec="2bit+ef")
+    run.run(5, gradient)
+    with torch.no_grad():
+        run.params[1][0].fill_(math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.run(1, gradient)
+    slots = [o._engine.slots[0] for o in run.optimizers]
+    assert not slots[1].coder.residual.any()
+    assert slots[0].coder.residual.any()
+    run.run(3, gradient)
+    assert torch.isfinite(run.x()).all()
+    assert run.optimizers[1].stats()["quarantined"] == 1
+
+
+@pytest.mark.parametrize("bad", ["int4", "int8+", "+ef", "int8+ef+ef", 8, ErrorFeedback])
+def test_what_is_no_codec_is_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match="codec="):
+        cluster(ALGORITHMS["local"], codec=bad)
+
+
+def test_where_a_codec_cannot_run_it_says_so() -> None:
+    with pytest.raises(ValueError, match="float64"):
+        Cluster(partial(distoptim.LocalSGD, lr=0.1, tau=2, codec="int8"), [toy.start()] * 2)
+
+    class Plain:
+        rank, size = 0, 1
+        now = launch_mean = broadcast = close = lambda self, *_: None
+
+        def exchange(self, message: object) -> list[object]:
+            return [message]
+
+    assert isinstance(Plain(), Communicator)
+    with pytest.raises(ValueError, match="launch_gather"):
+        distoptim.LocalSGD(
+            [torch.nn.Parameter(torch.zeros(3))], lr=0.1, tau=2, codec="int8", communicator=Plain()
+        )
+
+
+def train(rank: int) -> dict[str, tuple[Tensor, float]]:
+    """Every algorithm with two codecs on real workers."""
+    out = {}
+    for (label, make), name in itertools.product(ALGORITHMS.items(), ("int8", "2bit+ef")):
+        params = [torch.nn.Parameter(p.clone()) for p in START]
+        optimizer = make(params, lr=0.05, momentum=0.5, codec=name)
+        for _ in range(8):
+            for p, g in zip(params, gradient(rank, [p.detach() for p in params]), strict=True):
+                p.grad = g
+            optimizer.step()
+            optimizer.average()
+        out[f"{label} {name}"] = (
+            torch.cat([p.detach().reshape(-1) for p in params]),
+            optimizer.stats()["bytes"],
+        )
+        optimizer.close()
+    return out
+
+
+@pytest.mark.parametrize("backend", ["gloo", "emulated"])
+def test_real_workers_equal_virtual_ones_bit_for_bit(backend: str) -> None:
+    results = workers.run(train, 3, backend=backend)
+    for (label, make), name in itertools.product(ALGORITHMS.items(), ("int8", "2bit+ef")):
+        run = cluster(make, size=3, codec=name)
+        x = run.run(8, gradient)[-1]
+        for rank, result in enumerate(results):
+            values, nbytes = result[f"{label} {name}"]
+            assert torch.equal(values, x[rank]), (label, name)
+            assert nbytes == run.optimizers[rank].stats()["bytes"]

@@ -1,0 +1,114 @@
+"""The planner predicts by running the engine, and recommends what its own rule says."""
+
+from __future__ import annotations
+
+import pytest
+
+from distoptim import ALGORITHMS
+from distoptim.comm import Link
+from distoptim.planning.planner import CLOSE, TAUS, Job, plan
+from distoptim.simulator import Ring
+
+
+def job(latency_s=0.01, bandwidth_gbit_s=1.0, **changes):
+    return Job(
+        **{
+            "step_s": 0.1,
+            "params": 11_000_000,
+            "workers": 4,
+            "network": Ring([Link(latency_s, bandwidth_gbit_s)]),
+            **changes,
+        }
+    )
+
+
+def test_predictions_by_hand():
+    mean_s = Link(0.01, 1.0).all_reduce_s(44e6, 4)
+    found = {(p.algorithm, p.tau): p for p in plan(job()).predictions}
+    assert len(found) == 1 + len(ALGORITHMS) * len(TAUS)
+    assert found["local-sgd", 8].step_s == pytest.approx(0.1 + mean_s / 8)
+    assert found["overlap-local-sgd", 2].step_s == pytest.approx(0.1 + (mean_s - 0.2) / 2)
+    assert found["overlap-local-sgd", 8].step_s == pytest.approx(0.1)
+    assert found["ddp", 1].step_s > found["local-sgd", 2].step_s
+    assert found["local-sgd", 8].gbytes_per_hour == pytest.approx(
+        44e6 / 1e9 * 3600 / (0.8 + mean_s)
+    )
+
+
+def test_memory_is_what_the_docs_say():
+    copies = {p.algorithm: p.copies for p in plan(job()).predictions}
+    assert copies == {
+        "ddp": 1,
+        "local-sgd": 1,
+        "cocod-sgd": 2,
+        "easgd": 2,
+        "bmuf": 3,
+        "slowmo": 3,
+        "overlap-local-sgd": 3,
+        "diloco": 3,
+        "streaming-diloco": 3,
+        "eager-diloco": 5,
+        "co2": 3,
+        "overlap-bmuf": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "bandwidth"), [(0.001, 10), (0.01, 1), (0.05, 0.1), (0.2, 0.01)]
+)
+def test_recommends_the_smallest_tau_that_is_close_to_the_fastest(latency_s, bandwidth):
+    made = plan(job(latency_s, bandwidth))
+    close = [
+        p for p in made.predictions if p.step_s <= CLOSE * min(q.step_s for q in made.predictions)
+    ]
+    assert made.best in close
+    assert made.best.tau == min(p.tau for p in close)
+    assert (
+        f"{'OverlapBMUF' if made.best.tau >= 8 else 'OverlapLocalSGD'}(optimizer, tau={made.best.tau})"
+        in made.line
+    )
+    assert "docs/which.md" in made.reason
+
+
+@pytest.mark.parametrize(
+    ("tau", "name"), [(4, "overlap-local-sgd"), (8, "overlap-bmuf"), (32, "overlap-bmuf")]
+)
+def test_of_equals_it_takes_what_did_best_in_the_recorded_runs(tau, name):
+    made = plan(job(), taus=[tau])
+    equals = {
+        p.algorithm
+        for p in made.predictions
+        if p.step_s == made.best.step_s and p.copies == made.best.copies
+    }
+    assert {"overlap-local-sgd", "overlap-bmuf"} <= equals
+    assert made.best.algorithm == name
+
+
+def test_of_equals_it_takes_the_first_that_was_asked_for():
+    for first, second in (("co2", "overlap-bmuf"), ("overlap-bmuf", "co2")):
+        assert plan(job(), algorithms=[first, second], taus=[8]).best.algorithm == first
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bandwidth_gbit_s": 1000.0, "latency_s": 1e-6}, {"workers": 1}]
+)
+def test_says_when_none_of_it_pays(changes):
+    made = plan(job(**changes))
+    assert made.best.algorithm == "ddp"
+    assert "none of this pays" in made.reason
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: job(step_s=0.0),
+        lambda: job(params=0),
+        lambda: job(workers=0),
+        lambda: job(bandwidth_gbit_s=-1.0),
+        lambda: plan(job(), taus=[0]),
+        lambda: plan(job(), algorithms=["sgd"]),
+    ],
+)
+def test_bad_values_are_refused(bad):
+    with pytest.raises(ValueError, match="allowed"):
+        bad()

@@ -1,0 +1,180 @@
+"""The virtual clock against times computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from distoptim_experiments.studies.stragglers import expected_maximum
+
+from distoptim import ALGORITHMS, LocalSGD, OverlapLocalSGD
+from distoptim.comm import Link
+from distoptim.simulator import (
+    Cluster,
+    Constant,
+    Islands,
+    Pareto,
+    Ring,
+    ShiftedExponential,
+    Trace,
+    Tree,
+)
+
+
+class Fixed:
+    """A network on which every mean takes `seconds`."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def all_reduce_s(self, nbytes, workers):
+        return self.seconds
+
+
+def cluster(method, *, step_s, mean_s, workers=3, **options):
+    return Cluster(
+        workers=workers,
+        model=lambda: torch.nn.Linear(2, 2),
+        compute=Constant(step_s),
+        network=Fixed(mean_s),
+        optimizer=lambda params, communicator: method(
+            params, lr=0.1, communicator=communicator, **options
+        ),
+    )
+
+
+def test_blocking_round_takes_computation_plus_communication():
+    c = cluster(LocalSGD, step_s=1.0, mean_s=2.5, tau=4)
+    for _ in range(12):
+        c.step()
+    assert c.seconds() == pytest.approx(12 * 1.0 + 3 * 2.5)
+    assert c.stats()["exposed_s"] == pytest.approx(7.5)
+
+
+def test_blocking_round_waits_for_the_slowest():
+    c = cluster(LocalSGD, step_s=[1.0, 2.0, 0.5], mean_s=0.0, tau=4)
+    for _ in range(8):
+        c.step()
+    assert c.fabric.clocks == pytest.approx([16.0, 16.0, 16.0])
+
+
+@pytest.mark.parametrize(("mean_s", "exposed"), [(3.0, 0.0), (4.0, 0.0), (5.5, 1.5)])
+def test_overlapped_mean_costs_what_does_not_fit_in_a_round(mean_s, exposed):
+    c = cluster(OverlapLocalSGD, step_s=1.0, mean_s=mean_s, tau=4)
+    for _ in range(16):
+        c.step()
+    # The mean of the start is known; three more are waited for.
+    assert c.seconds() == pytest.approx(16 + 3 * exposed)
+    assert c.stats()["exposed_s"] == pytest.approx(3 * exposed)
+
+
+def test_a_delay_hides_as_many_steps():
+    c = cluster(LocalSGD, step_s=1.0, mean_s=3.0, tau=4, delay=2)
+    for _ in range(14):
+        c.step()
+    assert c.stats()["exposed_s"] == pytest.approx(3 * 1.0)
+
+
+def test_means_of_fragments_follow_one_another_on_the_link():
+    c = cluster(LocalSGD, step_s=1.0, mean_s=3.0, tau=2, fragments=2, delay=1)
+    for _ in range(6):
+        c.step()
+    # Launches at 1, 2, 3, ...: each mean waits for the link, so every step from the second on ends
+    # when one does.
+    assert c.fabric.free_at == pytest.approx(1 + 3 * 6)
+
+
+def test_an_overlapped_mean_starts_when_the_last_worker_has_arrived():
+    c = cluster(OverlapLocalSGD, step_s=[1.0, 3.0], workers=2, mean_s=0.0, tau=2)
+    for _ in range(4):
+        c.step()
+    # At step 4 the fast worker, there at 4, waits for what the slow one sent at 6.
+    assert c.fabric.clocks == pytest.approx([6.0, 12.0])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_stats_are_in_virtual_seconds(name):
+    c = cluster(ALGORITHMS[name], step_s=1000.0, mean_s=0.0, tau=2)
+    for _ in range(6):
+        c.step()
+    assert c.seconds() == pytest.approx(6000)
+    assert c.stats()["computation_s"] == pytest.approx(5000)
+
+
+def test_networks():
+    slow, fast = Link(0.01, 1.0), Link(0.0, 100.0)
+    nbytes = 1e8
+    assert Ring([slow]).all_reduce_s(nbytes, 4) == pytest.approx(6 * 0.01 + 1.5 * 0.8)
+    assert Ring([fast, slow]).all_reduce_s(nbytes, 4) == Ring([slow]).all_reduce_s(nbytes, 4)
+    assert Tree([slow]).all_reduce_s(nbytes, 8) == pytest.approx(6 * (0.01 + 0.8))
+    islands = Islands(4, fast, slow).all_reduce_s(nbytes, 8)
+    assert islands == pytest.approx(
+        1.5 * fast.all_reduce_s(nbytes, 4) + slow.all_reduce_s(nbytes, 2)
+    )
+    assert Islands(8, fast, slow).all_reduce_s(nbytes, 8) == pytest.approx(
+        1.5 * fast.all_reduce_s(nbytes, 8)
+    )
+
+
+@pytest.mark.parametrize(
+    ("compute", "mean"), [(ShiftedExponential(0.5, 0.25), 0.75), (Pareto(0.5, 3.0), 0.75)]
+)
+def test_random_steps_have_their_mean_and_are_repeatable(compute, mean):
+    draws = [compute.seconds(rank, step) for rank in range(20) for step in range(1000)]
+    assert np.mean(draws) == pytest.approx(mean, rel=0.02)
+    assert compute.seconds(3, 700) == draws[3700]
+    assert len(set(draws)) == len(draws)
+
+
+def test_expected_maximum():
+    harmonic = sum(1 / k for k in range(1, 17))
+    assert expected_maximum(ShiftedExponential(1.0, 2.0), 16, 1) == pytest.approx(
+        1 + 2 * harmonic, rel=1e-4
+    )
+    assert expected_maximum(ShiftedExponential(0.0, 1.0), 1, 5) == pytest.approx(5, rel=1e-4)
+    draws = 0.5 * (1 - np.random.default_rng(0).random((20000, 8))) ** (-1 / 3)
+    assert expected_maximum(Pareto(0.5, 3.0), 8, 1) == pytest.approx(draws.max(1).mean(), rel=0.02)
+
+
+def test_trace(tmp_path):
+    path = tmp_path / "steps.csv"
+    path.write_text("# worker 0, worker 1\n1.0,2.0\n\n3.0,4.0\n")
+    trace = Trace(path)
+    assert [trace.seconds(rank, step) for step in range(3) for rank in range(2)] == [
+        1,
+        2,
+        3,
+        4,
+        1,
+        2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("1,2\n3\n", 2), ("1,\n", 1), ("1,x\n", 1), ("1,2\n3,-4\n", 2), ("nan\n", 1)]
+)
+def test_a_trace_with_holes_is_refused_naming_the_line(tmp_path, text, line):
+    path = tmp_path / "steps.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"steps\.csv, line {line}"):
+        Trace(path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Constant(0.0),
+        lambda: Constant([]),
+        lambda: ShiftedExponential(-1.0, 1.0),
+        lambda: Pareto(1.0, 1.0),
+        lambda: Islands(0, Link(0, 1), Link(0, 1)),
+        lambda: Link(0.0, -1.0),
+        lambda: Link(math.nan, 1.0),
+        lambda: cluster(LocalSGD, step_s=1.0, mean_s=0.0, tau=1, workers=0),
+    ],
+)
+def test_bad_values_are_refused(make):
+    with pytest.raises(ValueError, match="allowed"):
+        make()
