@@ -5,7 +5,7 @@ PYTHON ?= python3
 # The CPU build, without gigabytes of CUDA packages. Where this index cannot be reached, pip goes on without it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test lint pytest package bench clean
 
 $(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,15 +16,20 @@ $(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/distoptim compare
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: lint pytest
 
 lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+pytest: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build dist runs
