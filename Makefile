@@ -28,6 +28,13 @@ lint: $(VENV)/installed
 pytest: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Wheels and sdists of both distributions, tried in environments with no more than they ask for.
+package: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist experiments
+	$(BIN)/python -m pytest tests/unit/test_distributions.py
+
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distoptim
-from distoptim import sim
+from distoptim import simulator
 from distoptim.comm import CommunicationError, Handle, Link
 from distoptim.comm.codecs import BLOCK, CODECS
 from distoptim.comm.relay import Relay, Relays
@@ -260,11 +260,11 @@ def test_a_failed_first_stage_is_told_to_who_waits() -> None:
 
 def clocked(
     workers: int = 4, network: Any = None, make: Any = distoptim.LocalSGD, **options: Any
-) -> sim.Cluster:
+) -> simulator.Cluster:
     """One second a step; models that start at zero, each to be drawn to another point."""
-    return sim.Cluster(
+    return simulator.Cluster(
         workers=workers,
-        compute=sim.Constant(1.0),
+        compute=simulator.Constant(1.0),
         network=network,
         threads=1,
         model=lambda: torch.nn.Linear(60, 60),
@@ -280,7 +280,7 @@ def loss(model: torch.nn.Module, rank: int) -> Tensor:
 @pytest.mark.parametrize("name", ["int8", "2bit+ef"])
 def test_virtual_time_is_that_of_the_bytes_of_both_stages(name: str, m: int) -> None:
     link = Link(latency_s=0.01, bandwidth_gbit_s=1e-4)
-    run = clocked(m, sim.Ring([link]), tau=2, codec=name)
+    run = clocked(m, simulator.Ring([link]), tau=2, codec=name)
     for _ in range(6):
         run.step(loss)
     expected = sent_per_mean(name, m, 3660) * 8 / 1e5 + 2 * (m - 1) * 0.01
@@ -292,7 +292,7 @@ def test_hide_communication_sees_both_stages() -> None:
     name, link = "e3m0+ef", Link(latency_s=0.0, bandwidth_gbit_s=1e-5)
     needed = sent_per_mean(name, 4, 3660) * 8 / 1e4
     run = clocked(
-        4, sim.Ring([link]), distoptim.OverlapLocalSGD, tau=HideCommunication(), codec=name
+        4, simulator.Ring([link]), distoptim.OverlapLocalSGD, tau=HideCommunication(), codec=name
     )
     for _ in range(40):
         run.step(loss)
@@ -308,7 +308,7 @@ def test_virtual_runs_resume_in_flight_with_codes_at_the_same_time() -> None:
     make = partial(
         clocked,
         4,
-        sim.Ring([link]),
+        simulator.Ring([link]),
         distoptim.StreamingDiLoCo,
         tau=4,
         delay=3,
