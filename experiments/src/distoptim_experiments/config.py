@@ -1,190 +1,307 @@
-"""Everything that describes a run, in one object that goes into its record."""
+"""Everything that describes a run, in one object that goes into its record.
+
+Each value stands here once, with type, default, range and meaning; TOML files, the command line and
+its help are made from it.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 
 from distoptim import checks
-from distoptim.comm import Link, SingleWorker
-from distoptim_experiments.data import datasets as data
-from distoptim_experiments.data import partition
-from distoptim_experiments.lr_schedule import SCHEDULES, Schedule
+from distoptim.algorithms import ALGORITHMS
+from distoptim.comm import Link
+from distoptim_experiments import lr_schedule
+from distoptim_experiments.data import datasets
+from distoptim_experiments.data import partition as partitions
+from distoptim_experiments.machines import Slowdown
 from distoptim_experiments.models import registry as models
-from distoptim_experiments.training import optimizers, rounds
-from distoptim_experiments.training.slowdown import SLOWDOWNS
+from distoptim_experiments.settings import Needs, NoOption, Number, OneOf, Option, Settings
 
-DDP, FSDP2 = "ddp", "fsdp2"
+SYNCHRONOUS = "ddp"
+POWERSGD = "powersgd"
+DDP = "ddp"
+FSDP2 = "fsdp2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+TRAINING = "Training"
+PROBLEM = "Data and model"
+NETWORK = "Workers and network"
+RESULTS = "Results"
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
+ROUNDS = Needs(
+    "without --hide-communication, for a method that has rounds",
+    lambda v: not v["hide_communication"] and v.get("algorithm") not in (SYNCHRONOUS, POWERSGD),
+)
+_SGD = Needs("with --optimizer sgd", lambda v: v["optimizer"] == "sgd")
+_MOMENTUM = Needs(
+    "with --optimizer sgd and a --momentum above 0",
+    lambda v: v["optimizer"] == "sgd" and v["momentum"],
+)
+_MILESTONES = Needs("with --milestones", lambda v: v["schedule"] != "steps" or v["milestones"])
+_STEPS = Needs("with --schedule steps", lambda v: v["schedule"] == "steps")
+_EPOCHS = Needs("without --steps", lambda v: not v["steps"])
+_FILES = Needs(
+    "with data that have files in a folder",
+    lambda v: "data" not in v or datasets.has_files(v["data"]),
+)
+_STARTED = Needs(
+    "where this command starts them", lambda v: v.get("started") in (None, v["workers"])
+)
+
+
+def algorithms() -> list[str]:
+    """All that `RunConfig.algorithm` may be."""
+    return [SYNCHRONOUS, *ALGORITHMS, POWERSGD]
+
+
+class RunConfig(Settings):
     """One training run.
 
-    Args:
-        algorithm: a name of `distoptim.ALGORITHMS`, or "ddp": DistributedDataParallel.
-        tau: local steps in a round, >= 1; "ddp" has no rounds.
-        tau_at: other periods from later local steps on, such as "1000:8,4000:16".
-        post_local: local steps of a synchronous phase before the algorithm begins, >= 0.
-        hide_communication: let tau be the smallest that hides communication, as measured; `tau`
-            does not count.
-        adacomm: let tau follow the loss, from `tau` on, with a decision every so many local steps;
-            0 does not.
-        levels: "4:2": every 4 local steps the workers of each two average among themselves; more
-            levels behind commas.
-        options: of the algorithm, by keyword, where its defaults are not wanted.
-        optimizer: the (inner) one, "sgd" or "adamw".
-        lr, weight_decay: of it.
-        momentum, nesterov: of SGD, in [0, 1); without momentum there is no Nesterov form.
-        clip_norm: largest norm of a worker's gradient, > 0; None does not clip.
-        scale_lr: the peak learning rate is lr times the number of workers (linear scaling).
-        schedule: "constant", "steps" (times `decay` at each of the `milestones`) or "cosine" (to 0)
-            after the warm-up.
-        warmup_epochs: the learning rate rises from 1/workers of the peak to the peak, >= 0.
-        milestones, decay: epochs, ascending; factor, in (0, 1].
-        batch_size: samples per worker and step, >= 1.
-        epochs: passes over the training set, >= 1.
-        steps: local steps of each worker, >= 1; overrides `epochs`.
-        seed: of the initial model, the partition and the batches, >= 0.
-        data, data_dir, partition, model: names in `train.data`, `train.partition` and
-            `train.models`, and the folder of files; with a model of text, `data` is a file or
-            folder of it.
-        validation: share of the training set held out and evaluated beside the test set, in [0, 1).
-        augment: move and mirror the training images at random; not for text.
-        workers: how many, >= 1.
-        island_size: ranks of each worker, which share its batches, >= 1.
-        island_kind: what they are together, if there are several: "ddp", each with the whole model,
-            or "fsdp2", each with a shard of it.
-        latency_ms: of one message over the emulated link, >= 0; None leaves the network as it is.
-        bandwidth_gbit_s: of the emulated link, > 0; None means that only latency counts.
-        slowdown, slowdown_ms: random delay of every local step, "none", "exponential" or "pareto"
-            (shape 2.5), and its mean, > 0 unless there is none; a worker sleeps so long before the
-            step.
-        dtype: of the computation, "float32" or "bfloat16" (autocast).
-        log_every, evaluate_every: local steps, >= 1; None means an epoch.
-        checkpoint_every: local steps, >= 0; None means an epoch, 0 only at the end or when stopped.
-        timeout_s: bound of every wait for the other workers, > 0.
+    What of it goes together, and what the algorithm makes of its options, `optimizers.check` says.
 
     Raises:
         ValueError: a value outside its range, in one line.
     """
 
-    algorithm: str = "overlap-local-sgd"
-    tau: int = 4
-    tau_at: str = ""
-    post_local: int = 0
-    hide_communication: bool = False
-    adacomm: int = 0
-    levels: str = ""
-    options: Mapping[str, int | float | bool | str] = field(default_factory=dict)
-    optimizer: str = "sgd"
-    lr: float = 0.05
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
-    clip_norm: float | None = None
-    scale_lr: bool = False
-    schedule: str = "constant"
-    warmup_epochs: float = 0.0
-    milestones: Sequence[float] = ()
-    decay: float = 0.1
-    batch_size: int = 32
-    epochs: int = 20
-    steps: int | None = None
-    seed: int = 0
-    data: str = "digits"
-    data_dir: str | None = None
-    partition: str = "iid"
-    validation: float = 0.0
-    augment: bool = False
-    model: str = "cnn"
-    workers: int = 4
-    island_size: int = 1
-    island_kind: str = DDP
-    latency_ms: float | None = None
-    bandwidth_gbit_s: float | None = None
-    slowdown: str = "none"
-    slowdown_ms: float = 0.0
-    dtype: str = "float32"
-    log_every: int = 10
-    evaluate_every: int | None = None
-    checkpoint_every: int | None = None
-    timeout_s: float = 600.0
+    algorithm: Annotated[
+        str,
+        Field(
+            description="Method; ddp is synchronous SGD by DistributedDataParallel, powersgd the same "
+            "with compressed gradients."
+        ),
+        OneOf(algorithms),
+        Option(TRAINING),
+    ] = "overlap-local-sgd"
+    tau: Annotated[
+        int,
+        Field(ge=1, description="Local steps between two syncs."),
+        Option(TRAINING, needs=ROUNDS),
+    ] = 4
+    tau_at: Annotated[
+        str,
+        Field(description="Other periods from later local steps on."),
+        Option(TRAINING, metavar="STEP:TAU,..."),
+    ] = ""
+    post_local: Annotated[
+        int,
+        Field(ge=0, description="Synchronous steps first, before the algorithm begins."),
+        Option(TRAINING),
+    ] = 0
+    hide_communication: Annotated[
+        bool,
+        Field(description="Let tau be the smallest that hides communication, as measured."),
+        Option(TRAINING),
+    ] = False
+    adacomm: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Let tau follow the loss, from --tau on; decide every so many local steps.",
+        ),
+        Option(TRAINING),
+    ] = 0
+    levels: Annotated[
+        str,
+        Field(description="Groups of neighbouring workers that average more often."),
+        Option(TRAINING, metavar="PERIOD:SIZE,..."),
+    ] = ""
+    options: Annotated[
+        dict[str, int | float | bool | str],
+        Field(description="Of the algorithm, by keyword, where its defaults are not wanted."),
+        NoOption("each of the algorithm's own options is one of the command line"),
+    ] = Field(default_factory=dict)
+    optimizer: Annotated[
+        Literal["sgd", "adamw"], Field(description="Local optimizer."), Option(TRAINING)
+    ] = "sgd"
+    lr: Annotated[
+        Number,
+        Field(ge=0, le=checks.LARGEST, description="Learning rate of the local optimizer."),
+        Option(TRAINING),
+    ] = 0.05
+    momentum: Annotated[
+        Number,
+        Field(ge=0, lt=1, description="Momentum of the local SGD."),
+        Option(TRAINING, needs=_SGD),
+    ] = 0.9
+    nesterov: Annotated[
+        bool, Field(description="Nesterov's form of it."), Option(TRAINING, needs=_MOMENTUM)
+    ] = True
+    weight_decay: Annotated[
+        Number,
+        Field(ge=0, le=checks.LARGEST, description="Weight decay of the local optimizer."),
+        Option(TRAINING),
+    ] = 1e-4
+    clip_norm: Annotated[
+        Number | None,
+        Field(gt=0, description="Largest norm of a worker's gradient."),
+        Option(TRAINING),
+    ] = None
+    scale_lr: Annotated[
+        bool,
+        Field(description="Peak learning rate: --lr times the number of workers."),
+        Option(TRAINING),
+    ] = False
+    schedule: Annotated[
+        lr_schedule.Kind,
+        Field(description="Of the learning rate, after the warm-up."),
+        Option(TRAINING, needs=_MILESTONES),
+    ] = "constant"
+    warmup_epochs: Annotated[
+        Number,
+        Field(ge=0, description="Epochs in which it rises from 1/workers of the peak."),
+        Option(TRAINING),
+    ] = 0.0
+    milestones: Annotated[
+        tuple[Annotated[float, Field(ge=0)], ...],
+        Field(
+            strict=False, description="Epochs at which the schedule `steps` multiplies by --decay."
+        ),
+        Option(TRAINING, needs=_STEPS),
+    ] = ()
+    decay: Annotated[
+        Number,
+        Field(gt=0, le=1, description="Factor of the schedule `steps`."),
+        Option(TRAINING, needs=_STEPS),
+    ] = 0.1
+    batch_size: Annotated[
+        int, Field(ge=1, description="Samples per worker and step."), Option(TRAINING)
+    ] = 32
+    epochs: Annotated[
+        int,
+        Field(ge=1, description="Passes over the training set."),
+        Option(TRAINING, needs=_EPOCHS),
+    ] = 20
+    steps: Annotated[
+        int | None,
+        Field(ge=1, description="Steps of each worker, instead of --epochs."),
+        Option(TRAINING),
+    ] = None
+    seed: Annotated[
+        int,
+        Field(ge=0, le=2**31 - 1, description="Of the model, the partition and the batches."),
+        Option(TRAINING),
+    ] = 0
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Field(description="Of the computation."), Option(TRAINING)
+    ] = "float32"
+    data: Annotated[
+        str,
+        Field(
+            description=f"One of {', '.join(datasets.DATASETS)}; image-folder:SIZE; or a file, or folder "
+            "of *.txt files, of text."
+        ),
+        Option(PROBLEM),
+    ] = "digits"
+    data_dir: Annotated[
+        str | None,
+        Field(description="Folder with the files of the data set."),
+        Option(PROBLEM, needs=_FILES, metavar="FOLDER"),
+    ] = None
+    partition: Annotated[
+        str,
+        Field(
+            description="Who gets which samples: iid, label-skew[:SHARE], dirichlet[:CONCENTRATION]."
+        ),
+        Option(PROBLEM),
+    ] = "iid"
+    validation: Annotated[
+        Number,
+        Field(
+            ge=0,
+            lt=1,
+            description="Share of the training set to hold out and evaluate beside the test set.",
+        ),
+        Option(PROBLEM),
+    ] = 0.0
+    augment: Annotated[
+        bool, Field(description="Move and mirror the training images at random."), Option(PROBLEM)
+    ] = False
+    model: Annotated[
+        str, Field(description="What is trained."), OneOf(models.MODELS.keys), Option(PROBLEM)
+    ] = "cnn"
+    workers: Annotated[
+        int,
+        Field(ge=1, description="Workers to start on this machine."),
+        Option(NETWORK, needs=_STARTED),
+    ] = 4
+    island_size: Annotated[
+        int,
+        Field(ge=1, description="Ranks (processes) of each worker, which share its batches."),
+        Option(NETWORK),
+    ] = 1
+    island_kind: Annotated[
+        Literal["ddp", "fsdp2"],
+        Field(
+            description="With several: each has the whole model (ddp), or a shard of it (fsdp2)."
+        ),
+        Option(NETWORK),
+    ] = "ddp"
+    latency_ms: Annotated[
+        Number | None,
+        Field(ge=0, description="Emulate a link: milliseconds one message takes."),
+        Option(NETWORK),
+    ] = None
+    bandwidth_gbit_s: Annotated[
+        Number | None,
+        Field(gt=0, description="Emulate a link: each worker's rate, in Gbit/s."),
+        Option(NETWORK),
+    ] = None
+    slowdown: Annotated[
+        Slowdown, Field(description="Random delay of every worker's steps."), Option(NETWORK)
+    ] = "none"
+    slowdown_ms: Annotated[
+        Number, Field(ge=0, le=1e9, description="Its mean, in milliseconds."), Option(NETWORK)
+    ] = 0.0
+    timeout_s: Annotated[
+        Number,
+        Field(ge=1e-3, le=1e9, description="Bound of every wait for other workers, in seconds."),
+        Option(NETWORK),
+    ] = 600.0
+    log_every: Annotated[
+        int, Field(ge=1, description="Steps between two logged losses."), Option(RESULTS)
+    ] = 10
+    evaluate_every: Annotated[
+        int | None,
+        Field(ge=1, description="Steps between two evaluations."),
+        Option(RESULTS, unset="an epoch"),
+    ] = None
+    checkpoint_every: Annotated[
+        int | None,
+        Field(
+            ge=0, description="Steps between two checkpoints; 0: only at the end, or when stopped."
+        ),
+        Option(RESULTS, unset="an epoch"),
+    ] = None
 
-    def __post_init__(self) -> None:
-        """Check all values."""
-        for name in ("tau", "batch_size", "epochs", "workers", "island_size", "log_every"):
-            checks.integer(name, getattr(self, name), 1)
-        for name, low in (("steps", 1), ("evaluate_every", 1), ("checkpoint_every", 0)):
-            if getattr(self, name) is not None:
-                checks.integer(name, getattr(self, name), low)
-        checks.integer("seed", self.seed, 0, 2**31 - 1)
-        for name, table in (
-            ("model", models.MODELS),
-            ("dtype", DTYPES),
-            ("optimizer", optimizers.INNER),
-            ("schedule", SCHEDULES),
-            ("island_kind", (DDP, FSDP2)),
-            ("slowdown", SLOWDOWNS),
-        ):
-            if getattr(self, name) not in table:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(table)}"
-                )
-        self._check_data()
-        checks.number("lr", self.lr, 0, checks.LARGEST)
-        checks.number("momentum", self.momentum, 0, 1, open_high=True)
-        checks.flag("nesterov", self.nesterov)
-        checks.number("weight_decay", self.weight_decay, 0, checks.LARGEST)
-        if self.clip_norm is not None:
-            checks.number("clip_norm", self.clip_norm, 0, math.inf, open_low=True, open_high=True)
-        checks.number("slowdown_ms", self.slowdown_ms, 0, 1e9, open_low=self.slowdown != "none")
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        """What no range of a single value says."""
         if self.slowdown == "none" and self.slowdown_ms:
             raise ValueError(
                 f"slowdown_ms={self.slowdown_ms!r}: without a slowdown only 0 is allowed"
             )
-        partition.parse(self.partition)
-        checks.number("validation", self.validation, 0, 1, open_high=True)
-        checks.number("warmup_epochs", self.warmup_epochs, 0, math.inf, open_high=True)
-        checks.number("decay", self.decay, 0, 1, open_low=True)
-        checks.flag("scale_lr", self.scale_lr)
-        object.__setattr__(
-            self,
-            "milestones",
-            [checks.number("milestones", m, 0, math.inf) for m in self.milestones],
-        )
-        if self.latency_ms is not None:
-            checks.number("latency_ms", self.latency_ms, 0, math.inf, open_high=True)
-        if self.bandwidth_gbit_s is not None:
-            checks.number(
-                "bandwidth_gbit_s",
-                self.bandwidth_gbit_s,
-                0,
-                math.inf,
-                open_low=True,
-                open_high=True,
-            )
-        rounds.check(self, synchronous=self.synchronous)
+        if self.slowdown != "none" and not self.slowdown_ms:
+            checks.number("slowdown_ms", self.slowdown_ms, 0, 1e9, open_low=True)
+        partitions.parse(self.partition)
+        self._check_data()
         self._check_islands()
-        # As many as there can be fragments.
-        params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(min(self.tau, 1000))]
-        optimizers.build(self, params, communicator=_Rehearsal(self.workers))
+        return self
 
     def _check_data(self) -> None:
         """Text and models of text belong together."""
         if self.model not in models.TEXT_MODELS:
-            if not data.is_images(self.data):
+            if not datasets.is_images(self.data):
                 raise ValueError(
-                    f"data={self.data!r}: allowed is one of {', '.join(data.DATASETS)}, image-folder:SIZE"
+                    f"data={self.data!r}: allowed is one of {', '.join(datasets.DATASETS)}, image-folder:SIZE"
                     f"; text goes with model={' or '.join(models.TEXT_MODELS)}, not {self.model!r}"
                 )
-            data.parse(self.data)
-        elif data.is_images(self.data):
+            datasets.parse(self.data)
+        elif datasets.is_images(self.data):
             raise ValueError(
                 f"data={self.data!r} with model={self.model!r}: allowed is a file or folder of text"
             )
@@ -233,7 +350,7 @@ class RunConfig:
     @property
     def synchronous(self) -> bool:
         """Gradients are averaged at every step: there are no rounds."""
-        return self.algorithm in (optimizers.SYNCHRONOUS, optimizers.POWERSGD)
+        return self.algorithm in (SYNCHRONOUS, POWERSGD)
 
     @property
     def link(self) -> Link | None:
@@ -248,15 +365,15 @@ class RunConfig:
         """The learning rate that the schedule's factor is applied to."""
         return self.lr * self.workers if self.scale_lr else self.lr
 
-    def learning_rate(self, *, steps: int, steps_per_epoch: int) -> Schedule:
+    def learning_rate(self, *, steps: int, steps_per_epoch: int) -> lr_schedule.Schedule:
         """The schedule of a run of so many local steps."""
-        return Schedule(
-            self.schedule,
-            steps,
-            round(self.warmup_epochs * steps_per_epoch),
-            self.workers,
-            [round(m * steps_per_epoch) for m in self.milestones],
-            self.decay,
+        return lr_schedule.Schedule(
+            kind=self.schedule,
+            steps=steps,
+            warmup=round(self.warmup_epochs * steps_per_epoch),
+            workers=self.workers,
+            milestones=tuple(round(m * steps_per_epoch) for m in self.milestones),
+            decay=self.decay,
         )
 
     def length(self, samples: int, workers: int) -> tuple[int, int]:
@@ -264,9 +381,9 @@ class RunConfig:
         epoch = max(1, samples // (workers * self.batch_size))
         return epoch, self.steps or self.epochs * epoch
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data; `RunConfig(**config.to_dict())` is the same again."""
-        return asdict(self)
+
+ROUNDS_ONLY = ("tau_at", "post_local", "hide_communication", "adacomm", "levels")
+"""Fields that mean nothing to a method that averages gradients at every step."""
 
 
 def compared(fields: Mapping[str, Any]) -> RunConfig:
@@ -274,15 +391,5 @@ def compared(fields: Mapping[str, Any]) -> RunConfig:
 
     What is said of rounds, but for tau, is left out where there are none.
     """
-    config = RunConfig(**{name: value for name, value in fields.items() if name not in rounds.NONE})
+    config = RunConfig(**{name: value for name, value in fields.items() if name not in ROUNDS_ONLY})
     return config if config.synchronous else RunConfig(**fields)
-
-
-class _Rehearsal(SingleWorker):
-    """Stands for the workers that are not there yet, so that an optimizer can check its arguments."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def exchange(self, message: object) -> list[object]:
-        return [message] * self.size

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-SCHEDULES = ("constant", "steps", "cosine")
+from distoptim_experiments.settings import Settings
+
+Kind = Literal["constant", "steps", "cosine"]
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(Settings):
     """Local step -> what the peak learning rate is multiplied with; it has no state that a
     checkpoint could lose.
 
     Warm-up rises linearly from 1/workers, where one worker alone would be, to 1 (arXiv 1706.02677,
     section 2.2).
 
-    Args:
-        kind: one of `SCHEDULES`; "cosine" falls to 0 at the last step.
+    Attributes:
+        kind: "cosine" falls to 0 at the last step.
         steps: local steps of the whole run.
         warmup: local steps until the peak.
         workers: of the run.
@@ -28,11 +28,11 @@ class Schedule:
         decay: in (0, 1].
     """
 
-    kind: str
+    kind: Kind
     steps: int
     warmup: int = 0
     workers: int = 1
-    milestones: Sequence[int] = ()
+    milestones: tuple[int, ...] = ()
     decay: float = 0.1
 
     def set(self, optimizer: torch.optim.Optimizer, step: int, peak: float) -> None:

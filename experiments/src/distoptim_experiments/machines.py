@@ -1,89 +1,115 @@
-"""The virtual machines of a simulated run, as plain data that goes into its record."""
+"""The virtual machines of a simulated run, and how random slow-downs are drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from distoptim import checks
+from pydantic import Field, model_validator
+
 from distoptim.comm import Link
 from distoptim.simulator.compute import Compute, Constant, Pareto, ShiftedExponential, Trace
 from distoptim.simulator.network import Islands, Network, Ring, Tree
+from distoptim_experiments.settings import Needs, Number, Option, Settings
 
-SLOWDOWNS = ("none", "exponential", "pareto")
-COLLECTIVES: dict[str, Callable[[Sequence[Link]], Network]] = {"ring": Ring, "tree": Tree}
+SECTION = "Virtual machines"
+PARETO_SHAPE = 2.5
+"""Tail index of the slow-down called "pareto": the variance is finite, barely."""
+
+Slowdown = Literal["none", "exponential", "pareto"]
+
+_NO_TRACE = Needs("without --trace", lambda v: not v["trace"])
+_ISLANDS = Needs("with --island", lambda v: v["island"])
+_NO_ISLANDS = Needs("without --island", lambda v: not v["island"])
+_FEWER = Needs("with more --workers than that", lambda v: v["island"] < v["workers"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machines:
+class Machines(Settings):
     """How fast the workers compute and speak.
-
-    Args:
-        step_ms: milliseconds of a local step, on average over a random slow-down, > 0.
-        slowdown: "none"; "exponential": half of the step's mean is fixed, half an exponential
-            delay; "pareto": a heavy tail with shape 2.5.
-        trace: a file of recorded step times (`Trace`) instead of both.
-        latency_ms: milliseconds one message takes, >= 0.
-        bandwidth_gbit_s: each worker's rate in Gbit/s, > 0; None means that only latency counts.
-        collective: "ring" or "tree".
-        island: workers in an island of fast links, >= 2; None means no islands.
-        island_latency_ms, island_bandwidth_gbit_s: of the links inside an island.
 
     Raises:
         ValueError: a value outside its range, or a damaged trace.
     """
 
-    step_ms: float = 30.0
-    slowdown: str = "none"
-    trace: str | None = None
-    latency_ms: float = 0.0
-    bandwidth_gbit_s: float | None = None
-    collective: str = "ring"
-    island: int | None = None
-    island_latency_ms: float = 0.0
-    island_bandwidth_gbit_s: float | None = None
+    step_ms: Annotated[
+        Number,
+        Field(gt=0, le=1e9, description="Milliseconds of a local step, on average."),
+        Option(SECTION, needs=_NO_TRACE),
+    ] = 30.0
+    slowdown: Annotated[
+        Slowdown,
+        Field(
+            description="Random part of it: half of it exponential, or a heavy tail (Pareto, shape "
+            f"{PARETO_SHAPE})."
+        ),
+        Option(SECTION, needs=_NO_TRACE),
+    ] = "none"
+    trace: Annotated[
+        str | None,
+        Field(
+            description="Step times as recorded instead: a CSV line per step, seconds, a column per "
+            "worker (more are left out)."
+        ),
+        Option(SECTION, metavar="FILE"),
+    ] = None
+    latency_ms: Annotated[
+        Number, Field(ge=0, le=1e9, description="Milliseconds one message takes."), Option(SECTION)
+    ] = 0.0
+    bandwidth_gbit_s: Annotated[
+        Number | None,
+        Field(gt=0, description="Each worker's rate, in Gbit/s."),
+        Option(SECTION, unset="no limit"),
+    ] = None
+    collective: Annotated[
+        Literal["ring", "tree"],
+        Field(description="Kind of all-reduce."),
+        Option(SECTION, needs=_NO_ISLANDS),
+    ] = "ring"
+    island: Annotated[
+        int | None,
+        Field(ge=2, description="Workers in an island of fast links."),
+        Option(SECTION, needs=_FEWER),
+    ] = None
+    island_latency_ms: Annotated[
+        Number,
+        Field(ge=0, le=1e9, description="Inside an island."),
+        Option(SECTION, needs=_ISLANDS),
+    ] = 0.0
+    island_bandwidth_gbit_s: Annotated[
+        Number | None,
+        Field(gt=0, description="Inside an island."),
+        Option(SECTION, needs=_ISLANDS, unset="no limit"),
+    ] = None
 
-    def __post_init__(self) -> None:
-        """Check all values."""
-        for name, allowed in (("slowdown", SLOWDOWNS), ("collective", COLLECTIVES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: allowed is one of {', '.join(allowed)}"
-                )
-        if self.island is not None:
-            checks.integer("island", self.island, 2)
+    @model_validator(mode="after")
+    def _check(self) -> Machines:
         self.compute(seed=0)
-        self.network()
+        return self
 
     def compute(self, *, seed: int) -> Compute:
         """The model of computation time."""
-        step_s = checks.number("step_ms", self.step_ms, 0, 1e9, open_low=True) / 1e3
+        step_s = self.step_ms / 1e3
         if self.trace is not None:
             return Trace(Path(self.trace))
         if self.slowdown == "exponential":
             return ShiftedExponential(step_s / 2, step_s / 2, seed)
         if self.slowdown == "pareto":
-            return Pareto(step_s * 0.6, 2.5, seed)
+            return pareto(step_s, seed)
         return Constant(step_s)
 
     def network(self) -> Network:
         """The model of communication time."""
         outer = _link(self.latency_ms, self.bandwidth_gbit_s)
         if self.island is not None:
-            return Islands(
-                self.island, _link(self.island_latency_ms, self.island_bandwidth_gbit_s), outer
-            )
-        return COLLECTIVES[self.collective]([outer])
+            inner = _link(self.island_latency_ms, self.island_bandwidth_gbit_s)
+            return Islands(self.island, inner, outer)
+        return Ring([outer]) if self.collective == "ring" else Tree([outer])
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+
+def pareto(mean_s: float, seed: int) -> Pareto:
+    """Seconds with a heavy tail and this mean."""
+    return Pareto(mean_s * ((PARETO_SHAPE - 1) / PARETO_SHAPE), PARETO_SHAPE, seed)
 
 
 def _link(latency_ms: float, bandwidth_gbit_s: float | None) -> Link:
-    return Link(
-        checks.number("latency_ms", latency_ms, 0, 1e9) / 1e3,
-        float("inf") if bandwidth_gbit_s is None else bandwidth_gbit_s,
-    )
+    return Link(latency_ms / 1e3, float("inf") if bandwidth_gbit_s is None else bandwidth_gbit_s)

@@ -83,12 +83,11 @@ def test_version_and_help(invoke):
 
 
 def test_all_commands_that_train_have_all_options_of_the_algorithms():
+    from distoptim_experiments import optimizers
     from distoptim_experiments.cli import cli as group
-    from distoptim_experiments.training import optimizers
+    from distoptim_experiments.config import algorithms
 
-    wanted = {
-        name for algorithm in optimizers.names() for name in optimizers.own_options(algorithm)
-    }
+    wanted = {name for algorithm in algorithms() for name in optimizers.own_options(algorithm)}
     for command in ("train", "compare", "simulate"):
         own = {
             p.name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig
@@ -51,9 +49,9 @@ def test_a_failed_run_leaves_no_record(tmp_path, monkeypatch):
 
 
 def test_synchronous_is_large_batch_sgd(tmp_path):
-    run(dataclasses.replace(CONFIG, algorithm="ddp"), Machines(), tmp_path / "a")
+    run(CONFIG.replace(algorithm="ddp"), Machines(), tmp_path / "a")
     run(
-        dataclasses.replace(CONFIG, algorithm="bmuf", tau=1, options={"block_momentum": 0.0}),
+        CONFIG.replace(algorithm="bmuf", tau=1, options={"block_momentum": 0.0}),
         Machines(),
         tmp_path / "b",
     )
@@ -82,7 +80,7 @@ def test_bad_machines_are_refused(bad):
 
 def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):
     slow = Machines(step_ms=10, latency_ms=12)
-    config = dataclasses.replace(CONFIG, algorithm="overlap-local-sgd", steps=40, tau=1)
+    config = CONFIG.replace(algorithm="overlap-local-sgd", steps=40, tau=1)
     exposed, syncs, tau = {}, {}, {}
     variants = {
         "fixed": {},
@@ -92,7 +90,7 @@ def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):
         "loss": {"tau": 8, "adacomm": 8},
     }
     for name, changed in variants.items():
-        run(dataclasses.replace(config, **changed), slow, tmp_path / name)
+        run(config.replace(**changed), slow, tmp_path / name)
         summary = records.read(tmp_path / name).summary
         exposed[name], syncs[name] = summary["exposed_s"], summary["syncs"]
         tau[name] = summary["stats"]["tau"]
@@ -104,7 +102,7 @@ def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):
 
 def test_what_virtual_workers_cannot_do_is_refused():
     with pytest.raises(ValueError, match="levels='1:2': virtual workers are in no process group"):
-        VirtualRun(dataclasses.replace(CONFIG, levels="1:2", workers=4), MACHINES)
+        VirtualRun(CONFIG.replace(levels="1:2", workers=4), MACHINES)
 
 
 def test_names_of_finished_runs_stay():

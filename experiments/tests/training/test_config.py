@@ -2,8 +2,9 @@ import json
 
 import pytest
 import torch
-from distoptim_experiments.config import RunConfig, compared
-from distoptim_experiments.training import optimizers, rounds
+from distoptim_experiments import optimizers
+from distoptim_experiments.config import RunConfig, algorithms, compared
+from distoptim_experiments.optimizers import check
 
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm import SingleWorker
@@ -89,13 +90,13 @@ from distoptim.periods import AdaComm, PostLocal, Schedule
 )
 def test_a_wrong_value_is_named_in_one_line(values, message):
     with pytest.raises(ValueError, match=message) as error:
-        RunConfig(**values)
+        check(RunConfig(**values))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("algorithm", optimizers.names())
+@pytest.mark.parametrize("algorithm", algorithms())
 def test_every_algorithm_has_a_valid_default(algorithm):
-    assert RunConfig(algorithm=algorithm).algorithm == algorithm
+    assert check(RunConfig(algorithm=algorithm)).algorithm == algorithm
 
 
 @pytest.mark.parametrize("algorithm", ["ddp", "overlap-local-sgd"])
@@ -128,8 +129,8 @@ def test_taus_and_groups_are_read_from_text():
         tau=2, tau_at="6:4", post_local=3, levels="1:2", workers=4, options={"delay": 1}
     )
     assert RunConfig(**json.loads(json.dumps(config.to_dict()))) == config
-    assert rounds.period_of(config) == PostLocal(start=3, tau=Schedule({0: 2, 6: 4}))
-    assert rounds.period_of(RunConfig(adacomm=7)) == AdaComm(4, interval=7)
+    assert optimizers.period_of(config) == PostLocal(start=3, tau=Schedule({0: 2, 6: 4}))
+    assert optimizers.period_of(RunConfig(adacomm=7)) == AdaComm(4, interval=7)
     assert RunConfig(tau=8, levels="2:2,4:4", workers=8).levels == "2:2,4:4"
 
 

@@ -66,7 +66,7 @@ def config_of(case, folder, **changes):
     if case == "gpt":
         (folder / "text").write_text("To be, or not to be, that is the question. " * 300)
         changes["data"] = str(folder / "text")
-    return dataclasses.replace(BASE, **{**CASES[case], **changes})
+    return BASE.replace(**{**CASES[case], **changes})
 
 
 def in_double(rank, folder, config, resume=False):
@@ -146,11 +146,9 @@ def test_islands_equal_plain_workers_with_the_same_batches(plain, tmp_path, case
 
 def resumed_equals_uninterrupted(rank, folder, kind):
     place = World(2)
-    config = dataclasses.replace(
-        BASE, model="cnn-small", optimizer="adamw", island_size=2, island_kind=kind
-    )
+    config = BASE.replace(model="cnn-small", optimizer="adamw", island_size=2, island_kind=kind)
     train(config, folder / "whole", place)
-    train(dataclasses.replace(config, steps=5), folder / "parts", place)
+    train(config.replace(steps=5), folder / "parts", place)
     train(config, folder / "parts", place, resume=True)
     (whole, mine), (parts, _) = (
         checkpoint.load(folder / name, world=place) for name in ("whole", "parts")
@@ -195,15 +193,13 @@ def refuses_to_go_on(rank, folder, config):
 
 @fsdp
 def test_all_ranks_stop_together_and_fewer_islands_go_on(tmp_path):
-    config = dataclasses.replace(BASE, steps=1000, island_size=2, island_kind="fsdp2")
+    config = BASE.replace(steps=1000, island_size=2, island_kind="fsdp2")
     assert run(stops_when_told, 4, tmp_path, config) == [2] * 4
     steps = torch.load(checkpoint.latest(tmp_path) / "rank-3.pt", weights_only=True)["step"]
     assert 0 < steps < 1000
-    run(refuses_to_go_on, 2, tmp_path, dataclasses.replace(config, island_kind="ddp", workers=1))
-    run(
-        refuses_to_go_on, 2, tmp_path, dataclasses.replace(config, island_kind="ddp", island_size=1)
-    )
-    alone = dataclasses.replace(config, workers=1, steps=steps + 4)
+    run(refuses_to_go_on, 2, tmp_path, config.replace(island_kind="ddp", workers=1))
+    run(refuses_to_go_on, 2, tmp_path, config.replace(island_kind="ddp", island_size=1))
+    alone = config.replace(workers=1, steps=steps + 4)
     assert run(goes_on, 2, tmp_path, alone) == [0] * 2
     assert records.read(tmp_path).logs[-1]["step"] == steps + 4
 
@@ -223,7 +219,7 @@ def test_plain_workers_go_on_as_ddp_islands_as_if_they_had_always_been_plain(pla
 
 def backends(rank):
     emulate(latency_s=0.0, bandwidth_gbit_s=1000.0)
-    config = dataclasses.replace(BASE, island_size=2)
+    config = BASE.replace(island_size=2)
     method = methods.build(torch.nn.Linear(3, 2), config)
     try:
         return dist.get_backend(method._inside), method._averaging._communicator._backend
@@ -271,15 +267,13 @@ def test_the_emulated_link_lies_between_islands_only():
 )
 def test_what_does_not_go_together_is_refused(values, message):
     with pytest.raises(ValueError, match=message) as error:
-        dataclasses.replace(BASE, **values)
+        BASE.replace(**values)
     assert "\n" not in str(error.value)
 
 
 def test_virtual_workers_and_numbers_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="island_size=2: a virtual worker is one machine"):
-        VirtualRun(
-            dataclasses.replace(BASE, slowdown="none", slowdown_ms=0.0, island_size=2), Machines()
-        )
+        VirtualRun(BASE.replace(slowdown="none", slowdown_ms=0.0, island_size=2), Machines())
     with pytest.raises(
         ValueError, match="island_size=2 with 3 ranks: allowed is a number that divides it"
     ):

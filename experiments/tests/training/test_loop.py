@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import pytest
@@ -55,9 +54,9 @@ def train(config, folder, world, *, resume=False, told=0):
 
 def resumed_equals_uninterrupted(rank, folder, algorithm, stop):
     world = World()
-    config = dataclasses.replace(SMALL, algorithm=algorithm)
+    config = SMALL.replace(algorithm=algorithm)
     train(config, folder / "whole", world)
-    train(dataclasses.replace(config, steps=stop), folder / "parts", world)
+    train(config.replace(steps=stop), folder / "parts", world)
     train(config, folder / "parts", world, resume=True)
     (whole, mine), (parts, _) = (
         checkpoint.load(folder / name, world=world) for name in ("whole", "parts")
@@ -109,7 +108,7 @@ def stops_when_told(rank, folder):
 
 
 def resumes_at_another_size(rank, folder):
-    config = dataclasses.replace(SMALL, workers=3)
+    config = SMALL.replace(workers=3)
     return train(config, folder, World(), resume=True)
 
 
@@ -122,9 +121,7 @@ def test_all_stop_together_when_one_is_told_and_another_number_of_workers_goes_o
 
 
 def test_adacomm_is_told_the_loss(tmp_path):
-    config = dataclasses.replace(
-        SMALL, algorithm="local-sgd", tau=4, adacomm=4, steps=20, evaluate_every=20
-    )
+    config = SMALL.replace(algorithm="local-sgd", tau=4, adacomm=4, steps=20, evaluate_every=20)
     run(trained, 2, tmp_path, config)
     record = records.read(tmp_path)
     # It falls with the loss, and where the loss is stuck.
@@ -176,7 +173,7 @@ def virtual(folder, config, sick):
 def test_a_run_diverges_when_no_worker_is_finite_not_when_one_is_not(tmp_path, trained):
     """The same rule for both kinds of workers; means leave out the one that sees nothing."""
     # Of rounds of 3, so that at the end its parameters are not finite.
-    config = dataclasses.replace(SMALL, algorithm="local-sgd", model="mlp", steps=14, log_every=2)
+    config = SMALL.replace(algorithm="local-sgd", model="mlp", steps=14, log_every=2)
     *lines, summary = trained(tmp_path / "one", config, [1])
     assert not summary["diverged"]
     assert summary["step"] == 14
@@ -184,14 +181,14 @@ def test_a_run_diverges_when_no_worker_is_finite_not_when_one_is_not(tmp_path, t
     logs = [line["loss"] for line in lines if line["kind"] == "log"]
     assert len(logs) == 7
     assert all(map(math.isfinite, logs))
-    *_, summary = trained(tmp_path / "all", dataclasses.replace(config, steps=10**6), [0, 1])
+    *_, summary = trained(tmp_path / "all", config.replace(steps=10**6), [0, 1])
     assert summary["diverged"]
     assert summary["step"] < 10**6
 
 
 def on_a_slow_link(rank, folder, algorithm):
     emulate(latency_s=LINK.latency_s, bandwidth_gbit_s=LINK.bandwidth_gbit_s)
-    train(dataclasses.replace(SMALL, algorithm=algorithm), folder, World())
+    train(SMALL.replace(algorithm=algorithm), folder, World())
 
 
 @pytest.mark.parametrize("algorithm", ["local-sgd", "ddp"])

@@ -1,4 +1,3 @@
-import dataclasses
 import subprocess
 import sys
 
@@ -228,7 +227,7 @@ def train(config, folder, world, *, resume=False):
 def both_ways(rank, text_folder, folder, algorithm):
     world, config = World(), config_of(text_folder, algorithm=algorithm)
     train(config, folder / "whole", world)
-    train(dataclasses.replace(config, steps=4), folder / "parts", world)
+    train(config.replace(steps=4), folder / "parts", world)
     train(config, folder / "parts", world, resume=True)
     whole, parts = (checkpoint.load(folder / name, world=world)[0] for name in ("whole", "parts"))
     return [

@@ -11,12 +11,12 @@ from typing import Any
 import click
 
 from distoptim_experiments.cli.options import is_given
+from distoptim_experiments.config import POWERSGD, SYNCHRONOUS
 from distoptim_experiments.data import datasets as data
-from distoptim_experiments.training import optimizers
 
 Values = Mapping[str, Any]
 TIMING = "Timing alone"
-_SYNCHRONOUS = (optimizers.SYNCHRONOUS, optimizers.POWERSGD)
+_SYNCHRONOUS = (SYNCHRONOUS, POWERSGD)
 _TIMED = ("step_ms", "latency_ms", "workers", "fragments", "folder")
 _ROUNDS = (
     "without --hide-communication, for a method that has rounds",

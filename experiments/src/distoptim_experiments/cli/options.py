@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.util import find_spec
@@ -15,12 +14,10 @@ from click.core import ParameterSource
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm.codecs import CODECS
 from distoptim.fragments import SEQUENTIAL, STRIDED
-from distoptim_experiments.config import DDP, DTYPES, FSDP2, RunConfig
+from distoptim_experiments import optimizers
+from distoptim_experiments.config import DDP, DTYPES, FSDP2, RunConfig, algorithms
 from distoptim_experiments.data import datasets as data
-from distoptim_experiments.lr_schedule import SCHEDULES
 from distoptim_experiments.models import registry as models
-from distoptim_experiments.training import optimizers
-from distoptim_experiments.training.slowdown import SLOWDOWNS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -75,7 +72,7 @@ class Pairs(click.types.StringParamType):
         self.name = f"{pair},..."
 
 
-DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+DEFAULTS: dict[str, Any] = RunConfig().to_dict()
 
 
 class Option(click.Option):
@@ -150,7 +147,7 @@ def run_options(
             Pairs("PERIOD:SIZE"),
             "Groups of neighbouring workers that average more often.",
         ),
-        (training, "--optimizer", click.Choice(optimizers.INNER), "Local optimizer."),
+        (training, "--optimizer", click.Choice(("sgd", "adamw")), "Local optimizer."),
         (training, "--lr", float, "Learning rate of the local optimizer."),
         (training, "--momentum", float, "Momentum of the local SGD."),
         (training, "--nesterov/--no-nesterov", None, "Nesterov's form of it."),
@@ -165,7 +162,7 @@ def run_options(
         (
             training,
             "--schedule",
-            click.Choice(SCHEDULES),
+            click.Choice(("constant", "steps", "cosine")),
             "Of the learning rate, after the warm-up.",
         ),
         (
@@ -226,7 +223,7 @@ def run_options(
         (
             network,
             "--slowdown",
-            click.Choice(list(SLOWDOWNS)),
+            click.Choice(("none", "exponential", "pareto")),
             "Random delay of every worker's steps.",
         ),
         (network, "--slowdown-ms", float, "Its mean, in milliseconds."),
@@ -265,7 +262,7 @@ def algorithm_options(command: Command) -> Command:
     """One option for each that an algorithm has of its own, read from the constructors."""
     takers: dict[str, list[str]] = {}
     types: dict[str, type] = {}
-    for algorithm in optimizers.names():
+    for algorithm in algorithms():
         for name, kind in optimizers.own_options(algorithm).items():
             takers.setdefault(name, []).append(algorithm)
             types[name] = kind
@@ -290,7 +287,9 @@ def algorithm_options(command: Command) -> Command:
 def config_of(given: dict[str, Any]) -> RunConfig:
     """From options by name: those that are no field of RunConfig are the algorithm's own."""
     fields, own = split(given)
-    return RunConfig(**{"options": own, **fields})
+    return optimizers.check(
+        RunConfig(**{**fields, "options": {**fields.get("options", {}), **own}})
+    )
 
 
 def split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

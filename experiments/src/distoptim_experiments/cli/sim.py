@@ -18,7 +18,7 @@ from distoptim.planning import planner
 from distoptim.planning import probe as probing
 from distoptim.planning.planner import Job, Plan
 from distoptim.simulator.network import Ring
-from distoptim_experiments import records
+from distoptim_experiments import optimizers, records
 from distoptim_experiments.cli.effects import TIMING, check_effects
 from distoptim_experiments.cli.options import (
     DEFAULTS,
@@ -32,11 +32,10 @@ from distoptim_experiments.cli.options import (
     split,
 )
 from distoptim_experiments.grid import simulated as grid
-from distoptim_experiments.machines import COLLECTIVES, SLOWDOWNS, Machines
+from distoptim_experiments.machines import Machines
 from distoptim_experiments.report.table import table
 from distoptim_experiments.studies import timing as time_methods
 from distoptim_experiments.studies.utilisation import ModelShape
-from distoptim_experiments.training import optimizers
 from distoptim_experiments.training.virtual import check_virtual
 
 VIRTUAL = "Virtual machines"
@@ -86,7 +85,11 @@ _REAL = (
     VIRTUAL, "--step-ms", type=float, default=30.0, help="Milliseconds of a local step, on average."
 )
 @option(
-    VIRTUAL, "--slowdown", type=click.Choice(SLOWDOWNS), default="none", help="Random part of it."
+    VIRTUAL,
+    "--slowdown",
+    type=click.Choice(("none", "exponential", "pareto")),
+    default="none",
+    help="Random part of it.",
 )
 @option(
     VIRTUAL,
@@ -102,7 +105,7 @@ _REAL = (
 @option(
     VIRTUAL,
     "--collective",
-    type=click.Choice(list(COLLECTIVES)),
+    type=click.Choice(("ring", "tree")),
     default="ring",
     help="Kind of all-reduce.",
 )

@@ -23,11 +23,12 @@ from distoptim_experiments.cli.options import (
     run_options,
     split,
 )
+from distoptim_experiments.config import algorithms
 from distoptim_experiments.data import datasets as data
 from distoptim_experiments.report.figure import draw
 from distoptim_experiments.report.progress import LiveProgress
 from distoptim_experiments.report.table import note, table
-from distoptim_experiments.training import checkpoint, optimizers
+from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training import compare as comparison
 from distoptim_experiments.training.launch import Job, run_local, run_worker
 from distoptim_experiments.training.world import Meeting, from_torchrun, workers_of
@@ -69,7 +70,7 @@ _LASTING = (
 @option(
     "Training",
     "--algorithm",
-    type=click.Choice(optimizers.names()),
+    type=click.Choice(algorithms()),
     default=DEFAULTS["algorithm"],
     help="Method; ddp is synchronous SGD by DistributedDataParallel, powersgd the same with compressed gradients.",
 )

@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig, compared
 from distoptim_experiments.machines import Machines
+from distoptim_experiments.optimizers import check
 from distoptim_experiments.training.virtual import run
 
 
@@ -44,8 +44,8 @@ def combinations(
             {**fields, **({} if options is None else {"options": options[fields["algorithm"]]})}
         )
         if made.algorithm == "ddp":
-            made = replace(made, tau=1, options={})
-        found.setdefault(name(made, Machines()), made)
+            made = made.replace(tau=1, options={})
+        found.setdefault(name(made, Machines()), check(made))
     return list(found.values())
 
 
@@ -59,7 +59,7 @@ def name(config: RunConfig, machines: Machines | None) -> str:
     plain = RunConfig().to_dict()
     changed = {
         key: value
-        for key, value in replace(config, data_dir=None).to_dict().items()
+        for key, value in config.replace(data_dir=None).to_dict().items()
         if value != plain[key]
     }
     text = json.dumps([changed, machines and machines.to_dict()], sort_keys=True)

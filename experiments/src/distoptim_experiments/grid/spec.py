@@ -5,7 +5,6 @@ What all runs share, what is varied, the methods, and how learning rates are cho
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import sys
@@ -15,9 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from distoptim_experiments.config import RunConfig, compared
+from distoptim_experiments.config import POWERSGD, SYNCHRONOUS, RunConfig, compared
 from distoptim_experiments.machines import Machines
-from distoptim_experiments.training.optimizers import POWERSGD, SYNCHRONOUS
+from distoptim_experiments.optimizers import check
 from distoptim_experiments.training.virtual import check_virtual
 
 if sys.version_info >= (3, 11):
@@ -25,7 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_RUN = {f.name for f in dataclasses.fields(RunConfig)}
+_RUN = set(RunConfig.model_fields)
 _TABLES = {"title", "run", "machines", "grid", "tune", "methods"}
 
 
@@ -130,10 +129,10 @@ class Spec:
                 fields = {**self.run, **dict(zip(axes, values, strict=True)), **method, **fixed}
                 if fields.get("algorithm") in (SYNCHRONOUS, POWERSGD):
                     fields["tau"] = 1
-                config = compared(fields)
+                config = check(compared(fields))
                 case = Case(label, config)
                 if case.setting in rates:
-                    case = Case(label, dataclasses.replace(config, lr=rates[case.setting]))
+                    case = Case(label, config.replace(lr=rates[case.setting]))
                 key = (label, repr(case.config))
                 if key not in seen:
                     seen.add(key)
@@ -215,7 +214,7 @@ def _override(content: dict[str, Any], key: str, value: Any) -> None:
 def _machines(table: Mapping[str, Any]) -> list[Machines]:
     """One per combination of the values that are lists."""
     values = [value if isinstance(value, list) else [value] for value in table.values()]
-    allowed = [f.name for f in dataclasses.fields(Machines)]
+    allowed = list(Machines.model_fields)
     for name, value in table.items():
         if name not in allowed:
             raise ValueError(f"[machines] has no key {name!r}; allowed are {', '.join(allowed)}")

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distoptim_experiments import records
-from distoptim_experiments.config import RunConfig
+from distoptim_experiments.config import POWERSGD, SYNCHRONOUS, RunConfig
 from distoptim_experiments.records import Line, Record
 from distoptim_experiments.report.figure import COLOURS
 from distoptim_experiments.training.compare import METHODS
-from distoptim_experiments.training.optimizers import POWERSGD, SYNCHRONOUS
 
 TRIALS = "trials"
 T = TypeVar("T")

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distoptim_experiments import records
+from distoptim_experiments import optimizers, records
 from distoptim_experiments.config import RunConfig, compared
-from distoptim_experiments.training import optimizers
 from distoptim_experiments.training.launch import Job, run_local
 from distoptim_experiments.training.loop import Observer
 
@@ -28,7 +27,7 @@ def variants(
         raise ValueError(f"methods={', '.join(methods)!r}: allowed is a list of different methods")
     common = {**config.to_dict(), "checkpoint_every": 0}
     return [
-        compared({**common, "algorithm": name, "options": own})
+        optimizers.check(compared({**common, "algorithm": name, "options": own}))
         for name, own in optimizers.shared_options(options or {}, methods).items()
     ]
 

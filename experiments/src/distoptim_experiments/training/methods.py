@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distoptim.optimizer import AveragingOptimizer
-from distoptim_experiments.config import DTYPES, RunConfig
+from distoptim_experiments import optimizers
+from distoptim_experiments.config import DTYPES, POWERSGD, SYNCHRONOUS, RunConfig
 from distoptim_experiments.data.datasets import Dataset
-from distoptim_experiments.training import optimizers, rounds
+from distoptim_experiments.training import rounds
 
 # torch 2.13 renamed the argument.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -179,7 +180,7 @@ class Synchronous(Method):
 
 def build(model: nn.Module, config: RunConfig) -> Method:
     """The method that `config` names, training `model` in place. Collective."""
-    if config.algorithm == optimizers.POWERSGD:
+    if config.algorithm == POWERSGD:
         # These derive from what is defined here.
         from distoptim_experiments.training.powersgd import PowerSGD
 
@@ -189,9 +190,7 @@ def build(model: nn.Module, config: RunConfig) -> Method:
 
         return IslandAveraging(model, config)
     return (
-        Synchronous(model, config)
-        if config.algorithm == optimizers.SYNCHRONOUS
-        else Averaging(model, config)
+        Synchronous(model, config) if config.algorithm == SYNCHRONOUS else Averaging(model, config)
     )
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from distoptim.comm import Communicator
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.simulator.cluster import Cluster
-from distoptim_experiments import records
-from distoptim_experiments.config import DTYPES, RunConfig
+from distoptim_experiments import optimizers, records
+from distoptim_experiments.config import DTYPES, POWERSGD, SYNCHRONOUS, RunConfig
 from distoptim_experiments.data import datasets as data
 from distoptim_experiments.data import partition
 from distoptim_experiments.machines import Machines
 from distoptim_experiments.models import registry as models
-from distoptim_experiments.training import checkpoint, methods, optimizers
+from distoptim_experiments.training import checkpoint, methods
 
 Observer = Callable[[records.Line], None]
 STATE = "state.pt"
@@ -35,7 +35,7 @@ def check_virtual(config: RunConfig) -> None:
     Raises:
         ValueError: something of it exists with real workers only.
     """
-    if config.algorithm == optimizers.POWERSGD:
+    if config.algorithm == POWERSGD:
         raise ValueError(
             "powersgd: torch's hook runs inside of DDP, which virtual workers do not have; "
             "use `distoptim train` or `compare`"
@@ -113,7 +113,7 @@ class VirtualRun:
             model=model,
             optimizer=self._optimizer,
             threads=threads,
-            synchronous=config.algorithm == optimizers.SYNCHRONOUS,
+            synchronous=config.algorithm == SYNCHRONOUS,
             compute=machines.compute(seed=config.seed),
             network=machines.network(),
         )
@@ -202,7 +202,7 @@ class VirtualRun:
             "kind": "start",
             "step": 0,
             "label": label or self.config.algorithm,
-            "config": replace(self.config, data_dir=None).to_dict(),
+            "config": self.config.replace(data_dir=None).to_dict(),
             "machines": self.machines.to_dict(),
             **records.surroundings(),
             "workers": self.config.workers,
@@ -235,8 +235,8 @@ class VirtualRun:
         self, params: Iterable[Tensor], communicator: Communicator
     ) -> AveragingOptimizer:
         config = self.config
-        if config.algorithm == optimizers.SYNCHRONOUS:
-            config = replace(config, algorithm="local-sgd", tau=1)
+        if config.algorithm == SYNCHRONOUS:
+            config = config.replace(algorithm="local-sgd", tau=1)
         optimizer = optimizers.build(config, params, communicator=communicator)
         assert isinstance(optimizer, AveragingOptimizer)
         return optimizer
