@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
+from typing_extensions import Self
 
 
 def _as_given(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -108,7 +109,7 @@ class Settings(BaseModel):
         """As plain data; the same class made of it is the same again."""
         return self.model_dump()
 
-    def replace(self: S, **changes: Any) -> S:
+    def replace(self, **changes: Any) -> Self:
         """The same with other values, checked again."""
         return type(self)(**{**self.to_dict(), **changes})
 
