@@ -34,8 +34,8 @@ class Recorder(ProcessGroupCommunicator):
         super().__init__()
         self.handles: list[Handle] = []
 
-    def launch_mean(self, buffer: torch.Tensor) -> Handle:
-        self.handles.append(super().launch_mean(buffer))
+    def all_reduce(self, buffer: torch.Tensor) -> Handle:
+        self.handles.append(super().all_reduce(buffer))
         return self.handles[-1]
 
 

@@ -59,7 +59,7 @@ class Fragment:
         self.part = part
         self.device = self.params[0].device
         self.dtype = _WORK_DTYPE[self.params[0].dtype]
-        self.island = islands.Island(self.params)
+        self.island = islands.WorkerMesh(self.params)
         local = self.local()
         self.same_dtype = all(x.dtype == self.dtype for x in local)
         self.numel = sum(x.numel() for x in local)

@@ -15,12 +15,12 @@ from distoptim import checks
 from distoptim.comm import Communicator, connect
 from distoptim.comm.codecs import Coding
 from distoptim.comm.codecs import find as find_codec
-from distoptim.comm.mesh import Island, averaging_group
+from distoptim.comm.mesh import WorkerMesh, averaging_group
 from distoptim.engine import checkpoint, evaluation
 from distoptim.engine import membership as handshake
 from distoptim.engine.clock import Pace
 from distoptim.engine.engine import Engine
-from distoptim.engine.hierarchy import Levels, connect_levels
+from distoptim.engine.hierarchy import Levels, check_levels, connect_levels
 from distoptim.face import Face
 from distoptim.fragments import Fragments, build, names, partition, trainable
 from distoptim.options import Params, check_size, inner_optimizer, workers
@@ -121,7 +121,7 @@ class AveragingOptimizer(Face):
         )
         group = averaging_group(group, device_mesh, communicator)
         if communicator is None:
-            Island(members).check(group, pace.period.measures)
+            WorkerMesh(members).check(group, pace.period.measures)
         self._rule, self._tau, self._delay, self._parts = rule, tau, delay, parts
         self._codec = find_codec(codec)
         self._timeout_s, self._average_in_step, self._reset_inner = (
@@ -130,34 +130,35 @@ class AveragingOptimizer(Face):
             reset_inner,
         )
         self._communicator = connect(group, timeout_s) if communicator is None else communicator
-        self._inner_groups = connect_levels(
-            levels, Island(members), self._communicator, tau=tau, timeout_s=timeout_s
-        )
-        self._build_engine(introduce=True)
+        groups = check_levels(levels, WorkerMesh(members), self._communicator, tau=tau)
+        self._agree(list(groups))
+        self._inner_groups = connect_levels(groups, timeout_s)
+        self._build_engine()
         self._face()
 
-    @torch.no_grad()
-    def _build_engine(self, *, introduce: bool) -> None:
+    def _agree(self, levels: Sequence[int]) -> None:
         params, groups = trainable(self.inner.param_groups)
-        fragments = build(params, groups, self._parts)
-        if introduce:
-            handshake.introduce(
-                self._communicator,
-                {
-                    "distoptim version": __version__,
-                    "algorithm": type(self).__name__,
-                    "inner optimizer": type(self.inner).__name__,
-                    "tau": self._tau,
-                    "delay": self._delay,
-                    "levels": list(self._inner_groups),
-                    "codec": repr(self._codec),
-                    **self._rule.facts(),
-                },
-                fragments,
-                names(self.inner.param_groups),
-            )
+        handshake.introduce(
+            self._communicator,
+            {
+                "distoptim version": __version__,
+                "algorithm": type(self).__name__,
+                "inner optimizer": type(self.inner).__name__,
+                "tau": self._tau,
+                "delay": self._delay,
+                "levels": levels,
+                "codec": repr(self._codec),
+                **self._rule.facts(),
+            },
+            build(params, groups, self._parts),
+            names(self.inner.param_groups),
+        )
+
+    @torch.no_grad()
+    def _build_engine(self) -> None:
+        params, groups = trainable(self.inner.param_groups)
         self._engine = Engine(
-            fragments,
+            build(params, groups, self._parts),
             self._rule,
             self._communicator,
             tau=self._tau,
@@ -295,7 +296,7 @@ class AveragingOptimizer(Face):
         if ours is not None:
             self._levels.load(ours)
         else:
-            self._build_engine(introduce=False)
+            self._build_engine()
 
     def close(self) -> None:
         """Finish or abandon what is in flight and leave the communication groups; twice is fine."""
@@ -322,7 +323,7 @@ class AveragingOptimizer(Face):
         """Rebuild the engine around the copied parameters, without talking to anybody."""
         saved = state.pop("saved")
         self.__dict__.update(state)
-        self._build_engine(introduce=False)
+        self._build_engine()
         self._levels.load(saved)
         self._face()
 

@@ -61,9 +61,9 @@ class Recorder(ProcessGroupCommunicator):
         super().__init__()
         self.sent: list[Tensor] = []
 
-    def launch_mean(self, buffer: Tensor) -> Handle:
+    def all_reduce(self, buffer: Tensor) -> Handle:
         self.sent.append(buffer.clone())
-        return super().launch_mean(buffer)
+        return super().all_reduce(buffer)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

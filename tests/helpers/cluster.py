@@ -63,6 +63,8 @@ class Cluster:
         before_launch()
         for e in engines:
             e.launch_due()
+        for e in engines:
+            e.poll()
         if engines[0].delay == 0:
             for e in engines:
                 e.finish_due()

@@ -290,13 +290,11 @@ def test_messages_of_one_step_leave_in_one_order_on_all_ranks():
     left = [[] for _ in workers.optimizers]
     for order, o in zip(left, workers.optimizers, strict=True):
 
-        def launch(
-            buffer, *args, order=order, launch=o._engine.communicator.launch_mean, **options
-        ):
+        def launch(buffer, *args, order=order, launch=o._engine.communicator.all_reduce, **options):
             order.append(buffer.dtype)
             return launch(buffer, *args, **options)
 
-        o._engine.communicator.launch_mean = launch
+        o._engine.communicator.all_reduce = launch
     workers.run(4, toy.gradient)
     assert left == [[torch.float64, torch.float32] * 2] * toy.WORKERS
 

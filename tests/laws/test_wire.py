@@ -23,7 +23,7 @@ import distoptim
 from distoptim import simulator
 from distoptim.comm import CommunicationError, Handle, Link
 from distoptim.comm.codecs import BLOCK, CODECS
-from distoptim.comm.relay import Relay, Relays
+from distoptim.comm.handles import Stages, TwoStageHandle
 from distoptim.periods import HideCommunication, PostLocal
 from distoptim.simulator import VirtualCommunicator
 from distoptim.testing import processes as workers
@@ -52,14 +52,15 @@ class Counting(VirtualCommunicator):
         if self.rank == 0:
             Counting.sent += (self.size - 1) * sum(row.nbytes for row in rows)
 
-    def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
-        self.count(own)
-        return super().launch_gather(own, all_)
+    def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
+        self.count(input)
+        assert output.shape == (self.size, *input.shape)
+        return super().all_gather(output, input, after=after)
 
-    def launch_relay(self, relay: Relay) -> Handle:
-        self.count(relay.parts[0], relay.own)
-        assert relay.parts.shape == relay.received.shape
-        return super().launch_relay(relay)
+    def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
+        self.count(input[0])
+        assert output.shape == input.shape
+        return super().all_to_all(output, input)
 
 
 @pytest.mark.parametrize("m", [2, 3, 4, 8])
@@ -121,7 +122,10 @@ def test_two_stages_lose_nothing_in_the_sum(name: str, weight: float) -> None:
             d = numbers(NUMEL, 10 * i + j)
             buffer[:-1], buffer[-1] = (coder.reference + d) * weight, weight
             given += d / len(coders)
-        for handle in [c.launch(b) for c, b in zip(coders, buffers, strict=True)]:
+        handles = [c.start(b) for c, b in zip(coders, buffers, strict=True)]
+        for handle in handles:
+            handle.poll()
+        for handle in handles:
             handle.wait(1.0)
         assert all(torch.equal(buffers[0], b) for b in buffers)
         assert buffers[0][-1] == weight
@@ -144,7 +148,7 @@ def test_samples_as_weights_scale_out() -> None:
     torch.testing.assert_close(plain.x(), weighted.x(), rtol=1e-5, atol=1e-5)
 
 
-# Relays: the order of second stages, with collectives that end when the test says so.
+# The order of second stages, with collectives that end when the test says so.
 
 
 class Leg(Handle):
@@ -172,26 +176,27 @@ class Leg(Handle):
 
 
 class Wire:
-    """Relays over legs, and what happened."""
+    """Means of two legs, and what happened."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
         self.first: list[Leg] = []
         self.second: list[Leg] = []
-        self.relays = Relays(
-            partial(self.leg, self.first, "a"), partial(self.leg, self.second, "b")
-        )
+        self.stages = Stages()
 
-    def leg(self, legs: list[Leg], name: str, *_: Tensor) -> Leg:
+    def leg(self, legs: list[Leg], name: str) -> Leg:
         legs.append(Leg(f"{name}{len(legs)}", self.log))
         return legs[-1]
 
-    def launch(self) -> Any:
+    def launch(self) -> TwoStageHandle:
         i = len(self.first)
-        row = torch.zeros(2, 4)
-        return self.relays.launch(
-            Relay(row, row, lambda: self.log.append(f"between {i}"), row[0], row)
-        )
+
+        def go_on(first: Handle) -> Handle:
+            assert first is self.first[i]
+            self.log.append(f"between {i}")
+            return self.leg(self.second, "b")
+
+        return TwoStageHandle(self.leg(self.first, "a"), go_on, self.stages)
 
 
 def test_second_stages_start_in_the_order_of_the_first() -> None:
@@ -436,7 +441,7 @@ def count_what_gloo_gets() -> list[int]:
         setattr(dist, name, call)
 
     others = dist.get_world_size() - 1
-    counted("all_to_all_single", lambda parts: others * parts[0].nbytes)
+    counted("all_to_all_single", lambda rows: others * rows[0].nbytes)
     counted("all_gather", lambda own: others * own.nbytes)
     return handed
 

@@ -1,39 +1,40 @@
-"""Bytes: what moves between workers, and the only place that imports torch.distributed."""
+"""Bytes: what moves between workers; buffers, never fragments.
+
+Of the library, only this package, the integrations and the testing harness import
+torch.distributed.
+"""
 
 from __future__ import annotations
 
-import warnings
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-import torch.distributed as dist
-
-from distoptim.comm.communicator import CommunicationError, Communicator, Handle, SingleWorker
-from distoptim.comm.link import Link, emulate
-from distoptim.comm.process_group import ProcessGroupCommunicator, world_size
+from distoptim.comm.codecs import Codec, ErrorFeedback, register_codec
+from distoptim.comm.communicator import CommunicationError, Communicator, SingleWorker
+from distoptim.comm.emulated import emulate
+from distoptim.comm.handles import Handle
+from distoptim.comm.link import Link
+from distoptim.comm.process_group import (
+    ProcessGroupCommunicator,
+    connect,
+    ranks_of,
+    world_size,
+)
 
 __all__ = [
+    "Codec",
     "CommunicationError",
     "Communicator",
+    "DeviceMesh",
+    "ErrorFeedback",
     "Handle",
     "Link",
+    "ProcessGroup",
     "ProcessGroupCommunicator",
     "SingleWorker",
     "connect",
     "emulate",
+    "ranks_of",
+    "register_codec",
     "world_size",
 ]
-
-
-def connect(group: dist.ProcessGroup | None = None, timeout_s: float = 1800.0) -> Communicator:
-    """A communicator over `group` (None: all workers).
-
-    With one worker, or no process group, one that is alone.
-    """
-    if world_size(group) > 1:
-        return ProcessGroupCommunicator(group, timeout_s=timeout_s)
-    warnings.warn(
-        "one worker: there is nobody to average with (is torch.distributed initialised, before the "
-        "optimizer is made?)",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-    return SingleWorker()

@@ -1,7 +1,8 @@
-"""Codecs: float32 numbers in fewer bits, in blocks of 256 with a scale of their own.
+"""Codecs: float32 numbers in fewer bits.
 
-A code is a row of bytes: the blocks' scales, then the numbers. Rounding is deterministic. Work goes
-through scratch memory of the size of a cache, so that main memory is read and written once.
+The built-in ones work in blocks of 256 with a scale of their own. A code is a row of bytes: the
+blocks' scales, then the numbers. Rounding is deterministic. Work goes through scratch memory of the
+size of a cache, so that main memory is read and written once.
 """
 
 from __future__ import annotations
@@ -18,13 +19,44 @@ from distoptim.chunks import CHUNK
 BLOCK = 256
 # What is larger counts as this: a little under the largest float32, so that rounding up does not
 # overflow.
-_TINY, _HUGE = torch.finfo(torch.float32).tiny, 3e38
+_HUGE = 3e38
+_TINY = torch.finfo(torch.float32).tiny
 _BELOW_512 = 512 * (1 - 2**-24)
 
 
 class Codec(ABC):
-    """Writes float32 numbers as bytes and adds them to others again; subclasses say how a run of
-    whole blocks is coded.
+    """Writes float32 numbers as bytes and adds them to others again.
+
+    To write one of your own, subclass it, and pass an object as `codec=` or register it by name. An
+    object must give the same bytes on all workers; its `repr` is compared between them, so it should
+    name the settings (a frozen dataclass does).
+    """
+
+    @abstractmethod
+    def nbytes(self, numel: int) -> int:
+        """Size of the code of so many numbers, in bytes."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, code: Tensor) -> None:
+        """code <- x.
+
+        Args:
+            x: [numel], float32, contiguous, on the CPU, finite.
+            code: [nbytes(numel)], uint8, at an address divisible by 4.
+        """
+
+    @abstractmethod
+    def add_decoded(self, code: Tensor, out: Tensor, *, weight: float = 1.0) -> None:
+        """out <- out + weight decode(code), in float32, equal bit for bit on all workers."""
+
+    def __repr__(self) -> str:
+        """Equal on all workers, as the default with its address is not."""
+        return f"{type(self).__name__}()"
+
+
+class BlockCodec(Codec):
+    """Numbers of fixed size in blocks of 256, each block with a scale of its own; subclasses say how
+    a run of whole blocks is coded.
 
     Attributes:
         bits: of one number.
@@ -35,20 +67,12 @@ class Codec(ABC):
     scale_bytes: int
 
     def nbytes(self, numel: int) -> int:
-        """Size of a code.
-
-        Scales and numbers of whole blocks, ceil(numel/256) (scale_bytes + 32 bits).
-        """
+        """Scales and numbers of whole blocks, ceil(numel/256) (scale_bytes + 32 bits)."""
         blocks = -(-numel // BLOCK)
         return blocks * (self.scale_bytes + BLOCK * self.bits // 8)
 
     def encode(self, x: Tensor, code: Tensor) -> None:
-        """code <- x; infinities count as about the largest number there is.
-
-        Args:
-            x: [numel], float32, contiguous.
-            code: [nbytes(numel)], uint8, at an address divisible by 4.
-        """
+        """code <- x; infinities count as about the largest number there is."""
         for part, scales, numbers in self._parts(x, code):
             whole = part
             if part.numel() % BLOCK:
@@ -88,14 +112,15 @@ class Codec(ABC):
 
     @abstractmethod
     def _add(self, scales: Tensor, numbers: Tensor, out: Tensor, weight: float) -> None:
-        """Out <- out + weight decoded, whole blocks."""
+        """out <- out + weight decoded, whole blocks."""
 
 
 @dataclass(frozen=True)
-class BF16(Codec):
+class BF16(BlockCodec):
     """The upper half of a float32: 8 bits of precision, no scale."""
 
-    bits, scale_bytes = 16, 0
+    bits = 16
+    scale_bytes = 0
 
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
         largest = torch.finfo(torch.bfloat16).max
@@ -106,13 +131,15 @@ class BF16(Codec):
 
 
 @dataclass(frozen=True)
-class Int8(Codec):
+class Int8(BlockCodec):
     """Integers from -127 to 127 times scale = max |x| / 127; an error of at most scale / 2."""
 
-    bits, scale_bytes = 8, 4
+    bits = 8
+    scale_bytes = 4
 
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
-        work, scale = _floats(len(x)), scales.view(torch.float32)
+        work = _floats(len(x))
+        scale = scales.view(torch.float32)
         # Not below the normal numbers: the reciprocal of one would be infinite.
         torch.amax(torch.abs(x, out=work), 1, keepdim=True, out=scale).clamp_(max=_HUGE).div_(
             127
@@ -126,7 +153,7 @@ class Int8(Codec):
 
 
 @dataclass(frozen=True)
-class E3M0(Codec):
+class E3M0(BlockCodec):
     """4 bits: a sign and one of 0, 2^-6, ..., 1/2, 1, times a power of two, the block's largest |x| rounded.
 
     Powers of two change at 1.5 times the lower one, the middle; below 3/4 of the smallest comes 0.
@@ -134,10 +161,12 @@ class E3M0(Codec):
     a byte.
     """
 
-    bits, scale_bytes = 4, 1
+    bits = 4
+    scale_bytes = 1
 
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
-        work, sign = _floats(len(x)), _integers(len(x))
+        work = _floats(len(x))
+        sign = _integers(len(x))
         # The exponent of 4/3 |x| is that of |x| rounded.
         largest = torch.abs(x, out=work).amax(1, keepdim=True)
         top = largest.mul_(4 / 3).view(torch.int32).bitwise_right_shift_(23).clamp_(8, 254)
@@ -158,7 +187,7 @@ class E3M0(Codec):
 
 
 @dataclass(frozen=True)
-class TwoBit(Codec):
+class TwoBit(BlockCodec):
     """2 bits: -1.5, -0.5, 0.5 or 1.5 times scale = 2 mean |x|; zero is exact only where the whole block is zero.
 
     To be used with `ErrorFeedback`, which chose the scale. 1.25 mean |x| loses least of a normal law, but what it cuts
@@ -166,10 +195,12 @@ class TwoBit(Codec):
     well above 2 the residuals no longer shrink (docs/compression.md). Neighbours share a byte.
     """
 
-    bits, scale_bytes = 2, 4
+    bits = 2
+    scale_bytes = 4
 
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
-        work, scale = _floats(len(x)), scales.view(torch.float32)
+        work = _floats(len(x))
+        scale = scales.view(torch.float32)
         torch.sum(torch.abs(x, out=work), 1, keepdim=True, out=scale).mul_(2 / BLOCK).clamp_(
             max=_HUGE
         )
@@ -189,16 +220,26 @@ class ErrorFeedback:
 
     Args:
         codec: any codec.
+
+    Raises:
+        ValueError: it is none, a name, or has error feedback already.
     """
 
     codec: Codec
+
+    def __post_init__(self) -> None:
+        """Check that it is one."""
+        if not isinstance(self.codec, Codec):
+            raise ValueError(
+                f"ErrorFeedback({self.codec!r}): allowed is a Codec; of a name, say codec='name+ef'"
+            )
 
 
 Coding = Codec | ErrorFeedback
 
 
 def _look_up(numbers: Tensor, table: Tensor, out: Tensor, unit: Tensor) -> None:
-    """Out <- out + unit table[byte], whose entry is all the numbers of a byte, side by side in one wide number."""
+    """out <- out + unit table[byte], whose entry is all the numbers of a byte, side by side in one wide number."""
     index = _integers(len(out)).view(-1)[: numbers.numel()].copy_(numbers.view(-1))
     values = _floats(len(out))
     torch.index_select(table, 0, index, out=values.view(table.dtype).view(-1))
@@ -233,6 +274,22 @@ _E3M0 = _table(
 )
 _TWO_BIT = _table([0.5, 1.5, -1.5, -0.5], 2, torch.complex128)
 CODECS: dict[str, Codec] = {"bf16": BF16(), "int8": Int8(), "e3m0": E3M0(), "2bit": TwoBit()}
+
+
+def register_codec(name: str, codec: Codec) -> None:
+    """Let `codec=name`, and `codec=name+"+ef"`, mean this codec; on all workers, before the
+    optimizers are made.
+
+    Raises:
+        ValueError: the name is taken or has a "+" in it, or it is no codec.
+    """
+    if not isinstance(name, str) or not name or "+" in name or name in CODECS:
+        raise ValueError(
+            f"name={name!r}: allowed is text without '+', other than {', '.join(CODECS)}"
+        )
+    if not isinstance(codec, Codec):
+        raise ValueError(f"codec={codec!r}: allowed is a Codec")
+    CODECS[name] = codec
 
 
 def find(codec: object) -> Coding | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from functools import cached_property
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from distoptim.comm.relay import Relay
+from distoptim.comm.handles import Handle, Stages
 
 
 class CommunicationError(RuntimeError):
@@ -19,153 +19,114 @@ class CommunicationError(RuntimeError):
     """
 
 
-class Handle:
-    """A mean in flight. This class itself: one that is there already.
-
-    Args:
-        buffer: where the mean will be; its last element is the mean weight of the workers.
-
-    Attributes:
-        launched_at: when it was launched, in seconds of the communicator's clock.
-        finished_at: when the mean was there, late by up to a local step; None while it is not known
-            to be.
-        waited_s: how long the worker's computation stood still for it; None while that is not
-            known.
-        worked_s: how long the worker computed for it after the launch (codes).
-    """
-
-    def __init__(self, buffer: Tensor, *, now: float = 0.0) -> None:
-        self.buffer = buffer
-        self.launched_at = now
-        self.finished_at: float | None = None
-        self.waited_s: float | None = None
-        self.worked_s = 0.0
-
-    def poll(self) -> None:
-        """Do what can be done without waiting; comes with every local step."""
-
-    def wait(self, timeout_s: float) -> None:
-        """Block until the mean is in the buffer.
-
-        Raises RuntimeError on failure or after `timeout_s`.
-        """
-        self.waited_s = 0.0
-
-    def tail(self, index: int = -1) -> float:
-        """One of the mean's last elements, counted from the end, on the host; after `wait`."""
-        return float(self.buffer[index])
-
-    @property
-    def seconds(self) -> float:
-        """How long it took, as far as is known; 0 for a mean that was there already."""
-        return 0.0 if self.finished_at is None else self.finished_at - self.launched_at
-
-
-class RealHandle(Handle, ABC):
-    """A mean that takes real time; subclasses say how to wait for it."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        super().__init__(buffer, now=time.perf_counter())
-        self.unfinished_at = self.launched_at
-
-    def wait(self, timeout_s: float) -> None:
-        """Block, by the clock."""
-        start = time.perf_counter()
-        self._wait(timeout_s)
-        end = time.perf_counter()
-        self.waited_s = (self.waited_s or 0.0) + end - start
-        if self.finished_at is None:
-            self.finished_at = self.unfinished_at = end
-
-    @property
-    def seconds(self) -> float:
-        """Until the middle between the last look at which it was under way and the first at which it was not."""
-        return (
-            0.0
-            if self.finished_at is None
-            else (self.finished_at + self.unfinished_at) / 2 - self.launched_at
-        )
-
-    @abstractmethod
-    def _wait(self, timeout_s: float) -> None:
-        """Block; raises RuntimeError on failure or after `timeout_s`."""
-
-
-@runtime_checkable
-class Communicator(Protocol):
+class Communicator(ABC):
     """Moves bytes between workers.
 
-    Calls come from the training thread, in the same order on all ranks.
+    Calls come from the training thread, in the same order on all ranks. To write one of your own,
+    subclass it, set `rank` and `size`, and write `all_reduce`, `broadcast` and `all_gather_json`;
+    with `all_gather` and `all_to_all` it carries codes (`codec=`) too.
+
+    Attributes:
+        rank: of this worker, in [0, size).
+        size: the number of workers.
     """
 
     rank: int
     size: int
 
+    @cached_property
+    def stages(self) -> Stages:
+        """The order in which two-stage means go on; one for all that travel over this communicator."""
+        return Stages()
+
     def now(self) -> float:
-        """The clock of this worker, in seconds."""
+        """The clock of this worker, in seconds; by default time.perf_counter()."""
+        return time.perf_counter()
 
-    def launch_mean(self, buffer: Tensor) -> Handle:
-        """Start replacing `buffer` by its mean over the workers.
+    def begin_round(self) -> None:  # noqa: B027  # not abstract: most have nothing to do
+        """Settle who takes part in what comes next; by default the same workers as before."""
 
-        Nobody may touch the buffer meanwhile.
+    @abstractmethod
+    def all_reduce(self, buffer: Tensor) -> Handle:
+        """Start replacing `buffer` by its mean over the workers (torch's ReduceOp.AVG).
+
+        Nobody may touch the buffer before `wait` on the handle.
         """
 
+    def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
+        """Start filling output[i] with worker i's `input`; nobody may touch either meanwhile.
+
+        Args:
+            output: [workers, *input.shape].
+            input: what this worker sends to all.
+            after: this is the second stage of a mean whose first one was that. It must travel over
+                connections of its own: ranks start it at other moments, so that among other
+                collectives they would not agree on what comes before it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no all_gather")
+
+    def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
+        """Start filling output[i] with row `rank` of worker i's `input`; nobody may touch either
+        meanwhile.
+
+        Args:
+            output: [workers, ...].
+            input: [workers, ...]; row j is for worker j.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no all_to_all")
+
+    @abstractmethod
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Replace `buffer` by that of rank `source`. Blocks."""
 
-    def exchange(self, message: object) -> list[object]:
-        """Everybody's message, in rank order; small control data. Blocks."""
+    @abstractmethod
+    def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
+        """Everybody's message, in rank order; small control data, as JSON (a tuple comes back as a
+        list). Blocks.
 
-    def close(self) -> None:
-        """Finish or abandon what is in flight and leave the groups. Twice is fine."""
+        Args:
+            message: None, bool, int, float, str, and lists and dictionaries of them.
+            what: the call that asks, for error messages; equal on all workers.
 
-
-@runtime_checkable
-class Gathering(Communicator, Protocol):
-    """A communicator by which codes travel."""
-
-    def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
-        """Start filling all_[rank] with every worker's `own`; nobody may touch either meanwhile."""
-
-    def launch_relay(self, relay: Relay) -> Handle:
-        """Start both stages, one after the other.
-
-        Nobody may touch the relay's tensors meanwhile.
+        Raises:
+            CommunicationError: workers are in different calls, or one did not come in time.
         """
 
+    def close(self) -> None:  # noqa: B027  # not abstract: most have nothing to leave
+        """Finish or abandon what is in flight and leave. Twice is fine. By default nothing."""
 
-class SingleWorker:
+    @property
+    def carries_codes(self) -> bool:
+        """Whether it has `all_gather` and `all_to_all`, by which codes travel."""
+        mine = type(self)
+        return not (
+            mine.all_gather is Communicator.all_gather or mine.all_to_all is Communicator.all_to_all
+        )
+
+
+class SingleWorker(Communicator):
     """The communicator of one worker: the mean is its own value."""
 
     rank = 0
     size = 1
 
-    def now(self) -> float:
-        """Real time."""
-        return time.perf_counter()
-
-    def launch_mean(self, buffer: Tensor) -> Handle:
+    def all_reduce(self, buffer: Tensor) -> Handle:
         """The mean of one is there at once."""
         return Handle(buffer)
 
-    def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
-        """The own code."""
-        all_[0].copy_(own)
-        return Handle(all_)
+    def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
+        """The own input."""
+        output[0].copy_(input)
+        return Handle(output)
 
-    def launch_relay(self, relay: Relay) -> Handle:
-        """The own part there and back."""
-        relay.received.copy_(relay.parts)
-        relay.between()
-        relay.all_[0].copy_(relay.own)
-        return Handle(relay.all_)
+    def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
+        """The own row."""
+        output.copy_(input)
+        return Handle(output)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Nothing to receive."""
 
-    def exchange(self, message: object) -> list[object]:
+    def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
         """The own message."""
-        return [message]
-
-    def close(self) -> None:
-        """Nothing to leave."""
+        return [json.loads(json.dumps(message))]

@@ -1,141 +1,155 @@
-"""Coded means: what a fragment's workers send through a codec, the difference to a value that all
-of them share.
+"""Coded means: what workers send through a codec, the difference to a value that all of them share.
 
 Of two ways the one with fewer bytes is taken, and of equal ones that with fewer roundings. m
 workers, B bytes a code:
 
-- One all-gather of codes, (m - 1) B bytes sent by each: for two workers, or a fragment of very few
-  blocks.
+- One all-gather of codes, (m - 1) B bytes sent by each: for two workers, or very few blocks.
 - Two stages, 2 (m - 1)/m B bytes: everybody sends each worker the code of that one's m-th part, the
-  parts are added up, and their means are coded once more and gathered. A float32 all-reduce of N
-  numbers sends 2 (m - 1)/m 4 N.
+  parts are added up, and their means are coded once more and gathered, as in DeepSpeed's 1-bit Adam
+  (Tang et al., arXiv 2102.02888). A float32 all-reduce of N numbers sends 2 (m - 1)/m 4 N.
 
 Either way codes are added up in float32, in rank order, the own one too, and all take the coded
-means, who made them
-too: means are equal bit for bit.
+means, who made them too: means are equal bit for bit.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distoptim.comm.codecs import BLOCK, Coding, ErrorFeedback
-from distoptim.comm.communicator import Communicator, Gathering, Handle
-from distoptim.comm.relay import Relay
-from distoptim.fragments import Fragment
+from distoptim.comm.codecs import BLOCK, Codec, Coding, ErrorFeedback
+from distoptim.comm.communicator import Communicator
+from distoptim.comm.handles import Handle, TwoStageHandle
 
 
-class Coder:
-    """Codes one fragment's payloads and keeps what that needs: the shared reference, and what codes
+def check_codable(codec: Coding, dtype: torch.dtype, device: torch.device) -> None:
+    """Whether parameters that are averaged in this dtype on this device can be coded.
+
+    Raises:
+        ValueError: they are not float32 on the CPU.
+    """
+    if dtype != torch.float32 or device.type != "cpu":
+        raise ValueError(
+            f"codec={codec!r}: parameters are averaged in {dtype} on {device}; allowed is float32 on "
+            "the CPU, and half precision or complex64, which are averaged in it"
+        )
+
+
+class CompressedMean:
+    """Codes payloads of one size and keeps what that needs: the shared reference, and what codes
     have lost.
 
-    A code is preceded by the worker's weight (all the buffer holds behind the parameters) in
-    float32, exactly.
+    A code is preceded by the worker's weight (all the buffer holds behind the payload) in float32,
+    exactly.
 
     Args:
         codec: of the difference; with `ErrorFeedback` what it loses is added to the next one, and
             what the code of a part's mean loses to that part's next mean.
         communicator: carries the codes.
-        fragment: whose payloads; its values now are equal on all workers.
-        extra: elements behind the parameters in the communication buffer.
-        shared: what all workers share while a mean is in flight, if the rule has it (the anchor);
-            else the last mean is kept for it.
+        numel: of the payload.
+        extra: elements behind the payload in the communication buffer, >= 1; the last is the weight.
+        start: [numel], float32, values that are equal on all workers; kept, and replaced by each
+            mean (`merging`).
+        shared: [numel], float32, instead of `start`: what all workers share while a mean is in
+            flight (the anchor); whoever owns it changes it, alike on all workers.
+
+    Attributes:
+        nbytes: size of the payload whose all-reduce sends as many bytes.
+        two_stages: which of the two ways is taken.
+        worked_s: seconds of coding that no handle has taken over yet.
+        residual: [numel], what the worker's own codes have lost; None without error feedback.
+        mean_residual: what the codes of its part's means have lost; None where there is no such
+            part.
 
     Raises:
-        ValueError: the communicator cannot carry codes, or the fragment is not float32 on the CPU.
+        ValueError: the communicator cannot carry codes.
     """
 
     def __init__(
         self,
         codec: Coding,
         communicator: Communicator,
-        fragment: Fragment,
         *,
+        numel: int,
         extra: int,
-        shared: Tensor | None,
+        start: Tensor | None = None,
+        shared: Tensor | None = None,
     ) -> None:
-        if not isinstance(communicator, Gathering):
+        if not communicator.carries_codes:
             raise ValueError(
-                f"codec={codec!r}: {communicator!r} lacks launch_gather or launch_relay, by which codes "
-                "travel"
+                f"codec={codec!r}: {type(communicator).__name__} has no all_gather or no all_to_all, "
+                "by which codes travel"
             )
-        if fragment.dtype != torch.float32 or fragment.device.type != "cpu":
-            raise ValueError(
-                f"codec={codec!r}: parameters are averaged in {fragment.dtype} on {fragment.device}; "
-                "allowed is float32 on the CPU, and half precision or complex64, which are averaged in it"
-            )
-        self.codec = codec.codec if isinstance(codec, ErrorFeedback) else codec
-        self.communicator, self.numel, self.extra = communicator, fragment.numel, extra
+        reference = start if shared is None else shared
+        if reference is None:
+            raise ValueError("neither start nor shared: allowed is either")
+        self.codec: Codec = codec.codec if isinstance(codec, ErrorFeedback) else codec
+        self.communicator = communicator
+        self.numel = numel
+        self.extra = extra
+        self.reference = reference
         self._keeps = shared is None
-        if shared is None:
-            start = fragment.flat()
-            fragment.read(start)
-            shared = start.tensor
-        self.reference = shared
-
-        m = communicator.size
-        blocks = -(-self.numel // BLOCK)
-        part = -(-blocks // m)
-        self.two_stages = 2 * part < blocks
-        size = part * BLOCK if self.two_stages else self.numel
-        self._spans = [
-            slice(min(i, self.numel), min(i + size, self.numel)) for i in range(0, size * m, size)
-        ]
-        self._mine = self._spans[communicator.rank]
-        self.residual = self.mean_residual = None
+        size = self._part_size()
+        self._lay_out(size)
+        self.residual: Tensor | None = None
+        self.mean_residual: Tensor | None = None
         if isinstance(codec, ErrorFeedback):
-            self.residual = torch.zeros(self.numel)
-            self.mean_residual = self.residual[self._mine].clone() if self.two_stages else None
+            self.residual = torch.zeros(numel)
+            if self.two_stages:
+                self.mean_residual = self.residual[self._mine].clone()
+        self.worked_s = 0.0
 
+    def _part_size(self) -> int:
+        """Numbers in the part of one worker, or in all where one stage sends less."""
+        blocks = -(-self.numel // BLOCK)
+        part = -(-blocks // self.communicator.size) * BLOCK
+        self.two_stages = 2 * self.codec.nbytes(part) < self.codec.nbytes(self.numel)
+        return part if self.two_stages else self.numel
+
+    def _lay_out(self, size: int) -> None:
+        """Allocate the messages: rows of weight and code."""
+        m = self.communicator.size
         # A multiple of 4, so that every row can be read as float32.
         code = -(-self.codec.nbytes(size) // 4) * 4
-        self._sent = torch.zeros(m if self.two_stages else 1, 4 * extra + code, dtype=torch.uint8)
-        self._received = torch.zeros(m, 4 * extra + code, dtype=torch.uint8)
+        row = 4 * self.extra + code
+        starts = [min(i * size, self.numel) for i in range(m + 1)]
+        self._spans = [slice(*ends) for ends in itertools.pairwise(starts)]
+        self._mine = self._spans[self.communicator.rank]
+        self._sent = torch.zeros(m if self.two_stages else 1, row, dtype=torch.uint8)
+        self._received = torch.zeros(m, row, dtype=torch.uint8)
         self._mean = torch.zeros(code, dtype=torch.uint8)
         self._means = torch.zeros(m if self.two_stages else 0, code, dtype=torch.uint8)
-        self.worked_s = 0.0
         # A worker that is alone sends nothing; its messages count as one of two workers'.
-        self.nbytes = max(2, m) * (4 * extra + code * (1 + self.two_stages)) // 2
+        self.nbytes = max(2, m) * (4 * self.extra + code * (1 + self.two_stages)) // 2
 
-    def launch(self, buffer: Tensor) -> Handle:
+    def start(self, buffer: Tensor) -> Handle:
         """Code a weighted payload and start its mean; the handle's mean will be in `buffer`.
 
         Args:
-            buffer: payload and weight; a payload of weight 0 is 0.
+            buffer: [numel + extra], payload and weight; a payload of weight 0 is 0.
         """
-        weight = float(buffer[-1])
-        difference = buffer[: self.numel].sub_(
-            self.reference if weight == 1 else self.reference * weight
-        )
-        for row, span in zip(self._sent, self._spans, strict=False):
-            tail, code = self._split(row)
-            tail.copy_(buffer[self.numel :])
-            self._encode(
-                difference[span],
-                code,
-                weight,
-                None if self.residual is None else self.residual[span],
-            )
+        self._code(buffer)
         if not self.two_stages:
-            return CodedHandle(
-                self, self.communicator.launch_gather(self._sent[0], self._received), buffer
-            )
-        relay = Relay(
-            self._sent, self._received, partial(self._between, buffer), self._mean, self._means
-        )
-        return CodedHandle(self, self.communicator.launch_relay(relay), buffer)
+            carried = self.communicator.all_gather(self._received, self._sent[0])
+            return CodedHandle(self, carried, buffer)
+
+        def go_on(first: Handle) -> Handle:
+            self._code_mean(buffer)
+            return self.communicator.all_gather(self._means, self._mean, after=first)
+
+        first = self.communicator.all_to_all(self._received, self._sent)
+        return CodedHandle(self, TwoStageHandle(first, go_on, self.communicator.stages), buffer)
 
     def decode(self, buffer: Tensor) -> None:
-        """Buffer <- mean of the weighted payloads, from what has been received."""
+        """buffer <- mean of the weighted payloads, from what has been received."""
         start = time.perf_counter()
         if self.two_stages:
             for span, code in zip(self._spans, self._means, strict=True):
-                self.codec.add_decoded(code, buffer[span].zero_())
+                self._add_decoded(code, buffer[span].zero_())
         else:
             self._add_up(buffer[: self.numel])
         buffer[self.numel :] = self._tail()
@@ -143,19 +157,19 @@ class Coder:
         self.worked_s += time.perf_counter() - start
 
     def merging(self, mean: Tensor) -> None:
-        """Remember a mean, which is about to be merged, where the rule has nothing that all workers share."""
+        """Remember a mean, which is about to be merged, unless a shared value is the reference."""
         if self._keeps:
             self.reference.copy_(mean[: self.numel])
 
-    def save(self) -> dict[str, Any]:
-        """Reference, unless the rule's state holds it, and residuals (not copied)."""
+    def state_dict(self) -> dict[str, Any]:
+        """Reference, unless it is a shared value, and residuals (not copied)."""
         return {
             "reference": self.reference if self._keeps else None,
             "residual": self.residual,
             "mean_residual": self.mean_residual,
         }
 
-    def load(self, saved: dict[str, Any], *, same_workers: bool) -> None:
+    def load_state_dict(self, saved: dict[str, Any], *, same_workers: bool) -> None:
         """Take saved values in place.
 
         Residuals belong to their worker, and are dropped where workers are others.
@@ -171,11 +185,27 @@ class Coder:
                 if same_workers:
                     mine.copy_(theirs)
 
+    def _code(self, buffer: Tensor) -> None:
+        """Fill the rows to be sent."""
+        weight = float(buffer[-1])
+        # In place: the payload is not needed any more, and the mean will be written there.
+        difference = buffer[: self.numel].sub_(
+            self.reference if weight == 1 else self.reference * weight
+        )
+        for row, span in zip(self._sent, self._spans, strict=False):
+            tail, code = self._split(row)
+            tail.copy_(buffer[self.numel :])
+            residual = None if self.residual is None else self.residual[span]
+            self._encode(difference[span], code, weight, residual)
+
     def _encode(self, x: Tensor, code: Tensor, weight: float, residual: Tensor | None) -> None:
         """Code x, which has this weight, with what was lost before.
 
         A residual is kept as that of weight 1.
         """
+        if not x.numel():
+            return
+        code = code[: self.codec.nbytes(x.numel())]
         if residual is None:
             self.codec.encode(x, code)
             return
@@ -187,7 +217,7 @@ class Coder:
         if weight != 1:
             residual.div_(weight)
 
-    def _between(self, buffer: Tensor) -> None:
+    def _code_mean(self, buffer: Tensor) -> None:
         """Code the mean of the own part."""
         start = time.perf_counter()
         mean = buffer[self._mine]
@@ -196,14 +226,18 @@ class Coder:
         self.worked_s += time.perf_counter() - start
 
     def _add_up(self, out: Tensor) -> None:
-        """Out <- mean of what everybody sent."""
+        """out <- mean of what everybody sent."""
         out.zero_()
         for row in self._received:
-            self.codec.add_decoded(self._split(row)[1], out)
+            self._add_decoded(self._split(row)[1], out)
         out.div_(len(self._received))
 
+    def _add_decoded(self, code: Tensor, out: Tensor) -> None:
+        if out.numel():
+            self.codec.add_decoded(code[: self.codec.nbytes(out.numel())], out)
+
     def _tail(self) -> Tensor:
-        """The mean of what is behind the parameters, the weight last."""
+        """The mean of what is behind the payload, the weight last."""
         total = torch.zeros(self.extra)
         for row in self._received:
             total.add_(self._split(row)[0])
@@ -217,14 +251,16 @@ class CodedHandle(Handle):
     """A mean whose codes are in flight; it is in the buffer after `wait`.
 
     Args:
-        coder: decodes it.
+        mean: decodes it.
         carried: the codes.
         buffer: for the mean.
     """
 
-    def __init__(self, coder: Coder, carried: Handle, buffer: Tensor) -> None:
+    def __init__(self, mean: CompressedMean, carried: Handle, buffer: Tensor) -> None:
         super().__init__(buffer, now=carried.launched_at)
-        self._coder, self.carried, self._decoded = coder, carried, False
+        self.carried = carried
+        self._mean = mean
+        self._decoded = False
 
     @property
     def seconds(self) -> float:
@@ -234,13 +270,18 @@ class CodedHandle(Handle):
     def poll(self) -> None:
         """Go on; note the end."""
         self.carried.poll()
-        self.finished_at, self.waited_s = self.carried.finished_at, self.carried.waited_s
+        self._note()
 
     def wait(self, timeout_s: float) -> None:
         """Block until all codes are there, and decode them, once."""
         self.carried.wait(timeout_s)
-        self.finished_at, self.waited_s = self.carried.finished_at, self.carried.waited_s
+        self._note()
         if not self._decoded:
-            self._coder.decode(self.buffer)
+            self._mean.decode(self.buffer)
             self._decoded = True
-            self.worked_s, self._coder.worked_s = self._coder.worked_s, 0.0
+            self.worked_s = self._mean.worked_s
+            self._mean.worked_s = 0.0
+
+    def _note(self) -> None:
+        self.finished_at = self.carried.finished_at
+        self.waited_s = self.carried.waited_s

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distoptim.comm.communicator import RealHandle
-from distoptim.comm.process_group import WorkHandle
+from distoptim.comm.handles import TimedHandle, WorkHandle
 
 _cuda: Any = torch.cuda  # whose events and streams have no types
 
@@ -76,12 +75,11 @@ class Staging:
     """CUDA buffers over gloo: device -> pinned host -> all-reduce -> device, on a side stream.
 
     A collective starts at the first `poll` (one comes with every local step) after its copy to the
-    host has
-    ended, so the training thread never waits for the GPU. All ranks still start theirs in one
-    order: first launched, first started.
+    host has ended, so the training thread never waits for the GPU. All ranks still start theirs in
+    one order: first launched, first started.
     """
 
-    def __init__(self, all_reduce: Callable[[Tensor], RealHandle]) -> None:
+    def __init__(self, all_reduce: Callable[[Tensor], TimedHandle]) -> None:
         self.all_reduce = all_reduce
         self.queue: deque[StagedHandle] = deque()
 
@@ -92,14 +90,15 @@ class Staging:
         return handle
 
 
-class StagedHandle(RealHandle):
+class StagedHandle(TimedHandle):
     """One buffer under way through `Staging`."""
 
     def __init__(self, buffer: Tensor, staging: Staging) -> None:
         super().__init__(buffer)
-        self._stream = stream = _side_stream(buffer.device)
+        stream = _side_stream(buffer.device)
+        self._stream = stream
         self._staging = staging
-        self._collective: RealHandle | None = None
+        self._collective: TimedHandle | None = None
         self._host = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(buffer.device))
         with torch.cuda.stream(stream):
@@ -115,8 +114,9 @@ class StagedHandle(RealHandle):
             self._collective.poll()
             self._note_end(self._collective)
 
-    def _note_end(self, collective: RealHandle) -> None:
-        self.finished_at, self.unfinished_at = collective.finished_at, collective.unfinished_at
+    def _note_end(self, collective: TimedHandle) -> None:
+        self.finished_at = collective.finished_at
+        self.unfinished_at = collective.unfinished_at
 
     def _start(self) -> None:
         self._collective = self._staging.all_reduce(self._host)

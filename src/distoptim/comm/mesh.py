@@ -1,20 +1,18 @@
-"""Workers that are groups of ranks.
-
-With whom a rank averages, and what the ranks of one worker decide together.
-"""
+"""A worker made of a DeviceMesh: with whom a rank averages, and what the ranks of one worker decide
+together."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distoptim.comm.communicator import Communicator
+from distoptim.comm import control
 
 REPLICATE = (
     "replicate",
@@ -25,9 +23,10 @@ REPLICATE = (
 def averaging_group(
     group: dist.ProcessGroup | None,
     device_mesh: DeviceMesh | None,
-    communicator: Communicator | None,
+    communicator: object | None,
 ) -> dist.ProcessGroup | None:
-    """The group that is given, or that of the mesh's replicate dimension.
+    """The group that is given, or that of the mesh's replicate dimension; None with a communicator
+    of the user's, or for all workers.
 
     Raises:
         ValueError: two of the three are given, the mesh has no such dimension, or this rank is not
@@ -79,7 +78,7 @@ def describe(params: Sequence[Tensor]) -> str:
     )
 
 
-class Island:
+class WorkerMesh:
     """The ranks that are one worker together, because they hold the same DTensors.
 
     Args:
@@ -99,14 +98,14 @@ class Island:
     def _groups(self) -> list[dist.ProcessGroup]:
         """One per dimension of the meshes.
 
-        What is reduced over each in turn is reduced over the island.
+        What is reduced over each in turn is reduced over the worker.
         """
         return [
             mesh.get_group(d) for mesh in self._meshes for d in range(mesh.ndim) if mesh.size(d) > 1
         ]
 
     def everywhere(self, flag: Tensor) -> Tensor:
-        """Whether the flag is true on all ranks of the island; collective in it."""
+        """Whether the flag is true on all ranks of the worker; collective in it."""
         if not self._groups:
             return flag
         number = flag.to(torch.float32)
@@ -114,21 +113,29 @@ class Island:
             dist.all_reduce(number, op=dist.ReduceOp.MIN, group=group)
         return number > 0
 
-    def exchange(self, message: object) -> list[object]:
-        """The message of every rank of the island; collective in it."""
+    def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
+        """The message of every rank of the worker, as JSON; blocking and collective in it.
+
+        Args:
+            message: None, bool, int, float, str, and lists and dictionaries of them.
+            what: the call that asks, for error messages.
+
+        Raises:
+            CommunicationError: ranks are in different calls.
+            RuntimeError: torch's, if one does not come.
+        """
         messages = [message]
         for group in self._groups:
-            parts: list[list[object]] = [[] for _ in range(dist.get_world_size(group))]
-            dist.all_gather_object(parts, messages, group=group)
+            parts = cast("list[list[object]]", control.all_gather_json(messages, group, what=what))
             messages = [m for part in parts for m in part]
         return messages
 
     def check(self, group: dist.ProcessGroup | None, measures: Sequence[str] = ()) -> None:
-        """Whether `group` leads to other islands only, and the ranks of this one will launch
+        """Whether `group` leads to other workers only, and the ranks of this one will launch
         together.
 
         Raises:
-            ValueError: there is no group, it holds another rank of this island, or tau follows what
+            ValueError: there is no group, it holds another rank of this worker, or tau follows what
                 each rank measures.
         """
         if not self._meshes:

@@ -1,27 +1,23 @@
-"""Means over a torch.distributed process group.
-
-Gloo or nccl, or any backend that has all_reduce.
-"""
+"""Means over a torch.distributed process group: gloo or nccl, or any backend that has all_reduce."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import time
+import warnings
 import weakref
+from collections.abc import Iterator
 from datetime import timedelta
-from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distoptim.comm.communicator import Handle, RealHandle
-from distoptim.comm.relay import Relay, Relays
-
-if TYPE_CHECKING:
-    from distoptim.comm.cuda import Staging
+from distoptim.comm import control
+from distoptim.comm.communicator import CommunicationError, Communicator, SingleWorker
+from distoptim.comm.cuda import NcclHandle, Staging
+from distoptim.comm.handles import Handle, WorkHandle
 
 # Groups that were left and whose place in torch's count of groups is free.
 _left = 0
@@ -33,134 +29,118 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-class WorkHandle(RealHandle):
-    """A collective of the backend; its end is noted at the first `poll` after it.
+def ranks_of(group: dist.ProcessGroup) -> list[int]:
+    """The ranks of a group's members among all; a group that this rank is not in has none."""
+    return dist.get_process_group_ranks(group) if dist.get_rank(group) >= 0 else []
 
-    A callback on the work's future would note it exactly, but in the backend's thread, which needs
-    the
-    interpreter lock for it: a training thread that leaves the group at that moment holds the lock
-    and waits for the thread (seen with torch 2.6).
 
-    Args:
-        work: the collective.
-        buffer: where the mean will be.
-        divisor: what the collective's result is still to be divided by.
+def connect(group: dist.ProcessGroup | None = None, timeout_s: float = 1800.0) -> Communicator:
+    """A communicator over `group` (None: all workers); collective in it.
+
+    With one worker, or no process group, one that is alone.
     """
-
-    def __init__(self, work: dist.Work, buffer: Tensor, divisor: int = 1) -> None:
-        super().__init__(buffer)
-        self.work: dist.Work | None = work
-        self._divisor = divisor
-
-    def poll(self) -> None:
-        """Note the end."""
-        if self.finished_at is None and self.work is not None:
-            if self.work.is_completed():
-                self.finished_at = time.perf_counter()
-            else:
-                self.unfinished_at = time.perf_counter()
-
-    def _wait(self, timeout_s: float) -> None:
-        # The work is forgotten, since a failure reaches the peers only when nobody holds it.
-        work, self.work = self.work, None
-        if work is not None:
-            self._join(work, timeout_s)
-            if self._divisor != 1:
-                self.buffer.div_(self._divisor)
-
-    def _join(self, work: dist.Work, timeout_s: float) -> None:
-        work.wait(timedelta(seconds=timeout_s))
+    if world_size(group) > 1:
+        return ProcessGroupCommunicator(group, timeout_s=timeout_s)
+    warnings.warn(
+        "one worker: there is nobody to average with (is torch.distributed initialised, before the "
+        "optimizer is made?)",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return SingleWorker()
 
 
-class ProcessGroupCommunicator:
-    """Private groups over the ranks of `group`: one for parameters, one (gloo) for small messages,
-    one for relays.
+class ProcessGroupCommunicator(Communicator):
+    """Private groups over the ranks of `group`: one for means, one (gloo) for control data, one for
+    second stages of coded means.
 
-    A small message behind large ones in the same gloo group waits for them; second stages of relays
-    have an order of their own. The first two are made at the first use, the third at the first
-    relay; these calls are collective.
+    Control data behind large buffers in the same gloo group would wait for them; second stages have
+    an order of their own (see `Stages`).
+
+    Making it is collective over the members of `group`, since all three groups are made at once: a
+    group that is made in mid-training needs the store, whose host may be gone by then, and whoever
+    waits for it does so for ever. So is unpickling it.
 
     Args:
         group: the workers; None means all.
-        timeout_s: bound of every wait, in seconds.
+        timeout_s: bound of every wait, in seconds; torch's own default of 30 minutes.
+
+    Raises:
+        CommunicationError: not all members made theirs in time.
     """
 
     def __init__(
         self, group: dist.ProcessGroup | None = None, *, timeout_s: float = 1800.0
     ) -> None:
-        self._ranks = None if group is None else dist.get_process_group_ranks(group)
-        self._backend = dist.get_backend(group)
-        # A group made without naming a backend has one for each kind of device.
-        self._nccl = "nccl" in str(dist.get_backend_config(group))
-        self._timeout = timedelta(seconds=timeout_s)
-        self._groups: list[dist.ProcessGroup] = []
-        self._relays: Relays | None = None
-        self._averages: dict[torch.device, bool] = {}
-        self._staging: Staging | None = None
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        self._ranks = None if group is None else dist.get_process_group_ranks(group)
+        self._timeout = timedelta(seconds=timeout_s)
+        self._backends = _backends(group)
+        self._staging = Staging(lambda host: self._all_reduce(host, WorkHandle))
+        self._groups: list[dist.ProcessGroup] = []
+        backends = [
+            str(dist.get_backend(group)),
+            "gloo",
+            # Codes are in host memory. Over nccl alone there are none.
+            *([self._backends["cpu"]] if "cpu" in self._backends else []),
+        ]
+        with self._failing("the making of groups"):
+            for backend in backends:
+                self._groups.append(self._private(backend))
+        _open.add(self)
 
     @property
     def ranks(self) -> list[int]:
         """The workers' ranks among all."""
         return list(range(self.size)) if self._ranks is None else self._ranks
 
-    def now(self) -> float:
-        """Real time."""
-        return time.perf_counter()
-
-    def launch_mean(self, buffer: Tensor) -> Handle:
-        """Start the all-reduce of `buffer`.
+    def all_reduce(self, buffer: Tensor) -> Handle:
+        """Start the mean of `buffer`.
 
         CUDA over a gloo group goes through pinned host memory.
         """
         if not buffer.is_cuda:
             return self._all_reduce(buffer, WorkHandle)
-        from distoptim.comm.cuda import NcclHandle, Staging
-
         if self._nccl:
             return self._all_reduce(buffer, NcclHandle)
-        if self._staging is None:
-            self._staging = Staging(lambda host: self._all_reduce(host, WorkHandle))
         return self._staging.launch(buffer)
 
-    def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
-        """Start the all-gather of `own` into the rows of `all_`; host memory only."""
-        group, _ = self._connect()
-        return _gather(own, all_, group)
+    def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
+        """Start the all-gather of `input` into the rows of `output`; host memory only."""
+        group = self._group(0 if after is None else 2)
+        work = dist.all_gather(list(output.unbind(0)), input, group=group, async_op=True)
+        assert work is not None
+        return WorkHandle(work, output)
 
-    def launch_relay(self, relay: Relay) -> Handle:
-        """Start the all-to-all of the parts, which an all-gather is to follow; host memory only."""
-        group, _ = self._connect()
-        if self._relays is None:
-            second = self._private(self._backend)
-            self._groups.append(second)
-            self._relays = Relays(partial(_swap, group=group), partial(_gather, group=second))
-        return self._relays.launch(relay)
+    def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
+        """Start the all-to-all of rows; host memory only."""
+        work = dist.all_to_all_single(output, input, group=self._group(0), async_op=True)
+        assert work is not None
+        return WorkHandle(work, output)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Replace `buffer` by that of the group's rank `source`.
 
         Host memory goes over gloo always.
         """
-        group, control = self._connect()
-        if self._nccl and not buffer.is_cuda:
-            group = control
+        group = self._group(1 if self._nccl and not buffer.is_cuda else 0)
         host = buffer.cpu() if buffer.is_cuda and not self._nccl else buffer
-        dist.broadcast(host, src=dist.get_global_rank(group, source), group=group)
+        with self._failing(f"a broadcast from rank {source}"):
+            dist.broadcast(host, src=dist.get_global_rank(group, source), group=group)
         if host is not buffer:
             buffer.copy_(host)
 
-    def exchange(self, message: object) -> list[object]:
-        """Everybody's message, pickled, in rank order."""
-        _, control = self._connect()
-        messages: list[object] = [None] * self.size
-        dist.all_gather_object(messages, message, group=control)
-        return messages
+    def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
+        """Everybody's message, in rank order, over the group for control data."""
+        with self._failing(what or "a message without a name"):
+            return control.all_gather_json(message, self._group(1), what=what)
 
     def close(self) -> None:
         """Leave the groups; gloo then ends what is in flight, or gives it up at the timeout."""
-        groups, self._groups, self._relays = self._groups, [], None
+        groups = self._groups
+        self._groups = []
+        self.stages.queue.clear()
         _open.discard(self)
         if groups:
             # Let gloo's threads drop the tensors of what has just ended. They need the interpreter
@@ -185,15 +165,17 @@ class ProcessGroupCommunicator:
             raise TypeError(
                 "an optimizer with a process group of its own (group=...) cannot be pickled"
             )
-        from distoptim.comm import connect
-
         return connect, (None, self._timeout.total_seconds())
 
-    def _connect(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    @property
+    def _nccl(self) -> bool:
+        return self._backends.get("cuda") == "nccl"
+
+    def _group(self, index: int) -> dist.ProcessGroup:
+        """That for means (0), control data (1), second stages (2)."""
         if not self._groups:
-            self._groups = [self._private(self._backend), self._private("gloo")]
-            _open.add(self)
-        return self._groups[0], self._groups[1]
+            raise CommunicationError("this communicator has been closed")
+        return self._groups[index]
 
     def _private(self, backend: str) -> dist.ProcessGroup:
         # Local synchronisation: only the members of an island call this, not the whole world.
@@ -205,40 +187,43 @@ class ProcessGroupCommunicator:
         )
         return group
 
+    @contextlib.contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        """One error for the ways in which a blocking collective fails; the groups are left then, so
+        that peers hear of it."""
+        start = time.perf_counter()
+        try:
+            yield
+        except CommunicationError:
+            raise
+        except RuntimeError as error:
+            seconds = time.perf_counter() - start
+            self.close()
+            raise CommunicationError(
+                f"rank {self.rank}: {what} failed after {seconds:.1f} s (timeout "
+                f"{self._timeout.total_seconds():g} s): not all workers are in it, or one is gone: {error}"
+            ) from error
+
     def _all_reduce(self, buffer: Tensor, handle: type[WorkHandle]) -> WorkHandle:
-        group, _ = self._connect()
-        if buffer.device not in self._averages:
-            self._averages[buffer.device] = _can_average(group, buffer)
-        average = self._averages[buffer.device]
+        average = _averages(self._backends.get(buffer.device.type, ""))
         op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
-        work = dist.all_reduce(buffer, op=op, group=group, async_op=True)
+        work = dist.all_reduce(buffer, op=op, group=self._group(0), async_op=True)
         assert work is not None
         return handle(work, buffer, 1 if average else self.size)
 
 
-def _gather(own: Tensor, all_: Tensor, group: dist.ProcessGroup) -> WorkHandle:
-    work = dist.all_gather(list(all_), own, group=group, async_op=True)
-    assert work is not None
-    return WorkHandle(work, all_)
+def _backends(group: dist.ProcessGroup | None) -> dict[str, str]:
+    """Kind of device -> its backend. A group made without naming a backend has several."""
+    pairs = [pair.split(":") for pair in str(dist.get_backend_config(group)).split(",")]
+    return {pair[0]: pair[1] for pair in pairs}
 
 
-def _swap(parts: Tensor, received: Tensor, group: dist.ProcessGroup) -> WorkHandle:
-    work = dist.all_to_all_single(received, parts, group=group, async_op=True)
-    assert work is not None
-    return WorkHandle(work, received)
+def _averages(backend: str) -> bool:
+    """Whether the backend is known to have ReduceOp.AVG, which saves a division of our own.
 
-
-def _can_average(group: dist.ProcessGroup, like: Tensor) -> bool:
-    """Whether the backend's AVG is a mean.
-
-    Gloo has it from torch 2.8 on, in its background thread.
+    gloo has it from torch 2.8 on, in its background thread; the emulated link is gloo.
     """
-    probe = torch.ones(1, dtype=like.dtype, device=like.device)
-    try:
-        dist.all_reduce(probe, op=dist.ReduceOp.AVG, group=group)
-    except (RuntimeError, ValueError):
-        return False
-    return probe.item() == 1.0
+    return backend == "nccl" or (backend in ("gloo", "emulated") and torch.__version__ >= "2.8")
 
 
 def _keep_names_apart() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from distoptim import rule
 from distoptim.algorithms.rules import Anchored
-from distoptim.comm.communicator import Handle
+from distoptim.comm.handles import Handle
 from distoptim.engine.engine import Engine
 from distoptim.engine.fragment_sync import Flight, Slot
 
@@ -65,7 +65,7 @@ def save(engine: Engine) -> dict[str, Any]:
                 "seconds": slot.seconds,
                 "state": rule.save(slot.state),
                 "flight": _save_flight(slot),
-                "coder": None if slot.coder is None else slot.coder.save(),
+                "coder": None if slot.coder is None else slot.coder.state_dict(),
             }
             for slot in engine.slots
         ],
@@ -92,7 +92,7 @@ def check(engine: Engine, saved: dict[str, Any]) -> None:
         "state": [rule.layout(f["state"]) for f in saved["fragments"]],
     }
     mine["codec"] = [
-        _coding(None if slot.coder is None else slot.coder.save()) for slot in engine.slots
+        _coding(None if slot.coder is None else slot.coder.state_dict()) for slot in engine.slots
     ]
     theirs["codec"] = [_coding(f.get("coder")) for f in saved["fragments"]]
     for key, value in mine.items():
@@ -115,7 +115,7 @@ def load(engine: Engine, saved: dict[str, Any]) -> None:
     for slot, record in zip(engine.slots, saved["fragments"], strict=True):
         rule.load(slot.state, record["state"])
         if slot.coder is not None:
-            slot.coder.load(record["coder"], same_workers=same_workers)
+            slot.coder.load_state_dict(record["coder"], same_workers=same_workers)
         slot.flight = None
         slot.launched = record["launched"] if goes_on else saved["step"]
         slot.samples = record["samples"] if goes_on else engine.pace.samples or 0.0

@@ -16,8 +16,9 @@ from torch.profiler import record_function
 
 from distoptim.algorithms.rules import Adopt
 from distoptim.comm.codecs import Coding
-from distoptim.comm.communicator import Communicator, Handle
-from distoptim.comm.compressed import Coder
+from distoptim.comm.communicator import Communicator
+from distoptim.comm.compressed import CompressedMean, check_codable
+from distoptim.comm.handles import Handle
 from distoptim.engine import packing
 from distoptim.engine.clock import Pace
 from distoptim.engine.fragment_sync import Flight, QuarantineWarning, Slot
@@ -101,11 +102,16 @@ class Engine(Collectives):
         """
         if self._codec is not None:
             for slot in self.slots:
-                slot.coder = Coder(
+                fragment = slot.fragment
+                check_codable(self._codec, fragment.dtype, fragment.device)
+                start = fragment.flat()
+                fragment.read(start)
+                slot.coder = CompressedMean(
                     self._codec,
                     self.communicator,
-                    slot.fragment,
+                    numel=fragment.numel,
                     extra=1 + slot.extra,
+                    start=start.tensor,
                     shared=None if self.pace.synchronous else slot.shared,
                 )
 
@@ -142,6 +148,10 @@ class Engine(Collectives):
         self._check()
         self.counters.tick(self.communicator.now())
         self.step += 1
+        self.poll()
+
+    def poll(self) -> None:
+        """Let what is in flight go on, without waiting."""
         for flight in self._flights:
             flight.handle.poll()
 

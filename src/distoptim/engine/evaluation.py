@@ -72,4 +72,8 @@ def consensus_distance(engine: Engine) -> float:
         mean, mine = engine.mean_of(fragment), fragment.flat()
         fragment.read(mine)
         square += float(torch.dist(mine.tensor, mean.tensor[: fragment.numel])) ** 2
-    return float(torch.tensor(engine.communicator.exchange(square)).mean().sqrt())
+    return float(
+        torch.tensor(engine.communicator.all_gather_json(square, what="consensus_distance()"))
+        .mean()
+        .sqrt()
+    )

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distoptim.comm.communicator import Handle
-from distoptim.comm.compressed import Coder
+from distoptim.comm.compressed import CompressedMean
+from distoptim.comm.handles import Handle
 from distoptim.fragments import Flat, Fragment
 from distoptim.rule import State
 
@@ -55,7 +55,7 @@ class Slot:
     seconds: float = 0.0
     samples: float = 0.0
     flight: Flight | None = None
-    coder: Coder | None = None
+    coder: CompressedMean | None = None
 
     @property
     def shared(self) -> Tensor | None:

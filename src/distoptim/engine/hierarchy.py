@@ -16,7 +16,7 @@ from torch import Tensor
 from distoptim import checks
 from distoptim.algorithms.rules import Average
 from distoptim.comm import Communicator, ProcessGroupCommunicator, SingleWorker, connect, world_size
-from distoptim.comm.mesh import Island
+from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine import checkpoint
 from distoptim.engine.engine import Engine
 from distoptim.engine.join import join
@@ -177,15 +177,14 @@ def check_periods(periods: Iterable[object], tau: Tau) -> list[int]:
     return found
 
 
-def connect_levels(
+def check_levels(
     levels: Mapping[int, dist.ProcessGroup] | None,
-    island: Island,
+    island: WorkerMesh,
     workers: Communicator,
     *,
     tau: Tau,
-    timeout_s: float,
-) -> dict[int, Communicator]:
-    """The communicators of the levels by period, shortest first.
+) -> dict[int, dist.ProcessGroup]:
+    """The groups of the levels by period, shortest first.
 
     Raises:
         ValueError: as `check_periods`; a group that is none, that this rank is not in,
@@ -203,7 +202,7 @@ def connect_levels(
         raise ValueError(
             f"levels= beside {workers!r}: groups need workers in a process group to be part of"
         )
-    out: dict[int, Communicator] = {}
+    out: dict[int, dist.ProcessGroup] = {}
     for period in periods:
         group = levels[period]
         if group is None or world_size(group) < 1:
@@ -215,5 +214,16 @@ def connect_levels(
                 f"levels[{period}]: ranks {sorted(others)} are not among the workers {workers.ranks}"
             )
         island.check(group)
-        out[period] = connect(group, timeout_s) if world_size(group) > 1 else SingleWorker()
+        out[period] = group
     return out
+
+
+def connect_levels(
+    groups: Mapping[int, dist.ProcessGroup], timeout_s: float
+) -> dict[int, Communicator]:
+    """The communicators of the levels by period; collective in each group, so only once all workers
+    are known to have the same levels."""
+    return {
+        period: connect(group, timeout_s) if world_size(group) > 1 else SingleWorker()
+        for period, group in groups.items()
+    }

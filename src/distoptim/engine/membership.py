@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distoptim.comm.communicator import Communicator
-from distoptim.comm.mesh import Island, describe
+from distoptim.comm.mesh import WorkerMesh, describe
 from distoptim.engine import checkpoint
 from distoptim.fragments import Fragment
 
@@ -48,9 +49,10 @@ def introduce(
     }
     # One message, compared only when everybody has them all: who finds a difference leaves nobody
     # waiting.
+    island = WorkerMesh(params).all_gather_json(_plain(facts), what="the start")
     messages = cast(
         "list[tuple[list[Facts], Facts]]",
-        communicator.exchange((Island(params).exchange(facts), own)),
+        communicator.all_gather_json([island, _plain(own)], what="the start"),
     )
     try:
         compare([theirs for island, _ in messages for theirs in island])
@@ -87,12 +89,14 @@ def reunite(
         ValueError: on every worker, if only some have rounds to resume.
     """
     own = None if saved is None else checkpoint.place(saved)
+    mine = None if own is None else dataclasses.astuple(own)
+    island = WorkerMesh(params).all_gather_json(mine, what="load_state_dict()")
     messages = cast(
-        "list[tuple[list[checkpoint.Place | None], checkpoint.Place | None]]",
-        communicator.exchange((Island(params).exchange(own), own)),
+        "list[tuple[list[Any], Any]]",
+        communicator.all_gather_json([island, mine], what="load_state_dict()"),
     )
-    everybody = [place for island, _ in messages for place in island]
-    places = [place for _, place in messages if place is not None]
+    everybody = [_place(theirs) for island, _ in messages for theirs in island]
+    places = [place for _, theirs in messages if (place := _place(theirs)) is not None]
     compare(
         [
             {"what to resume": "a plain optimizer" if place is None else "rounds"}
@@ -117,13 +121,33 @@ def _share(communicator: Communicator, saved: dict[str, Any], source: int) -> di
     file = io.BytesIO()
     if communicator.rank == source:
         torch.save(saved, file)
-    nbytes = cast("list[int]", communicator.exchange(file.getbuffer().nbytes))[source]
+    nbytes = cast(
+        "list[int]",
+        communicator.all_gather_json(file.getbuffer().nbytes, what="load_state_dict()"),
+    )[source]
     message = torch.frombuffer(bytearray(file.getvalue() or nbytes), dtype=torch.uint8)
     communicator.broadcast(message, source)
     theirs: dict[str, Any] = torch.load(
         io.BytesIO(message.numpy().tobytes()), map_location="cpu", weights_only=True
     )
     return theirs
+
+
+def _place(message: Any) -> checkpoint.Place | None:
+    """A place that came as JSON."""
+    if message is None:
+        return None
+    step, tau, fragments = message
+    return checkpoint.Place(step, tau, tuple(tuple(f) for f in fragments))
+
+
+def _plain(facts: Facts) -> Facts:
+    """Numbers and text as they are, the rest as text: what JSON keeps, and differences can be read
+    in."""
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) or value is None else repr(value)
+        for name, value in facts.items()
+    }
 
 
 def compare(everybody: Sequence[Facts]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distoptim.comm.communicator import Handle
+from distoptim.comm.handles import Handle
 from distoptim.engine.fragment_sync import Slot
 from distoptim.fragments import Fragment
 from distoptim.rule import Rule

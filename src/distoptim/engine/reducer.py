@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from distoptim.comm.communicator import CommunicationError, Communicator, Handle
+from distoptim.comm.communicator import CommunicationError, Communicator
+from distoptim.comm.handles import Handle
 from distoptim.engine import packing
 from distoptim.engine.fragment_sync import Slot
 from distoptim.fragments import Flat, Fragment
@@ -98,8 +99,8 @@ class Collectives(ABC):
     def _start(self, buffer: Tensor, slot: Slot | None = None) -> Handle:
         try:
             if slot is not None and slot.coder is not None:
-                return slot.coder.launch(buffer)
-            return self.communicator.launch_mean(buffer)
+                return slot.coder.start(buffer)
+            return self.communicator.all_reduce(buffer)
         except RuntimeError as error:
             self._fail(slot, 0.0, error)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distoptim import checks
 from distoptim.comm.compressed import CodedHandle
+from distoptim.comm.handles import TwoStageHandle
 from distoptim.engine.fragment_sync import Flight
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.simulator.compute import Compute
@@ -184,6 +185,9 @@ class Cluster:
             engine.finish_due()
         for engine in engines:
             engine.launch_due()
+        # Second stages of coded means can start only now that all have launched the first ones.
+        for engine in engines:
+            engine.poll()
         if engines[0].delay == 0:
             for engine in engines:
                 engine.finish_due()
@@ -201,10 +205,10 @@ def _times(flight: Flight | None) -> tuple[float, float] | None:
     handle = None if flight is None else flight.handle
     if isinstance(handle, CodedHandle):
         handle = handle.carried
-    if not isinstance(handle, VirtualHandle):
-        return None
-    assert handle.ends_at is not None
-    return handle.launched_at, handle.ends_at
+    launched_at = 0.0 if handle is None else handle.launched_at
+    if isinstance(handle, TwoStageHandle):
+        handle = handle.second
+    return (launched_at, handle.end()) if isinstance(handle, VirtualHandle) else None
 
 
 def _tensors(module: torch.nn.Module) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distoptim.comm import Handle
-from distoptim.comm.relay import Relay
+from distoptim.comm import Communicator, Handle
 from distoptim.simulator.network import Network
 
 
@@ -21,6 +21,29 @@ class Collective:
     brought: dict[int, Any] = field(default_factory=dict)
     arrived_at: float = 0.0
     ends_at: float | None = None
+
+
+class Line:
+    """Collectives that the workers join in one order: each worker's i-th call is the i-th one."""
+
+    def __init__(self, workers: int) -> None:
+        self._collectives: list[Collective | None] = []
+        self._joined = [0] * workers
+
+    def join(self, rank: int, brought: Any, at: float) -> Collective:
+        """Worker `rank` joins its next one at a virtual time, with what it brings."""
+        index = self._joined[rank]
+        self._joined[rank] += 1
+        if index == len(self._collectives):
+            self._collectives.append(Collective())
+        collective = self._collectives[index]
+        assert collective is not None
+        collective.brought[rank] = brought
+        collective.arrived_at = max(collective.arrived_at, at)
+        if len(collective.brought) == len(self._joined):
+            # All have come: nobody will ask for it here again.
+            self._collectives[index] = None
+        return collective
 
 
 class Fabric:
@@ -45,12 +68,22 @@ class Fabric:
         self._scale = scale
         self.free_at = 0.0
         self.frozen = False
-        self._collectives: list[Collective | None] = []
-        self._launched = [0] * workers
+        self._means = Line(workers)
+        # Second stages have connections of their own: each worker starts them at another place
+        # among its means.
+        self._second = Line(workers)
         self._broadcasts: list[Tensor] = []
 
     def arrive(
-        self, rank: int, brought: Any, buffer: Tensor, move: Callable[[list[Any]], float]
+        self,
+        rank: int,
+        brought: Any,
+        buffer: Tensor,
+        move: Callable[[list[Any]], float],
+        *,
+        after: VirtualHandle | None = None,
+        share: float = 1.0,
+        first_stage: bool = False,
     ) -> VirtualHandle:
         """Worker `rank` joins its next collective.
 
@@ -58,28 +91,25 @@ class Fabric:
             rank: the worker.
             brought: what it comes with.
             buffer: what its handle will hold.
-            move: called with what all have brought, in rank order; moves it, and says of how many
-                bytes an all-reduce would send as much.
+            move: called with what all have brought, in rank order; moves it, and says how many
+                bytes an all-reduce of them counts.
+            after: the first stage of a mean of which this is the second: it arrives when that ends,
+                wherever the worker's clock is.
+            share: what part of that all-reduce's time it takes.
+            first_stage: of a mean, for which no worker's clock stands still.
         """
-        index = self._launched[rank]
-        self._launched[rank] += 1
-        if index == len(self._collectives):
-            self._collectives.append(Collective())
-        collective = self._collectives[index]
-        assert collective is not None
-        collective.brought[rank] = brought
-        collective.arrived_at = max(collective.arrived_at, self.clocks[rank])
+        at = self.clocks[rank] if after is None else after.end()
+        line = self._means if after is None else self._second
+        collective = line.join(rank, brought, at)
         if len(collective.brought) == self.workers:
             nbytes = move([collective.brought[r] for r in range(self.workers)])
-            cost = (
-                self._network.all_reduce_s(nbytes * self._scale, self.workers)
-                if self._network is not None
-                else 0.0
-            )
-            self.free_at = collective.ends_at = max(collective.arrived_at, self.free_at) + cost
+            cost = 0.0
+            if self._network is not None:
+                cost = share * self._network.all_reduce_s(nbytes * self._scale, self.workers)
+            collective.ends_at = max(collective.arrived_at, self.free_at) + cost
+            self.free_at = collective.ends_at
             collective.brought = {}
-            self._collectives[index] = None
-        return VirtualHandle(self, rank, buffer, collective)
+        return VirtualHandle(self, rank, buffer, collective, at=at, stops_clock=not first_stage)
 
     def in_flight(
         self, rank: int, buffer: Tensor, launched_at: float, ends_at: float
@@ -88,9 +118,7 @@ class Fabric:
 
         Its value is in the buffer already, its time is still to come.
         """
-        handle = VirtualHandle(self, rank, buffer, Collective(ends_at=ends_at))
-        handle.launched_at = launched_at
-        return handle
+        return VirtualHandle(self, rank, buffer, Collective(ends_at=ends_at), at=launched_at)
 
     def broadcast(self, rank: int, count: int, buffer: Tensor) -> None:
         """Worker 0 leaves its buffer, the others take it; free of charge."""
@@ -110,51 +138,88 @@ def _average(buffers: list[Tensor]) -> float:
 
 def _gather(brought: list[tuple[Tensor, Tensor]]) -> float:
     rows = torch.stack([own for own, _ in brought])
-    torch._foreach_copy_([all_ for _, all_ in brought], [rows] * len(brought))
-    # On a ring an all-gather of n codes sends the bytes of an all-reduce of half of them together.
-    return rows.nbytes / 2
+    torch._foreach_copy_([everybody for _, everybody in brought], [rows] * len(brought))
+    return rows.nbytes
 
 
-def _relay(relays: list[Relay]) -> float:
-    for rank, relay in enumerate(relays):
-        relay.received.copy_(torch.stack([other.parts[rank] for other in relays]))
-    for relay in relays:
-        relay.between()
-    return _gather([(relay.own, relay.all_) for relay in relays]) + relays[0].parts.nbytes / 2
+def _swap(brought: list[tuple[Tensor, Tensor]]) -> float:
+    for rank, (_, received) in enumerate(brought):
+        received.copy_(torch.stack([rows[rank] for rows, _ in brought]))
+    return brought[0][0].nbytes
 
 
 class VirtualHandle(Handle):
-    """A mean of virtual workers; its clock is its worker's virtual one."""
+    """A collective of virtual workers; its clock is its worker's virtual one.
 
-    def __init__(self, fabric: Fabric, rank: int, buffer: Tensor, collective: Collective) -> None:
-        super().__init__(buffer, now=fabric.clocks[rank])
-        self._fabric, self._rank, self._collective = fabric, rank, collective
+    Args:
+        fabric: whose clocks.
+        rank: the worker.
+        buffer: where the result will be.
+        collective: what was joined.
+        at: the virtual time of the launch.
+        stops_clock: the worker that waits for it stands still until it has ended. Nobody does for a
+            first stage: what follows it is done beside the computation.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        rank: int,
+        buffer: Tensor,
+        collective: Collective,
+        *,
+        at: float,
+        stops_clock: bool = True,
+    ) -> None:
+        super().__init__(buffer, now=at)
+        self._fabric = fabric
+        self._rank = rank
+        self._collective = collective
+        self._stops_clock = stops_clock
 
     @property
     def ends_at(self) -> float | None:
-        """When the mean is there, in virtual time; None before the last worker has arrived."""
+        """When the result is there, in virtual time; None before the last worker has arrived."""
         return self._collective.ends_at
 
-    def wait(self, timeout_s: float) -> None:
-        """Advance the worker's clock to the end of the collective if it is not there yet."""
-        ends_at = self.ends_at
-        if ends_at is None:
+    def end(self) -> float:
+        """`ends_at` of one that all have joined.
+
+        Raises:
+            RuntimeError: not all have.
+        """
+        if self.ends_at is None:
             raise RuntimeError(
                 "a virtual worker waits for one that has not launched: run them in lockstep"
             )
+        return self.ends_at
+
+    def poll(self) -> None:
+        """Note the end of a first stage as soon as all have brought theirs, whatever the clocks say:
+        its second stage arrives at that end, not at the time of the call."""
+        if not self._stops_clock:
+            self.finished_at = self.ends_at
+
+    def wait(self, timeout_s: float) -> None:
+        """Advance the worker's clock to the end of the collective if it is not there yet."""
+        ends_at = self.end()
         if self._fabric.frozen:
             return
         now = self._fabric.clocks[self._rank]
-        self.waited_s = (self.waited_s or 0.0) + max(0.0, ends_at - now)
         self.finished_at = ends_at
+        if not self._stops_clock:
+            self.waited_s = 0.0
+            return
+        self.waited_s = (self.waited_s or 0.0) + max(0.0, ends_at - now)
         self._fabric.clocks[self._rank] = max(now, ends_at)
 
 
-class VirtualCommunicator:
+class VirtualCommunicator(Communicator):
     """Worker `rank` of a fabric."""
 
     def __init__(self, fabric: Fabric, rank: int) -> None:
-        self.rank, self.size = rank, fabric.workers
+        self.rank = rank
+        self.size = fabric.workers
         self._fabric = fabric
         self._broadcasts = 0
 
@@ -162,26 +227,36 @@ class VirtualCommunicator:
         """The worker's virtual clock."""
         return self._fabric.clocks[self.rank]
 
-    def launch_mean(self, buffer: Tensor) -> Handle:
-        """Join the next collective."""
+    def all_reduce(self, buffer: Tensor) -> Handle:
+        """Join the next mean."""
         return self._fabric.arrive(self.rank, buffer, buffer, _average)
 
-    def launch_gather(self, own: Tensor, all_: Tensor) -> Handle:
-        """Join the next collective with a code."""
-        return self._fabric.arrive(self.rank, (own, all_), all_, _gather)
+    def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
+        """Join the next mean with a code, or a second stage.
 
-    def launch_relay(self, relay: Relay) -> Handle:
-        """Join the next collective with codes; its second stage begins when the first ends."""
-        return self._fabric.arrive(self.rank, relay, relay.all_, _relay)
+        On a ring an all-gather of n codes sends the bytes of an all-reduce of half of them together.
+        """
+        if after is None:
+            return self._fabric.arrive(
+                self.rank, (input, output), output, lambda brought: _gather(brought) / 2
+            )
+        if not isinstance(after, VirtualHandle):
+            raise ValueError(f"after={after!r}: allowed is a handle of this communicator")
+        return self._fabric.arrive(
+            self.rank, (input, output), output, _gather, after=after, share=0.5
+        )
+
+    def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
+        """Join the next mean with codes; half of an all-reduce, as its second stage is the other."""
+        return self._fabric.arrive(
+            self.rank, (input, output), output, _swap, share=0.5, first_stage=True
+        )
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
-        """Take what worker 0 left; another source is never asked for, see `exchange`."""
+        """Take what worker 0 left; another source is never asked for, see `all_gather_json`."""
         self._fabric.broadcast(self.rank, self._broadcasts, buffer)
         self._broadcasts += 1
 
-    def exchange(self, message: object) -> list[object]:
-        """The own message: workers of one process agree by construction."""
-        return [message]
-
-    def close(self) -> None:
-        """Nothing to leave."""
+    def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
+        """The own message for everybody's: workers of one process agree by construction."""
+        return [json.loads(json.dumps(message)) for _ in range(self.size)]

@@ -1,0 +1,89 @@
+"""Small control data between the ranks of a process group, as JSON; no pickle from a peer."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import torch
+import torch.distributed as dist
+
+from distoptim.comm.communicator import CommunicationError
+
+# All messages have this size, since gloo ends the process (SIGABRT) where two of unlike sizes meet,
+# as they would if workers were in different calls.
+CHUNK_BYTES = 4096
+# At the start of every worker's text: the sizes of the name of its call and of its message.
+_HEADER = struct.Struct("!IQ")
+
+
+def all_gather_json(message: object, group: dist.ProcessGroup, *, what: str = "") -> list[object]:
+    """Everybody's message in rank order; blocking and collective in the group.
+
+    One chunk from each, which says how long its text is; then as many more as the longest needs,
+    which by then all know.
+
+    Args:
+        message: None, bool, int, float, str, and lists and dictionaries of them.
+        group: over gloo or nccl; its timeout bounds the wait.
+        what: the call that asks, for error messages.
+
+    Raises:
+        CommunicationError: workers are in different calls.
+        RuntimeError: torch's, if one did not come in time.
+    """
+    name = what.encode()[: CHUNK_BYTES // 2]
+    text = name + json.dumps(message).encode()
+    text = _HEADER.pack(len(name), len(text) - len(name)) + text
+    first = _gather(text[:CHUNK_BYTES], 1, group)
+    _check_calls([_split(theirs)[0] for theirs in first])
+    longest = max(_HEADER.size + sum(_HEADER.unpack_from(theirs)) for theirs in first)
+    rest = _gather(text[CHUNK_BYTES:], -(-longest // CHUNK_BYTES) - 1, group)
+    return [json.loads(_split(a + b)[1]) for a, b in zip(first, rest, strict=True)]
+
+
+def _gather(text: bytes, chunks: int, group: dist.ProcessGroup) -> list[bytes]:
+    """So many chunks of everybody's text, in rank order."""
+    own = torch.frombuffer(bytearray(text.ljust(max(1, chunks) * CHUNK_BYTES)), dtype=torch.uint8)
+    own = own.view(-1, CHUNK_BYTES).to(_device(group))
+    everybody = own.new_empty(dist.get_world_size(group), chunks, CHUNK_BYTES)
+    works = [
+        dist.all_gather(list(everybody[:, i].unbind()), own[i], group=group, async_op=True)
+        for i in range(chunks)
+    ]
+    try:
+        for work in works:
+            assert work is not None
+            work.wait()
+    finally:
+        # Peers hear of a failure only when nobody holds the works any more, as an exception's
+        # traceback would.
+        works.clear()
+        work = None
+    return [theirs.numpy().tobytes() for theirs in everybody.cpu()]
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    """Whose memory the group's messages are in."""
+    config = str(dist.get_backend_config(group))
+    return torch.device("cuda" if "cuda:" in config and "cpu:" not in config else "cpu")
+
+
+def _split(text: bytes) -> tuple[str, bytes]:
+    """The name of the call, and the message."""
+    name, message = _HEADER.unpack_from(text)
+    start = _HEADER.size + name
+    return text[_HEADER.size : start].decode(errors="replace"), text[start : start + message]
+
+
+def _check_calls(calls: list[str]) -> None:
+    for rank, call in enumerate(calls):
+        if call != calls[0]:
+            raise CommunicationError(
+                f"workers are in different calls: rank 0 is in {_call(calls[0])}, rank {rank} is in "
+                f"{_call(call)}"
+            )
+
+
+def _call(what: str) -> str:
+    return what or "a call without a name"
