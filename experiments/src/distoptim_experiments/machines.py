@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from distoptim.comm import Link
 from distoptim.simulator.compute import Compute, Constant, Pareto, ShiftedExponential, Trace
-from distoptim.simulator.network import Islands, Network, Ring, Tree
+from distoptim.simulator.network import Network, Ring, Tree, TwoTier
 from distoptim_experiments.settings import Needs, Number, Option, Settings
 
 SECTION = "Virtual machines"
@@ -102,7 +102,7 @@ class Machines(Settings):
         outer = _link(self.latency_ms, self.bandwidth_gbit_s)
         if self.island is not None:
             inner = _link(self.island_latency_ms, self.island_bandwidth_gbit_s)
-            return Islands(self.island, inner, outer)
+            return TwoTier(self.island, inner, outer)
         return Ring([outer]) if self.collective == "ring" else Tree([outer])
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -40,6 +43,31 @@ def all_gather_json(message: object, group: dist.ProcessGroup, *, what: str = ""
     longest = max(_HEADER.size + sum(_HEADER.unpack_from(theirs)) for theirs in first)
     rest = _gather(text[CHUNK_BYTES:], -(-longest // CHUNK_BYTES) - 1, group)
     return [json.loads(_split(a + b)[1]) for a, b in zip(first, rest, strict=True)]
+
+
+@contextlib.contextmanager
+def one_error(what: str, give_up: Callable[[], object] | None = None) -> Iterator[None]:
+    """One error for all ways in which a blocking collective fails.
+
+    Args:
+        what: who is in which collective, for the message.
+        give_up: called after a failure, to leave the groups, so that peers hear of it.
+
+    Raises:
+        CommunicationError: torch raised a RuntimeError: a rank did not come in time, or is gone.
+    """
+    start = time.perf_counter()
+    try:
+        yield
+    except CommunicationError:
+        raise
+    except RuntimeError as error:
+        seconds = time.perf_counter() - start
+        if give_up is not None:
+            give_up()
+        raise CommunicationError(
+            f"{what} failed after {seconds:.1f} s: not all are in it, or one is gone: {error}"
+        ) from error
 
 
 def _gather(text: bytes, chunks: int, group: dist.ProcessGroup) -> list[bytes]:

@@ -11,21 +11,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distoptim.comm.handles import TimedHandle, WorkHandle
+from distoptim.comm.handles import TimedHandle
 
 _cuda: Any = torch.cuda  # whose events and streams have no types
 
 
-class NcclHandle(WorkHandle):
+class NcclHandle(TimedHandle):
     """An NCCL all-reduce: waiting orders the current stream behind it.
 
     A side stream follows the collective and brings the last elements to the host, so that reading
     it waits for the collective alone, never for the computation queued meanwhile. How long the
     current stream stood still is read from two events once the GPU has passed them.
+
+    Args:
+        work: the collective.
+        buffer: where the mean will be.
+        divisor: what the result is still to be divided by.
     """
 
     def __init__(self, work: dist.Work, buffer: Tensor, divisor: int = 1) -> None:
-        super().__init__(work, buffer, divisor)
+        super().__init__(buffer)
+        self._work: dist.Work | None = work
         self._events: tuple[Any, Any] | None = None
         self._tail = torch.empty(min(4, len(buffer)), dtype=buffer.dtype, pin_memory=True)
         side = _side_stream(buffer.device)
@@ -43,17 +49,23 @@ class NcclHandle(WorkHandle):
         before.record(stream)
         stream.wait_event(self._there)
         after.record(stream)
+        self._wait(timeout_s)
+        self._events = before, after
+
+    def _wait(self, timeout_s: float) -> None:
         limit = time.perf_counter() + timeout_s
         while not self._there.query():
             if time.perf_counter() > limit:
                 raise RuntimeError(f"NCCL collective timed out after {timeout_s:g} s")
             time.sleep(1e-4)
-        self.work = None
-        self._events = before, after
+        self.look(over=True)
+        # The work is forgotten, as in `WorkHandle`.
+        self._work = None
 
     def poll(self) -> None:
         """Note the end, and read the events when they have passed."""
-        super().poll()
+        if self._work is not None:
+            self.look(self._work.is_completed())
         if self.waited_s is None and self._events is not None and self._events[1].query():
             self.waited_s = self._events[0].elapsed_time(self._events[1]) / 1e3
 

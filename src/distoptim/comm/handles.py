@@ -74,6 +74,15 @@ class TimedHandle(Handle, ABC):
             self.finished_at = end
             self.unfinished_at = end
 
+    def look(self, over: bool) -> None:
+        """Note whether it is over now."""
+        if self.finished_at is None:
+            now = time.perf_counter()
+            if over:
+                self.finished_at = now
+            else:
+                self.unfinished_at = now
+
     @property
     def seconds(self) -> float:
         """Until the middle between the last look at which it was under way and the first at which it was not."""
@@ -106,11 +115,8 @@ class WorkHandle(TimedHandle):
 
     def poll(self) -> None:
         """Note the end."""
-        if self.finished_at is None and self.work is not None:
-            if self.work.is_completed():
-                self.finished_at = time.perf_counter()
-            else:
-                self.unfinished_at = time.perf_counter()
+        if self.work is not None:
+            self.look(self.work.is_completed())
 
     def _wait(self, timeout_s: float) -> None:
         # The work is forgotten, since a failure reaches the peers only when nobody holds it.

@@ -105,12 +105,17 @@ class WorkerMesh:
         ]
 
     def everywhere(self, flag: Tensor) -> Tensor:
-        """Whether the flag is true on all ranks of the worker; collective in it."""
+        """Whether the flag is true on all ranks of the worker; collective in it.
+
+        Raises:
+            CommunicationError: one is gone.
+        """
         if not self._groups:
             return flag
         number = flag.to(torch.float32)
         for group in self._groups:
-            dist.all_reduce(number, op=dist.ReduceOp.MIN, group=group)
+            with control.one_error("a check that all ranks of a worker are finite"):
+                dist.all_reduce(number, op=dist.ReduceOp.MIN, group=group)
         return number > 0
 
     def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
@@ -121,12 +126,14 @@ class WorkerMesh:
             what: the call that asks, for error messages.
 
         Raises:
-            CommunicationError: ranks are in different calls.
-            RuntimeError: torch's, if one does not come.
+            CommunicationError: ranks are in different calls, or one is gone.
         """
         messages = [message]
         for group in self._groups:
-            parts = cast("list[list[object]]", control.all_gather_json(messages, group, what=what))
+            with control.one_error(f"{what} inside a worker"):
+                parts = cast(
+                    "list[list[object]]", control.all_gather_json(messages, group, what=what)
+                )
             messages = [m for part in parts for m in part]
         return messages
 

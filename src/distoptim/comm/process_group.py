@@ -7,7 +7,7 @@ import contextlib
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from distoptim.comm import control
 from distoptim.comm.communicator import CommunicationError, Communicator, SingleWorker
 from distoptim.comm.cuda import NcclHandle, Staging
-from distoptim.comm.handles import Handle, WorkHandle
+from distoptim.comm.handles import Handle, TimedHandle, WorkHandle
 
 # Groups that were left and whose place in torch's count of groups is free.
 _left = 0
@@ -85,7 +85,7 @@ class ProcessGroupCommunicator(Communicator):
             # Codes are in host memory. Over nccl alone there are none.
             *([self._backends["cpu"]] if "cpu" in self._backends else []),
         ]
-        with self._failing("the making of groups"):
+        with self._one_error("the making of groups"):
             for backend in backends:
                 self._groups.append(self._private(backend))
         _open.add(self)
@@ -126,14 +126,14 @@ class ProcessGroupCommunicator(Communicator):
         """
         group = self._group(1 if self._nccl and not buffer.is_cuda else 0)
         host = buffer.cpu() if buffer.is_cuda and not self._nccl else buffer
-        with self._failing(f"a broadcast from rank {source}"):
+        with self._one_error(f"a broadcast from rank {source}"):
             dist.broadcast(host, src=dist.get_global_rank(group, source), group=group)
         if host is not buffer:
             buffer.copy_(host)
 
     def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
         """Everybody's message, in rank order, over the group for control data."""
-        with self._failing(what or "a message without a name"):
+        with self._one_error(what or "a message without a name"):
             return control.all_gather_json(message, self._group(1), what=what)
 
     def close(self) -> None:
@@ -187,24 +187,13 @@ class ProcessGroupCommunicator(Communicator):
         )
         return group
 
-    @contextlib.contextmanager
-    def _failing(self, what: str) -> Iterator[None]:
-        """One error for the ways in which a blocking collective fails; the groups are left then, so
-        that peers hear of it."""
-        start = time.perf_counter()
-        try:
-            yield
-        except CommunicationError:
-            raise
-        except RuntimeError as error:
-            seconds = time.perf_counter() - start
-            self.close()
-            raise CommunicationError(
-                f"rank {self.rank}: {what} failed after {seconds:.1f} s (timeout "
-                f"{self._timeout.total_seconds():g} s): not all workers are in it, or one is gone: {error}"
-            ) from error
+    def _one_error(self, what: str) -> contextlib.AbstractContextManager[None]:
+        limit = self._timeout.total_seconds()
+        return control.one_error(f"rank {self.rank}: {what} (timeout {limit:g} s)", self.close)
 
-    def _all_reduce(self, buffer: Tensor, handle: type[WorkHandle]) -> WorkHandle:
+    def _all_reduce(
+        self, buffer: Tensor, handle: Callable[[dist.Work, Tensor, int], TimedHandle]
+    ) -> TimedHandle:
         average = _averages(self._backends.get(buffer.device.type, ""))
         op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
         work = dist.all_reduce(buffer, op=op, group=self._group(0), async_op=True)

@@ -8,19 +8,19 @@ from __future__ import annotations
 from distoptim.simulator.cluster import Cluster
 from distoptim.simulator.compute import Compute, Constant, Pareto, ShiftedExponential, Trace
 from distoptim.simulator.fabric import Fabric, VirtualCommunicator
-from distoptim.simulator.network import Islands, Network, Ring, Tree
+from distoptim.simulator.network import Network, Ring, Tree, TwoTier
 
 __all__ = [
     "Cluster",
     "Compute",
     "Constant",
     "Fabric",
-    "Islands",
     "Network",
     "Pareto",
     "Ring",
     "ShiftedExponential",
     "Trace",
     "Tree",
+    "TwoTier",
     "VirtualCommunicator",
 ]

@@ -1,4 +1,5 @@
-"""What a mean over the workers costs: a ring or a tree of equal or different links, or islands."""
+"""What a mean over the workers costs: a ring or a tree of equal or different links, or two
+tiers of them."""
 
 from __future__ import annotations
 
@@ -55,16 +56,16 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Islands:
-    """Islands with fast links inside and slow ones between: a ring inside, then one over the
-    islands' first workers.
+class TwoTier:
+    """Sites with fast links inside and slow ones between: a ring inside, then one over the sites'
+    first workers.
 
     T = ring inside + ring between + broadcast inside, the last as long as half the ring inside.
 
     Args:
-        size: workers in an island, >= 1; the last island may be smaller.
-        inside: the link between two workers of an island.
-        between: the link between two islands.
+        size: workers in a site, >= 1; the last site may be smaller.
+        inside: the link between two workers of a site.
+        between: the link between two sites.
 
     Raises:
         ValueError: a value outside its range.

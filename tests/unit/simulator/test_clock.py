@@ -14,12 +14,12 @@ from distoptim.comm import Link
 from distoptim.simulator import (
     Cluster,
     Constant,
-    Islands,
     Pareto,
     Ring,
     ShiftedExponential,
     Trace,
     Tree,
+    TwoTier,
 )
 
 
@@ -109,11 +109,11 @@ def test_networks():
     assert Ring([slow]).all_reduce_s(nbytes, 4) == pytest.approx(6 * 0.01 + 1.5 * 0.8)
     assert Ring([fast, slow]).all_reduce_s(nbytes, 4) == Ring([slow]).all_reduce_s(nbytes, 4)
     assert Tree([slow]).all_reduce_s(nbytes, 8) == pytest.approx(6 * (0.01 + 0.8))
-    islands = Islands(4, fast, slow).all_reduce_s(nbytes, 8)
+    islands = TwoTier(4, fast, slow).all_reduce_s(nbytes, 8)
     assert islands == pytest.approx(
         1.5 * fast.all_reduce_s(nbytes, 4) + slow.all_reduce_s(nbytes, 2)
     )
-    assert Islands(8, fast, slow).all_reduce_s(nbytes, 8) == pytest.approx(
+    assert TwoTier(8, fast, slow).all_reduce_s(nbytes, 8) == pytest.approx(
         1.5 * fast.all_reduce_s(nbytes, 8)
     )
 
@@ -169,7 +169,7 @@ def test_a_trace_with_holes_is_refused_naming_the_line(tmp_path, text, line):
         lambda: Constant([]),
         lambda: ShiftedExponential(-1.0, 1.0),
         lambda: Pareto(1.0, 1.0),
-        lambda: Islands(0, Link(0, 1), Link(0, 1)),
+        lambda: TwoTier(0, Link(0, 1), Link(0, 1)),
         lambda: Link(0.0, -1.0),
         lambda: Link(math.nan, 1.0),
         lambda: cluster(LocalSGD, step_s=1.0, mean_s=0.0, tau=1, workers=0),
