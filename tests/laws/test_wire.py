@@ -491,3 +491,23 @@ def fail(rank: int) -> str:
 def test_a_death_surfaces_as_with_float32() -> None:
     for rank, message in enumerate(workers.run(fail, 4, expect_exit={2: -9})):
         assert rank == 2 or message.startswith(f"rank {rank}: mean of fragment 0 failed ")
+
+
+def freeze(rank: int) -> str:
+    """The host of torch's store stands still before the first coded mean."""
+    params = fresh()
+    optimizer = distoptim.CoCoDSGD(params, tau=3, lr=0.05, codec="int8", timeout_s=4.0)
+    steps(optimizer, params, rank, 2)
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with pytest.raises(CommunicationError) as caught:
+        steps(optimizer, params, rank, 9)
+    optimizer.close()
+    return str(caught.value)
+
+
+def test_nobody_waits_for_a_store_whose_host_stands_still() -> None:
+    results = workers.run(freeze, 3, expect_exit={0: -signal.SIGSTOP})
+    for rank in (1, 2):
+        assert results[rank].startswith(f"rank {rank}: mean of fragment 0 failed ")
+        assert "(timeout 4 s)" in results[rank]

@@ -7,9 +7,9 @@ size of a cache, so that main memory is read and written once.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -252,21 +252,29 @@ def _table(values: list[float], bits: int, wide: torch.dtype) -> Tensor:
     return torch.tensor(values)[torch.tensor(index)].view(wide).view(-1)
 
 
-@cache
-def _scratch(dtype: torch.dtype) -> Tensor:
-    return torch.empty(CHUNK // BLOCK, BLOCK, dtype=dtype)
+class _Scratch(threading.local):
+    """Memory to work in, of each thread: two may code at a time."""
+
+    def __init__(self) -> None:
+        shape = (CHUNK // BLOCK, BLOCK)
+        self.floats = torch.empty(shape, dtype=torch.float32)
+        self.integers = torch.empty(shape, dtype=torch.int32)
+        self.bytes = torch.empty(shape, dtype=torch.int8)
+
+
+_scratch = _Scratch()
 
 
 def _floats(blocks: int) -> Tensor:
-    return _scratch(torch.float32)[:blocks]
+    return _scratch.floats[:blocks]
 
 
 def _integers(blocks: int) -> Tensor:
-    return _scratch(torch.int32)[:blocks]
+    return _scratch.integers[:blocks]
 
 
 def _bytes(blocks: int) -> Tensor:
-    return _scratch(torch.int8)[:blocks]
+    return _scratch.bytes[:blocks]
 
 
 _E3M0 = _table(
