@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from distoptim_experiments.studies.stragglers import expected_maximum
 
 from distoptim import ALGORITHMS, LocalSGD, OverlapLocalSGD
 from distoptim.comm import Link
@@ -126,16 +125,6 @@ def test_random_steps_have_their_mean_and_are_repeatable(compute, mean):
     assert np.mean(draws) == pytest.approx(mean, rel=0.02)
     assert compute.seconds(3, 700) == draws[3700]
     assert len(set(draws)) == len(draws)
-
-
-def test_expected_maximum():
-    harmonic = sum(1 / k for k in range(1, 17))
-    assert expected_maximum(ShiftedExponential(1.0, 2.0), 16, 1) == pytest.approx(
-        1 + 2 * harmonic, rel=1e-4
-    )
-    assert expected_maximum(ShiftedExponential(0.0, 1.0), 1, 5) == pytest.approx(5, rel=1e-4)
-    draws = 0.5 * (1 - np.random.default_rng(0).random((20000, 8))) ** (-1 / 3)
-    assert expected_maximum(Pareto(0.5, 3.0), 8, 1) == pytest.approx(draws.max(1).mean(), rel=0.02)
 
 
 def test_trace(tmp_path):
