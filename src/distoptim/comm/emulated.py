@@ -180,7 +180,7 @@ class TimedWork(_c10d.Work):  # type: ignore[misc]  # a class without types
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until it ended; raises RuntimeError if it failed or did not end in time."""
-        limit = timeout if timeout else self._timeout
+        limit = timeout or self._timeout
         if not self._over.wait(limit.total_seconds()):
             raise RuntimeError(
                 f"collective on the emulated link timed out after {limit.total_seconds():g} s"
@@ -243,7 +243,7 @@ def _serve(items: queue.SimpleQueue[_Item]) -> None:
         error: str | None = None
         try:
             run()
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001  # raised again where it is waited for
             error = str(failure)
         work.end(tensors, error)
         # Peers hear of a failure only when nobody holds the group any more.

@@ -129,7 +129,7 @@ class Trace:
 
     def __init__(self, path: str | Path) -> None:
         self._steps: list[list[float]] = []
-        with open(path, newline="") as file:
+        with Path(path).open(newline="") as file:
             for number, row in enumerate(csv.reader(file), 1):
                 if row and not row[0].startswith("#"):
                     self._steps.append(_trace_row(path, number, row))

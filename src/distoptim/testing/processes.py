@@ -133,7 +133,7 @@ def _main(
         # A worker that is done before another has connected to it would fail that one.
         dist.barrier()
         sender.send_bytes(pickle.dumps((False, fn(rank, *args))))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # raised again in the test
         sender.send_bytes(pickle.dumps((True, traceback.format_exc())))
         sys.stderr.flush()
         os._exit(1)

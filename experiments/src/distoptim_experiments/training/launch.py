@@ -180,7 +180,7 @@ def _main(job: Job, meeting: Meeting, sender: Connection) -> None:
         # Before this worker could take signals over: there is nothing to save.
         sender.send(("interrupted", int(signal.SIGINT)))
         os._exit(1)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  # said by the parent
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         # A full disk may be what is wrong.
         with contextlib.suppress(OSError):
