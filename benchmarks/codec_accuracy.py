@@ -15,14 +15,16 @@ from distoptim_experiments.training.virtual import VirtualRun
 
 CODECS = ("float32", "bf16", "int8", "e3m0", "2bit", "2bit+ef", "e3m0+ef")
 # The demo's learning rate for SGD, and AdamW's default.
-SGD, ADAMW = {"lr": 0.01}, {"optimizer": "adamw", "lr": 1e-3}
+SGD = {"lr": 0.01}
+ADAMW = {"optimizer": "adamw", "lr": 1e-3}
 ALGORITHMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "local-sgd": (SGD, {}),
     "overlap-local-sgd": (SGD, {}),
     "diloco": (ADAMW, {}),
     "streaming-diloco": (ADAMW, {"fragments": 4}),
 }
-SEEDS, STEPS = (0, 1, 2), 252
+SEEDS = (0, 1, 2)
+STEPS = 252
 
 
 def runs(folder: Path) -> Iterator[tuple[str, str, list[dict[str, float]]]]:

@@ -13,7 +13,8 @@ import torch
 from benchmarks.report import Report, json_path, save
 from distoptim.comm.codecs import CODECS
 
-NUMEL, REPEATS = 11_200_000, 9
+NUMEL = 11_200_000
+REPEATS = 9
 LIMITS = {"bf16": 3.0, "int8": 3.0}
 
 
@@ -35,7 +36,8 @@ def measure(threads: int) -> tuple[float, list[dict[str, Any]]]:
     """
     torch.set_num_threads(threads)
     timed = partial(seconds, clock=time.thread_time if threads == 1 else time.perf_counter)
-    x, out = torch.randn(NUMEL), torch.zeros(NUMEL)
+    x = torch.randn(NUMEL)
+    out = torch.zeros(NUMEL)
     copy_s = timed(lambda: out.copy_(x))
     rows: list[dict[str, Any]] = []
     for name, codec in CODECS.items():

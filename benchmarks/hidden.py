@@ -44,7 +44,9 @@ LIMITS = {
     0.9: 3.0,
 }  # an all-reduce as a share of tau steps -> what may be exposed, % of computation
 LATENCY_S = 1e-3
-BATCH, WIDTH, DEPTH = 5120, 160, 4
+BATCH = 5120
+WIDTH = 160
+DEPTH = 4
 REPETITIONS = 5
 ROUNDS = {"overlap-local-sgd": 3, "cocod-sgd": 3, "local-sgd": 2, "ddp": 2, "computation": 3}
 STEPS = {"ddp": 2}  # in a round; the others have TAU

@@ -30,7 +30,9 @@ from distoptim.comm import Link, ProcessGroupCommunicator, emulate
 from distoptim.planning.planner import Job, plan
 from distoptim.simulator import Cluster, Constant, Ring
 
-STEP_S, NUMEL, WORKERS = 0.03, 50_000, 2
+STEP_S = 0.03
+NUMEL = 50_000
+WORKERS = 2
 ROUNDS = 4
 CALIBRATION = 40
 CLOCK_SETTINGS = [
@@ -75,7 +77,8 @@ class Spinning(nn.Module):
 
 def compute(seconds: float) -> None:
     """Keep the processor busy for so long."""
-    a, end = torch.ones(32, 32), time.perf_counter() + seconds
+    a = torch.ones(32, 32)
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         torch.mm(a, a)
 
@@ -100,7 +103,8 @@ def real(
             model.parameters(), lr=0.0, tau=tau, communicator=communicator
         )
     rounds = max(ROUNDS, math.ceil(16 / tau))
-    stamps, exposed = [], 0.0
+    stamps = []
+    exposed = 0.0
     for step in range((rounds + 2) * tau):
         if step % tau == 0:
             stamps.append(time.perf_counter())
@@ -193,7 +197,8 @@ def run_workers(target: Callable[..., None]) -> dict[Any, Any]:
 
 def report_clock(report: Report, found: dict[Any, Any]) -> None:
     """Exposed milliseconds per step, real and predicted."""
-    rows, errors = [], []
+    rows = []
+    errors = []
     for name, tau, share in CLOCK_SETTINGS:
         exposed = found[name, tau, share][1]
         predicted = predicted_exposed_s(name, tau, all_reduce_link(share), found["step_s"])

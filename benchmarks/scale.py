@@ -16,7 +16,9 @@ from benchmarks.report import Report, json_path, save
 from distoptim.comm import Link
 from distoptim.simulator import Cluster, Constant, Ring
 
-WORKERS, BATCH, TAU = 16, 48, 4
+WORKERS = 16
+BATCH = 48
+TAU = 4
 REPEATS = 8
 SCALES = (16, 64, 256, 1024)
 

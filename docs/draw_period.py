@@ -21,7 +21,9 @@ import distoptim
 from distoptim.comm import emulate
 from distoptim.periods import HideCommunication
 
-STEP_S, STEPS, SLOW = 0.03, 480, (160, 320)
+STEP_S = 0.03
+STEPS = 480
+SLOW = (160, 320)
 NUMEL = 100_000
 FAST_GBIT_S = 0.08  # one all-reduce takes 40 ms
 
@@ -61,7 +63,8 @@ def rounds(rows: list[list[float]]) -> list[tuple[int, int, float, int]]:
 
     Between two syncs.
     """
-    out, start = [], 0
+    out = []
+    start = 0
     for i in range(1, len(rows)):
         if rows[i][3] > rows[i - 1][3]:
             exposed, computed = (rows[i][k] - rows[start][k] for k in (0, 1))

@@ -22,9 +22,14 @@ import torch.multiprocessing as mp
 import distoptim
 from distoptim.comm import Handle, ProcessGroupCommunicator, emulate
 
-STEP_S, TAU, ROUNDS, WARMUP = 0.05, 4, 3, 3
+STEP_S = 0.05
+TAU = 4
+ROUNDS = 3
+WARMUP = 3
 METHODS = {"Local SGD": distoptim.LocalSGD, "Overlap-Local-SGD": distoptim.OverlapLocalSGD}
-COMPUTE, WAIT, FLIGHT = "#0072B2", "#D55E00", "#F0B040"
+COMPUTE = "#0072B2"
+WAIT = "#D55E00"
+FLIGHT = "#F0B040"
 
 
 class Recorder(ProcessGroupCommunicator):
@@ -44,7 +49,8 @@ def measure(method: Any) -> dict[str, list[tuple[float, float]]]:
     p = torch.nn.Parameter(torch.zeros(1000))
     recorder = Recorder()
     optimizer = method([p], lr=0.1, tau=TAU, communicator=recorder)
-    compute, waits = [], []
+    compute = []
+    waits = []
     for _ in range((WARMUP + ROUNDS) * TAU):
         start = time.perf_counter()
         while time.perf_counter() - start < STEP_S:

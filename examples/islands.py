@@ -16,11 +16,9 @@ from torch.distributed.fsdp import fully_shard
 
 import distoptim
 
-SIZE, BATCH, TAU = (
-    2,
-    32,
-    4,
-)  # ranks in an island, samples of a worker in a step, local steps in a round
+SIZE = 2  # ranks in an island
+BATCH = 32  # samples of a worker in a step
+TAU = 4  # local steps in a round
 
 
 def train(kind: str, steps: int) -> tuple[float, float]:
@@ -31,7 +29,8 @@ def train(kind: str, steps: int) -> tuple[float, float]:
     mesh = init_device_mesh(
         "cpu", (dist.get_world_size() // SIZE, SIZE), mesh_dim_names=("replicate", "shard")
     )
-    worker, place = mesh.get_local_rank("replicate"), mesh.get_local_rank("shard")
+    worker = mesh.get_local_rank("replicate")
+    place = mesh.get_local_rank("shard")
     # The same model on all ranks of an island; between islands rank 0's is broadcast.
     torch.manual_seed(worker)
     model: nn.Module = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
