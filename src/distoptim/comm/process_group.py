@@ -77,17 +77,14 @@ class ProcessGroupCommunicator(Communicator):
         self._ranks = None if group is None else dist.get_process_group_ranks(group)
         self._timeout = timedelta(seconds=timeout_s)
         self._backends = _backends(group)
-        self._staging = Staging(lambda host: self._all_reduce(host, WorkHandle))
-        self._groups: list[dist.ProcessGroup] = []
-        backends = [
-            str(dist.get_backend(group)),
-            "gloo",
-            # Codes are in host memory. Over nccl alone there are none.
-            *([self._backends["cpu"]] if "cpu" in self._backends else []),
-        ]
+        self._staging: Staging | None = None
+        self._groups: dict[str, dist.ProcessGroup] = {}
         with self._one_error("the making of groups"):
-            for backend in backends:
-                self._groups.append(self._private(backend))
+            self._groups["means"] = self._private(str(dist.get_backend(group)))
+            self._groups["control data"] = self._private("gloo")
+            if "cpu" in self._backends:
+                # Codes are in host memory. Over nccl alone there are none.
+                self._groups["second stages"] = self._private(self._backends["cpu"])
         _open.add(self)
 
     @property
@@ -104,18 +101,20 @@ class ProcessGroupCommunicator(Communicator):
             return self._all_reduce(buffer, WorkHandle)
         if self._nccl:
             return self._all_reduce(buffer, NcclHandle)
+        if self._staging is None:
+            self._staging = Staging(lambda host: self._all_reduce(host, WorkHandle))
         return self._staging.launch(buffer)
 
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
         """Start the all-gather of `input` into the rows of `output`; host memory only."""
-        group = self._group(0 if after is None else 2)
+        group = self._group("means" if after is None else "second stages")
         work = dist.all_gather(list(output.unbind(0)), input, group=group, async_op=True)
         assert work is not None
         return WorkHandle(work, output)
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
         """Start the all-to-all of rows; host memory only."""
-        work = dist.all_to_all_single(output, input, group=self._group(0), async_op=True)
+        work = dist.all_to_all_single(output, input, group=self._group("means"), async_op=True)
         assert work is not None
         return WorkHandle(work, output)
 
@@ -124,7 +123,7 @@ class ProcessGroupCommunicator(Communicator):
 
         Host memory goes over gloo always.
         """
-        group = self._group(1 if self._nccl and not buffer.is_cuda else 0)
+        group = self._group("control data" if self._nccl and not buffer.is_cuda else "means")
         host = buffer.cpu() if buffer.is_cuda and not self._nccl else buffer
         with self._one_error(f"a broadcast from rank {source}"):
             dist.broadcast(host, src=dist.get_global_rank(group, source), group=group)
@@ -134,12 +133,12 @@ class ProcessGroupCommunicator(Communicator):
     def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
         """Everybody's message, in rank order, over the group for control data."""
         with self._one_error(what or "a message without a name"):
-            return control.all_gather_json(message, self._group(1), what=what)
+            return control.all_gather_json(message, self._group("control data"), what=what)
 
     def close(self) -> None:
         """Leave the groups; gloo then ends what is in flight, or gives it up at the timeout."""
-        groups = self._groups
-        self._groups = []
+        groups = list(self._groups.values())
+        self._groups = {}
         self.stages.queue.clear()
         _open.discard(self)
         if groups:
@@ -171,11 +170,11 @@ class ProcessGroupCommunicator(Communicator):
     def _nccl(self) -> bool:
         return self._backends.get("cuda") == "nccl"
 
-    def _group(self, index: int) -> dist.ProcessGroup:
-        """That for means (0), control data (1), second stages (2)."""
-        if not self._groups:
-            raise CommunicationError("this communicator has been closed")
-        return self._groups[index]
+    def _group(self, use: str) -> dist.ProcessGroup:
+        if use not in self._groups:
+            why = "nccl carries no codes" if self._groups else "this communicator has been closed"
+            raise CommunicationError(f"no group for {use}: {why}")
+        return self._groups[use]
 
     def _private(self, backend: str) -> dist.ProcessGroup:
         # Local synchronisation: only the members of an island call this, not the whole world.
@@ -196,7 +195,7 @@ class ProcessGroupCommunicator(Communicator):
     ) -> TimedHandle:
         average = _averages(self._backends.get(buffer.device.type, ""))
         op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
-        work = dist.all_reduce(buffer, op=op, group=self._group(0), async_op=True)
+        work = dist.all_reduce(buffer, op=op, group=self._group("means"), async_op=True)
         assert work is not None
         return handle(work, buffer, 1 if average else self.size)
 
