@@ -66,7 +66,8 @@ class Cluster:
             for rank, m in enumerate(self.models)
         ]
         self.steps = 0
-        self._compute, self._synchronous = compute, synchronous
+        self._compute = compute
+        self._synchronous = synchronous
         threads = checks.integer("threads", os.cpu_count() if threads is None else threads, 1)
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -159,7 +160,8 @@ class Cluster:
                     slot.flight.handle = self.fabric.in_flight(rank, slot.buffer.tensor, *times)
             optimizer._engine.resume_at(state_dict["steps"])
         self.fabric.clocks[:] = state_dict["clocks"]
-        self.fabric.free_at, self.steps = state_dict["free_at"], state_dict["steps"]
+        self.fabric.free_at = state_dict["free_at"]
+        self.steps = state_dict["steps"]
 
     def _backward(self, loss: Callable[[torch.nn.Module, int], Tensor], rank: int) -> float:
         value = loss(self.models[rank], rank)
