@@ -35,13 +35,13 @@ def test_probe_finds_the_link():
 
 
 def test_load():
-    assert load("tests.sim.test_probe:prepare") is prepare
+    assert load("tests.unit.planning.test_probe:prepare") is prepare
     for bad in (
         "nothing",
         "no.such.module:f",
-        "tests.sim.test_probe:absent",
+        "tests.unit.planning.test_probe:absent",
         ":f",
-        "tests.sim.test_probe:time",
+        "tests.unit.planning.test_probe:time",
     ):
         with pytest.raises(ValueError, match=r"wanted|is not a function"):
             load(bad)
