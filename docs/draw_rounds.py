@@ -93,7 +93,7 @@ def draw(seen: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> N
         for (a, b), color, lane in (
             [(i, COMPUTE, 1) for i in kinds["compute"]]
             + [(i, WAIT, 1) for i in kinds["wait"]]
-            + [(i, FLIGHT, 0) for i in kinds["flight"]]
+            + [(i, FLIGHT, 0) for i in kinds["pending"]]
         ):
             left = max(a, 0.0)
             axis.barh(

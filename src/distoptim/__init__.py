@@ -20,7 +20,7 @@ from distoptim.algorithms import (
     register,
 )
 from distoptim.comm import CommunicationError
-from distoptim.engine.fragment_sync import QuarantineWarning
+from distoptim.engine.engine import QuarantineWarning
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.rule import Mean, Rule, State
 from distoptim.version import __version__

@@ -1,4 +1,4 @@
-"""Elementwise work on one piece of a tensor after another, so that a chain of it passes over main memory once."""
+"""Elementwise work on one chunk of a tensor after another: a chain of it passes over memory once."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Numbers worked on at a time by a thread: few enough for a core's caches, many enough that calling
+# Numbers that a thread works on at a time: few enough for a core's caches, many enough that calling
 # torch costs little.
 CHUNK = 2**18
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape, cut alike along their slowest dimension; whole where they are small or
-    not on the CPU.
+def chunked(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape, cut alike along their slowest dimension.
 
-    Numbers are the same in pieces as in one, but for sums.
+    They come whole where they are small or not on the CPU. Numbers are the same in chunks as in one,
+    but for sums, which must not depend on the cut (it follows the number of threads).
     """
-    first, size = tensors[0], CHUNK * torch.get_num_threads()
+    first = tensors[0]
+    size = CHUNK * torch.get_num_threads()
     if first.device.type != "cpu" or first.numel() <= size:
         return iter([tensors])
     dim = max((d for d in range(first.dim()) if first.shape[d] > 1), key=first.stride)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distoptim.chunks import pieces
-from distoptim.comm import mesh as islands
+from distoptim.chunks import chunked
+from distoptim.comm import mesh
 
 Partition = Sequence[Sequence[int]]
 Fragments = int | Sequence[Sequence[Tensor] | torch.nn.Module]
@@ -59,7 +59,9 @@ class Fragment:
         self.part = part
         self.device = self.params[0].device
         self.dtype = _WORK_DTYPE[self.params[0].dtype]
-        self.island = islands.WorkerMesh(self.params)
+        self._mesh = mesh.WorkerMesh(self.params)
+        self._sharded = any(mesh.is_sharded(p) for p in self.params)
+        self._direct = not self._sharded and not any(p.is_complex() for p in self.params)
         local = self.local()
         self.same_dtype = all(x.dtype == self.dtype for x in local)
         self.numel = sum(x.numel() for x in local)
@@ -69,10 +71,16 @@ class Fragment:
     def local(self) -> list[Tensor]:
         """The parameters as real tensors.
 
-        Views, made anew at each call since `.data` may be rebound.
+        Views are made anew at each call, since `.data` may be rebound.
         """
-        shards = [islands.local(p) for p in self.params]
+        if self._direct:
+            return self.params
+        shards = [mesh.local(p) for p in self.params]
         return [torch.view_as_real(x) if x.is_complex() else x for x in shards]
+
+    def finite_everywhere(self, finite: Tensor) -> Tensor:
+        """Whether a flag is true on all ranks that are one worker together; collective among them."""
+        return self._mesh.everywhere(finite) if self._sharded else finite
 
     def offset_at(self, tau: int) -> int:
         """Local steps by which its rounds are shifted, in [0, tau)."""
@@ -81,7 +89,8 @@ class Fragment:
     def flat(self, *, extra: int = 0) -> Flat:
         """Allocate a zeroed flat buffer, with `extra` elements behind the parameters'."""
         tensor = torch.zeros(self.numel + extra, dtype=self.dtype, device=self.device)
-        views, start = [], 0
+        views = []
+        start = 0
         for shape, stride in self._shapes:
             views.append(tensor.as_strided(shape, stride, start))
             start += shape.numel()
@@ -101,7 +110,7 @@ class Fragment:
             torch._foreach_add_(self.local(), value.views, alpha=weight)
         else:
             for whole in zip(self.local(), value.views, strict=True):
-                for x, v in pieces(*whole):
+                for x, v in chunked(*whole):
                     x.add_(v, alpha=weight)
 
     def pull(self, towards: Flat, weight: float) -> None:
@@ -112,13 +121,13 @@ class Fragment:
             torch._foreach_lerp_(self.local()[::-1], towards.views[::-1], weight)
         else:
             for whole in zip(self.local(), towards.views, strict=True):
-                for x, z in pieces(*whole):
+                for x, z in chunked(*whole):
                     x.copy_(x.to(z.dtype).lerp_(z, weight))
 
     def signature(self) -> str:
         """What must agree on all workers and with a checkpoint: dtype, shapes, memory order."""
         shapes = [
-            f"{p.dtype}{list(islands.local(p).shape)}{_order(x)}"
+            f"{p.dtype}{list(mesh.local(p).shape)}{_order(x)}"
             for p, x in zip(self.params, self.local(), strict=True)
         ]
         return " ".join(shapes).replace("torch.", "")
@@ -254,9 +263,12 @@ def partition(
 
 def _runs(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
     """Cut range(len(sizes)) into `count` non-empty runs whose totals are near equal."""
-    total, done, start = sum(sizes), 0, 0
+    total = sum(sizes)
+    done = 0
+    start = 0
     for k in range(1, count + 1):
-        stop, last = start, len(sizes) - (count - k)
+        stop = start
+        last = len(sizes) - (count - k)
         while stop == start or (
             stop < last and (k == count or done + sizes[stop] / 2 <= total * k / count)
         ):

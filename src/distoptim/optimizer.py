@@ -1,242 +1,260 @@
-"""The torch.optim.Optimizer face of every algorithm: step, average, flush, averaged, state_dict."""
+"""What a user holds: a torch.optim.Optimizer around another, whose parameters are averaged."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from distoptim import checks
-from distoptim.comm import Communicator, connect
-from distoptim.comm.codecs import Coding
-from distoptim.comm.codecs import find as find_codec
-from distoptim.comm.mesh import WorkerMesh, averaging_group
-from distoptim.engine import checkpoint, evaluation
-from distoptim.engine import membership as handshake
-from distoptim.engine.clock import Pace
-from distoptim.engine.engine import Engine
-from distoptim.engine.hierarchy import Levels, check_levels, connect_levels
-from distoptim.face import Face
-from distoptim.fragments import Fragments, build, names, partition, trainable
-from distoptim.options import Params, check_size, inner_optimizer, workers
+from distoptim.comm.mesh import WorkerMesh
+from distoptim.engine import checkpoint, evaluation, membership
+from distoptim.engine.clock import Clock
+from distoptim.engine.engine import Engine, Inner, Rounds, tick_together
+from distoptim.engine.hierarchy import Hierarchy, connect_levels
+from distoptim.fragments import build, names, partition, trainable
 from distoptim.periods import Tau
 from distoptim.rule import Rule
+from distoptim.settings import Options, Params, SyncSettings, whole_signature
 from distoptim.version import __version__
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class AveragingOptimizer(Face):
-    """Base of all algorithms: a local (inner) optimizer on each worker, whose parameters are
-    averaged every tau steps.
+
+class AveragingOptimizer(torch.optim.Optimizer):
+    """Base of all algorithms: a local (inner) optimizer on each worker, averaged every tau steps.
 
     `step()` is a local step of the inner optimizer; `average()` after it counts the step, merges a
-    mean that is due and launches the next in the background. All workers must call `average()`
-    equally often. At the start everybody gets rank 0's parameters.
+    mean that is due and launches the next in the background. All workers must call `average()` equally
+    often. At the start everybody gets rank 0's parameters.
 
     Args:
         params: parameters or param groups, for which a torch.optim.SGD is built; or any torch
             optimizer, which is then the inner one. Its list of parameters is fixed from here on;
             frozen ones are left out.
-        rule: what is sent and how the mean meets the parameters.
-        tau: local steps in a round, >= 1; or {step: tau}, or an object that chooses them
-            (`PostLocal`, `AdaComm`, `HideCommunication`). More hides and saves more communication,
-            and lets workers drift further.
-        delay: local steps between launch and merge, in [0, tau]. 0 waits; tau hides a whole round.
+        rule: what is sent and how the mean meets the parameters; or a function that makes it for a
+            number of workers.
+        tau: local steps in a round, >= 1; or {step: tau}, or an object that chooses them (`PostLocal`,
+            `AdaComm`, `HideCommunication`). More hides and saves more communication, and lets workers
+            drift further.
+        delay: local steps between launch and merge, in [0, tau]. 0 waits; None (the default here)
+            hides a whole round.
         lr, momentum, dampening, weight_decay, nesterov: of the torch.optim.SGD, with its defaults.
         size: number of workers, checked if given (the original code's argument).
         group: the workers; None means all.
-        device_mesh: says the workers instead, as its dimension called "replicate" or
-            "dp_replicate", or its only one; the ranks along the others are one worker together
-            (DDP, FSDP2, ...) and average DTensors shard by shard.
+        device_mesh: says the workers instead, as its dimension called "replicate" or "dp_replicate",
+            or its only one; the ranks along the others are one worker together (DDP, FSDP2, ...) and
+            average DTensors shard by shard.
         levels: period in local steps -> smaller group of workers that also averages inside itself,
             blocking, as often; periods divide each other and every tau. One more copy of the model
             each.
         communicator: moves the bytes instead of torch.distributed (simulation, tests).
-        fragments: in how many messages, evenly spread over the round, the parameters are averaged
-            (1 to tau); or modules or lists of parameters, one per message. Must be equal on all
-            workers.
+        fragments: in how many messages, evenly spread over the round, the parameters are averaged (1
+            to tau); or modules or lists of parameters, one per message. Must be equal on all workers.
         pattern: of n fragments: "sequential", runs of near equal size; "strided", parameter i in
             fragment i mod n.
         timeout_s: bound of every wait, in [0.001, 1e9] seconds; torch's own default of 30 minutes.
-        average_in_step: let `step()` do what `average()` does, for frameworks that own the loop.
+        average_in_step: let `step()` do what `average()` does, for frameworks that own the loop. A
+            step that a GradScaler skips counts too, so that workers stay in phase.
         reset_inner: forget the inner optimizer's state (momentum) at every merge instead of keeping
             it.
         codec: in which the difference to what all workers share travels: "bf16", "int8", "e3m0" or
-            "2bit", with "+ef" behind it for error feedback, or an object; default None, float32.
-            Fewer bytes for any number of workers. Float32 means on the CPU only. `averaged()` and
-            levels send float32 always.
+            "2bit", with "+ef" behind it for error feedback, or an object; default None, float32. Fewer
+            bytes for any number of workers. Float32 means on the CPU only. `averaged()` and levels
+            send float32 always.
+
+    Attributes:
+        inner: the optimizer that makes the local steps.
+        engine: keeps the rounds; for simulators, integrations and tests, which may read it.
 
     Raises:
         ValueError: a value outside its range, or workers that disagree.
         CommunicationError: from `average()`: a worker is gone or a collective timed out.
     """
 
+    inner: torch.optim.Optimizer
+    engine: Engine
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let tooltips show every argument instead of `**options`."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__signature__ = whole_signature(cls.__init__)  # type: ignore[attr-defined]  # inspect's
+
     def __init__(
         self,
         params: Params,
         *,
-        rule: Rule,
+        rule: Rule | Callable[[int], Rule],
         tau: Tau,
-        delay: Tau,
-        lr: float | Tensor | None = None,
-        momentum: float | None = None,
-        dampening: float | None = None,
-        weight_decay: float | None = None,
-        nesterov: bool | None = None,
-        size: int | None = None,
-        group: dist.ProcessGroup | None = None,
-        device_mesh: DeviceMesh | None = None,
-        levels: Mapping[int, dist.ProcessGroup] | None = None,
-        communicator: Communicator | None = None,
-        fragments: Fragments = 1,
-        pattern: str = "sequential",
-        timeout_s: float = 1800.0,
-        average_in_step: bool = False,
-        reset_inner: bool = False,
-        codec: Coding | str | None = None,
+        delay: int | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        pace = Pace(tau, delay)
-        checks.number("timeout_s", timeout_s, 1e-3, 1e9)
-        checks.flag("average_in_step", average_in_step)
-        checks.flag("reset_inner", reset_inner)
+        settings = SyncSettings(tau=tau, delay=delay, **options)
         if isinstance(params, AveragingOptimizer):
             raise ValueError("an averaging optimizer cannot be the inner optimizer of another")
-        self.inner = inner_optimizer(
-            params,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
+        inner = settings.inner_optimizer(params)
+        members, _ = trainable(inner.param_groups)
+        period = settings.period
+        parts = partition(settings.fragments, members, period.smallest, settings.pattern)
+        workers = settings.workers()
+        self._rule = rule if isinstance(rule, Rule) else rule(workers)
+        mesh = WorkerMesh(members)
+        if settings.communicator is None:
+            mesh.check(settings.averaging_group(), period.measures)
+        # torch's base class first, for its hooks: it sets groups and state, which are inner's here.
+        super().__init__([{"params": []}], inner.defaults)
+        self.inner = inner
+        self._settings = settings
+        self._parts = parts
+        self._communicator = settings.connect()
+        self._levels = connect_levels(
+            settings.levels, mesh, self._communicator, tau=tau, timeout_s=settings.timeout_s
         )
-        members, _ = trainable(self.inner.param_groups)
-        parts = partition(fragments, members, pace.period.smallest, pattern)
-        check_size(
-            size,
-            workers({"group": group, "device_mesh": device_mesh, "communicator": communicator}),
-        )
-        group = averaging_group(group, device_mesh, communicator)
-        if communicator is None:
-            WorkerMesh(members).check(group, pace.period.measures)
-        self._rule, self._tau, self._delay, self._parts = rule, tau, delay, parts
-        self._codec = find_codec(codec)
-        self._timeout_s, self._average_in_step, self._reset_inner = (
-            timeout_s,
-            average_in_step,
-            reset_inner,
-        )
-        self._communicator = connect(group, timeout_s) if communicator is None else communicator
-        groups = check_levels(levels, WorkerMesh(members), self._communicator, tau=tau)
-        self._agree(list(groups))
-        self._inner_groups = connect_levels(groups, timeout_s)
-        self._build_engine()
-        self._face()
+        self._build(agree=True)
 
-    def _agree(self, levels: Sequence[int]) -> None:
-        params, groups = trainable(self.inner.param_groups)
-        handshake.introduce(
-            self._communicator,
-            {
+    @torch.no_grad()
+    def _build(self, *, agree: bool) -> None:
+        """Make the engine, and the levels below it; collective if the workers are to agree first."""
+        settings = self._settings
+        fragments = build(*trainable(self.inner.param_groups), self._parts)
+        if agree:
+            facts = {
                 "distoptim version": __version__,
                 "algorithm": type(self).__name__,
                 "inner optimizer": type(self.inner).__name__,
-                "tau": self._tau,
-                "delay": self._delay,
-                "levels": levels,
-                "codec": repr(self._codec),
+                "tau": settings.tau,
+                "delay": settings.delay,
+                "levels": list(self._levels),
+                "codec": repr(settings.coding),
                 **self._rule.facts(),
-            },
-            build(params, groups, self._parts),
-            names(self.inner.param_groups),
-        )
-
-    @torch.no_grad()
-    def _build_engine(self) -> None:
-        params, groups = trainable(self.inner.param_groups)
-        self._engine = Engine(
-            build(params, groups, self._parts),
+            }
+            membership.agree(self._communicator, facts, fragments, names(self.inner.param_groups))
+        inner = Inner(self._lr, self._forget, reset_at_merge=settings.reset_inner)
+        self.engine = Engine(
+            fragments,
             self._rule,
+            Clock(settings.period, settings.delay),
             self._communicator,
-            tau=self._tau,
-            delay=self._delay,
-            timeout_s=self._timeout_s,
-            inner_lr=self._lr,
-            forget=self._forget,
-            reset_inner=self._reset_inner,
-            codec=self._codec,
+            inner=inner,
+            timeout_s=settings.timeout_s,
+            codec=settings.coding,
         )
-        self._levels = Levels(self._engine, self._inner_groups, self._forget)
+        self._rounds: Rounds = self.engine
+        if self._levels:
+            self._rounds = Hierarchy(
+                self.engine, self._levels, inner=inner, timeout_s=settings.timeout_s
+            )
+
+    # ---- a training loop's calls ------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One local step of the inner optimizer; returns the closure's loss, if there is one."""
-        self._engine.check_local()
-        for name in ("grad_scale", "found_inf"):
-            if name in self.__dict__:
-                setattr(self.inner, name, getattr(self, name))
-        try:
-            loss = self.inner.step() if closure is None else self.inner.step(closure)
-        finally:
-            for name in ("grad_scale", "found_inf"):
-                self.inner.__dict__.pop(name, None)
-        if self._average_in_step:
-            self._levels.tick()
+        self.engine.check_local()
+        args = () if closure is None else (closure,)
+        for pre in self._optimizer_step_pre_hooks.values():
+            pre(self, args, {})
+        loss = self._inner_step(closure)
+        for post in self._optimizer_step_post_hooks.values():
+            post(self, args, {})
+        if self._settings.average_in_step:
+            self._rounds.tick()
         return loss
+
+    # torch wraps `step` of every class to run hooks. Ours runs the inner optimizer's, which torch has
+    # wrapped already: wrapped as well, global hooks would run twice.
+    step.hooked = True  # type: ignore[attr-defined]  # torch's mark of what it need not wrap
+
+    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
+        """With what a GradScaler has left on this object, where it knows that we take it."""
+        scaling = {
+            name: self.__dict__[name]
+            for name in ("grad_scale", "found_inf")
+            if name in self.__dict__
+        }
+        if scaling and not getattr(self.inner, "_step_supports_amp_scaling", False):
+            if float(scaling.get("found_inf") or 0):
+                return None
+            if scaling.get("grad_scale") is not None:
+                self._unscale(scaling["grad_scale"])
+            scaling = {}
+        for name, value in scaling.items():
+            setattr(self.inner, name, value)
+        try:
+            return self.inner.step() if closure is None else self.inner.step(closure)
+        finally:
+            for name in scaling:
+                self.inner.__dict__.pop(name, None)
+
+    @torch.no_grad()
+    def _unscale(self, scale: Tensor) -> None:
+        groups = self.inner.param_groups
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, float(1 / scale))
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler is to call `step` always, and let it skip what overflowed.
+
+        Where `step` averages too it must be called, or workers that skip fall out of phase.
+        """
+        inner = bool(getattr(self.inner, "_step_supports_amp_scaling", False))
+        return inner or self._settings.average_in_step
 
     def average(self, *, loss: Tensor | float | None = None, samples: float | None = None) -> None:
         """Count a local step; merge and launch what is due. The one extra line of a training loop.
 
         Args:
-            loss: of this step, for a period that follows it (`AdaComm`); read at the launch, not
-                here.
-            samples: this step's, >= 0; a worker's payload then weighs as many as it had since the
-                last launch. All workers say it, at every step, or none. By default all weigh the
-                same.
+            loss: of this step, for a period that follows it (`AdaComm`); read at the launch, not here.
+            samples: this step's, >= 0; a worker's payload then weighs as many as it had since the last
+                launch. All workers say it, at every step, or none. By default all weigh the same.
 
         Raises:
-            CommunicationError: a collective failed or timed out; parameters and anchor are valid
-                and can be saved.
+            CommunicationError: a collective failed or timed out; parameters and anchor are valid and
+                can be saved.
             FloatingPointError: no worker had finite parameters.
             ValueError: `samples` on some steps or workers only.
             RuntimeError: `average_in_step` is set; inside `averaged()`.
         """
-        if self._average_in_step:
+        if self._settings.average_in_step:
             raise RuntimeError("average_in_step=True: step() averages already")
-        self._engine.pace.counts(samples is not None)
-        if loss is not None or samples is not None:
-            self._engine.pace.report(loss, samples)
-        self._levels.tick()
+        engine = self.engine
+        if samples is not None or engine.weights.counted is not False:
+            engine.weights.report(samples)
+        if loss is not None:
+            engine.clock.report(loss)
+        self._rounds.tick()
 
     def flush(self) -> None:
-        """Merge what is in flight and average the steps since the last launch, blocking.
+        """Merge what is in flight and average the steps since the last launch; a new round begins.
 
-        A new round begins.
+        Blocking and collective.
         """
-        self._levels.flush()
+        self._rounds.flush()
 
     def join(self) -> contextlib.AbstractContextManager[None]:
         """A `with` block around the loop of workers that may have different numbers of local steps.
 
         Who leaves the block goes on taking part in the others' means, with weight 0, until all have
-        left; then all hold the workers' mean, weighted by the samples (else local steps) they had
-        in the block. Leaving it by an exception communicates nothing.
+        left; then all hold the workers' mean, weighted by the samples (else local steps) they had in
+        the block. Leaving it by an exception communicates nothing.
         """
-        return self._levels.join()
+        return self._rounds.join()
 
     @contextlib.contextmanager
     def averaged(self, module: torch.nn.Module | None = None) -> Iterator[None]:
-        """Within the `with` block parameters are the workers' mean, for evaluation and saving; then
-        local again.
+        """Within the `with` block parameters are the workers' mean; then local again.
 
-        Entering is collective and blocks; rounds in flight go on untouched.
+        For evaluation and saving. Entering is collective and blocks; rounds in flight go on untouched.
 
         Args:
             module: its floating-point buffers (batch-norm statistics) are averaged too.
         """
-        with evaluation.averaged(self._engine, module):
+        with evaluation.averaged(self.engine, module):
             yield
 
     def consensus_distance(self) -> float:
@@ -244,92 +262,155 @@ class AveragingOptimizer(Face):
 
         Collective, blocks.
         """
-        return evaluation.consensus_distance(self._engine)
+        return evaluation.consensus_distance(self.engine)
 
     def stats(self) -> dict[str, float]:
         """What this worker measured so far; costs nothing but reading.
 
-        Returns: `steps`, `tau` (the present one), `syncs` (merged fragments); `exposed_s` (seconds
-        the computation waited for communication), `hidden_s` (seconds of communication beside it),
-        `overhead_s` (forming payloads, coding and merging), `computation_s` (time between the first
-        and the last `average()` less the exposed part), `exposed_share` (exposed / computation),
-        `bytes` (of the payloads: B bytes make each of m workers send 2 (m - 1)/m B on a ring; codes
-        count as the payload that would make it send as much), `staleness` (mean local steps from
-        launch to merge), `quarantined` (payloads of this worker that were not finite).
+        Returns: `steps`, `tau` (the present one), `syncs` (merged fragments); `exposed_s` (seconds the
+            computation waited for communication), `hidden_s` (seconds of communication beside it),
+            `overhead_s` (forming payloads, coding and merging), `computation_s` (time between the first
+            and the last `average()` less the exposed part), `exposed_share` (exposed / computation),
+            `bytes` (of the payloads: B bytes make each of m workers send 2 (m - 1)/m B on a ring; codes
+            count as the payload that would make it send as much), `staleness` (mean local steps from
+            launch to merge), `quarantined` (payloads of this worker that were not finite).
         """
-        return self._engine.counters.report(self._engine.step, self._engine.tau)
+        engine = self.engine
+        return engine.counters.report(engine.step, engine.clock.tau)
+
+    def close(self) -> None:
+        """Finish or abandon what is in flight and leave the communication groups; twice is fine."""
+        self._rounds.close()
+
+    # ---- saving and resuming ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state dict with one key more: "distoptim", all of this worker's
-        rounds.
+        """The inner optimizer's state dict with one key more, "distoptim": this worker's rounds.
 
-        Each worker saves its own. What is in flight is waited for and saved as its mean, so a
-        resumed run is bit-equal to one that never stopped. With a codec and more than two workers
-        the others must come to this or to their next `average()` too, for the second stage of a
-        coded mean.
+        Each worker saves its own. What is in flight is waited for and saved as its mean, so a resumed
+        run is bit-equal to one that never stopped. With a codec and more than two workers the others
+        must come to this or to their next `average()` too, for the second stage of a coded mean.
         """
-        return {**self.inner.state_dict(), "distoptim": self._levels.save()}
+        for pre in self._optimizer_state_dict_pre_hooks.values():
+            pre(self)
+        state = {**self.inner.state_dict(), "distoptim": checkpoint.save(self._rounds)}
+        for post in self._optimizer_state_dict_post_hooks.values():
+            state = post(self, state) or state
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict()`; load the model first. A plain optimizer's state dict starts a
-        new run.
+        """Resume from `state_dict()`; load the model first. A plain optimizer's starts a new run.
 
-        Collective: all workers load, each what it saved. Where a failure has left them a round
-            apart, all go on from
-        the one that is furthest: from its anchor, if there is one. After a failure or `close()`
-            nobody is asked.
+        Collective: all workers load, each what it saved. Where a failure has left them a round apart,
+        all go on from the one that is furthest: from its anchor, if there is one. After a failure or
+        `close()` nobody is asked.
 
         Raises:
             ValueError: it is of another algorithm or of other parameters, or a plain optimizer's on
                 some workers only.
         """
-        inner = dict(state_dict)
-        ours = inner.pop("distoptim", None)
+        state = dict(state_dict)
+        for pre in self._optimizer_load_state_dict_pre_hooks.values():
+            state = pre(self, state) or state
+        ours = state.pop("distoptim", None)
         if ours is not None:
-            checkpoint.check(self._engine, ours)
+            ours = checkpoint.understood(ours)
+            checkpoint.check(self.engine, ours)
         # A mean on its way still writes into its buffer.
-        self._engine.settle()
-        if self._engine.failure is None:
+        self.engine.settle()
+        if self.engine.reducer.failure is None:
             params, _ = trainable(self.inner.param_groups)
-            ours = handshake.reunite(self._communicator, params, ours)
-        self.inner.load_state_dict(inner)
+            ours = membership.catch_up(self._communicator, params, ours)
+        self.inner.load_state_dict(state)
         if ours is not None:
-            self._levels.load(ours)
+            self._rounds.load_state_dict(ours)
         else:
-            self._build_engine()
-
-    def close(self) -> None:
-        """Finish or abandon what is in flight and leave the communication groups; twice is fine."""
-        self._levels.close()
+            self._build(agree=False)
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: the inner optimizer, the configuration and the rounds."""
-        keep = (
-            "inner",
-            "_rule",
-            "_tau",
-            "_delay",
-            "_parts",
-            "_timeout_s",
-            "_average_in_step",
-            "_reset_inner",
-            "_codec",
-            "_communicator",
-            "_inner_groups",
-        )
-        return {**{name: self.__dict__[name] for name in keep}, "saved": self._levels.save()}
+        """For pickle and deepcopy: the inner optimizer, the settings and the rounds."""
+        keep = ("inner", "_rule", "_settings", "_parts", "_communicator", "_levels")
+        kept = {name: self.__dict__[name] for name in keep}
+        return {**kept, "saved": checkpoint.save(self._rounds)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the engine around the copied parameters, without talking to anybody."""
         saved = state.pop("saved")
+        super().__init__([{"params": []}], state["inner"].defaults)
         self.__dict__.update(state)
-        self._build_engine()
-        self._levels.load(saved)
-        self._face()
+        self._build(agree=False)
+        self._rounds.load_state_dict(saved)
+
+    # ---- what stays the inner optimizer's ---------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the anchors were cut at construction.
+
+        Raises:
+            ValueError: always, once the optimizer is made.
+        """
+        params = param_group["params"]
+        if not isinstance(params, list) or params:
+            raise ValueError(
+                "the parameters of a distoptim optimizer are fixed at construction; make a new one"
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients."""
+        self.inner.zero_grad(set_to_none)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's own, so that schedulers work in any order."""
+        return self.inner.param_groups if "inner" in self.__dict__ else []
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        # torch's constructor sets them before there is an inner optimizer.
+        if "inner" in self.__dict__:
+            self.inner.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's own."""
+        return self.inner.state if "inner" in self.__dict__ else {}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if "inner" in self.__dict__:
+            self.inner.state = value
 
     def _lr(self, group: int) -> float:
-        return float(self.inner.param_groups[group]["lr"])
+        lr = self.inner.param_groups[group].get("lr")
+        # Optimizers without one (relative steps): any constant says that it did not change.
+        return 1.0 if lr is None else float(lr)
 
     def _forget(self, params: Sequence[Tensor]) -> None:
         for p in params:
             self.inner.state.pop(p, None)
+
+
+def average_together(
+    optimizers: Sequence[AveragingOptimizer],
+    *,
+    losses: Sequence[Tensor | float] | None = None,
+    before_launch: Callable[[], object] | None = None,
+) -> None:
+    """`average()` of several virtual workers of one process, in lockstep.
+
+    Called one after the other they would wait for each other for ever.
+
+    Args:
+        optimizers: of all workers, without levels.
+        losses: of this step, worker by worker, for a period that follows them.
+        before_launch: called between merges and launches.
+
+    Raises:
+        CommunicationError: as `AveragingOptimizer.average`.
+    """
+    engines = [optimizer.engine for optimizer in optimizers]
+    for engine, loss in zip(engines, losses or (), strict=False):
+        engine.clock.report(loss)
+    tick_together(engines, before_launch=before_launch)

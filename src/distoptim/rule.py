@@ -1,15 +1,18 @@
-"""What an algorithm has to say.
+"""What an algorithm has to say: what a worker sends, and how the finished mean meets its parameters.
 
-What a worker sends, and how the finished mean meets its parameters.
+x is a worker's local parameters, z the anchor (one identical copy on every worker), mean the mean over
+the workers of what was sent. A rule knows neither steps nor processes, so it runs unchanged with real
+workers, with virtual ones, and alone.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 
@@ -39,20 +42,23 @@ class State:
     """
 
 
+@dataclass(frozen=True)
 class Rule(ABC):
     """What a worker sends, and how the finished mean meets the local parameters.
 
-    Subclasses are frozen dataclasses: their fields are part of what all workers must agree on.
+    Subclasses are final frozen dataclasses: all workers must agree on their fields.
     """
 
     def facts(self) -> dict[str, object]:
-        """The fields, those that are called as text.
-
-        Functions cannot be sent, nor compared between processes.
-        """
-        return {
-            name: repr(value) if callable(value) else value for name, value in vars(self).items()
-        }
+        """The fields by name, as plain data; those of a part, such as an outer step, one by one."""
+        out: dict[str, object] = {}
+        for name, value in vars(self).items():
+            if dataclasses.is_dataclass(value):
+                parts = [f.name for f in dataclasses.fields(value) if f.compare]
+                out.update({f"{name}_{part}": getattr(value, part) for part in parts})
+            else:
+                out[name] = value
+        return out
 
     def start(self, fragment: Fragment) -> State:
         """The state before the first step; all workers hold equal parameters then."""
@@ -62,19 +68,81 @@ class Rule(ABC):
         """Write what the worker sends: out <- x unless overridden."""
         fragment.read(out)
 
-    def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:  # noqa: B027  # optional, not abstract
-        """What is to be done with the payload before it leaves; nothing unless overridden."""
+    def sent(self, fragment: Fragment, state: State, sent: Flat) -> None:  # noqa: B027  # optional
+        """Act once more on the payload, or on x, before it leaves; nothing unless overridden.
+
+        The last element of `sent` is 1, or 0 where the payload was not finite and does not count.
+        """
 
     @abstractmethod
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """Combine the finished mean with the state and the local parameters."""
 
-    def fallback(self, state: State) -> Flat | None:
-        """Where a worker with parameters that are not finite goes back to.
+    def abandoned(self, fragment: Fragment, state: State) -> None:  # noqa: B027  # optional
+        """A launch whose mean never came: leave x and state such that the next launch is right.
 
-        None if the merge overwrites them.
+        Nothing unless overridden: right for every rule that leaves x alone at the launch.
         """
-        return None
+
+    def shared(self, state: State) -> Mapping[str, Any]:
+        """The fields of the state that are equal on all workers, by name; an anchor is "anchor"."""
+        return {}
+
+    def fallback(self, state: State) -> Flat | None:
+        """Where a worker whose parameters are not finite goes back to: the anchor, if there is one.
+
+        None if the merge overwrites the parameters anyway.
+        """
+        anchor = self.shared(state).get("anchor")
+        return anchor if isinstance(anchor, Flat) else None
+
+
+@dataclass
+class Sent(State):
+    """What was sent, which the mean replaces in the communication buffer."""
+
+    sent: Flat
+
+
+@final
+@dataclass(frozen=True)
+class Average(Rule):
+    """x <- mean where no local step lies between launch and merge, else x <- x + (mean - sent).
+
+    The second form keeps the steps made meanwhile, and the workers' mean on Local SGD's trajectory at
+    any delay. The first is also what groups of neighbours and the synchronous phase of `PostLocal` do.
+
+    Args:
+        carry: whether there are such steps, so that what was sent must be remembered.
+    """
+
+    carry: bool
+
+    def start(self, fragment: Fragment) -> State:
+        """The start as what was sent, or nothing."""
+        if not self.carry:
+            return State()
+        state = Sent(fragment.flat())
+        fragment.read(state.sent)
+        return state
+
+    def sent(self, fragment: Fragment, state: State, sent: Flat) -> None:
+        """Remember what was sent."""
+        # Not by the state alone: in the synchronous phase of `PostLocal` it is another rule's.
+        if self.carry and isinstance(state, Sent):
+            state.sent.tensor.copy_(sent.tensor[: fragment.numel])
+
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """x <- mean, or x <- x + (mean - sent)."""
+        if self.carry and isinstance(state, Sent):
+            mean.flat.tensor[: fragment.numel].sub_(state.sent.tensor)
+            fragment.add(mean.flat)
+        else:
+            fragment.write(mean.flat)
+
+    def fallback(self, state: State) -> Flat | None:
+        """What was sent last."""
+        return state.sent if self.carry and isinstance(state, Sent) else None
 
 
 def save(state: State) -> dict[str, Any]:
@@ -82,36 +150,38 @@ def save(state: State) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in vars(state).items():
         if isinstance(value, Flat):
-            value = value.tensor
+            out[name] = value.tensor
         elif isinstance(value, torch.optim.Optimizer):
-            value = value.state_dict()
-        out[name] = value
+            out[name] = value.state_dict()
+        else:
+            out[name] = value
     return out
 
 
-def layout(saved: dict[str, Any]) -> dict[str, str]:
-    """Of a saved state, the fields and whether they hold memory (a tensor, an optimizer's state) or plain data."""
-    return {
-        name: "memory" if isinstance(value, torch.Tensor | dict) else "data"
-        for name, value in saved.items()
-    }
+def load(state: State, saved: Mapping[str, Any]) -> None:
+    """Put saved values into a state of the same layout, tensors in place.
 
-
-def load(state: State, saved: dict[str, Any]) -> None:
-    """Put saved values of the same layout into a state, tensors in place.
-
-    Hyperparameters stay the state's own.
+    Hyperparameters of an outer optimizer stay the state's own.
     """
     for name, value in vars(state).items():
+        if name not in saved:
+            continue
         if isinstance(value, Flat):
             value.tensor.copy_(saved[name])
         elif isinstance(value, torch.optim.Optimizer):
             # A copy, since torch would keep the saved tensors themselves.
-            value.load_state_dict(
-                {
-                    "state": copy.deepcopy(saved[name]["state"]),
-                    "param_groups": value.state_dict()["param_groups"],
-                }
-            )
+            own = value.state_dict()
+            value.load_state_dict({**own, "state": copy.deepcopy(saved[name]["state"])})
         else:
             setattr(state, name, saved[name])
+
+
+def layout(saved: Mapping[str, Any]) -> dict[str, str]:
+    """Of a saved state, the fields and whether they hold memory or plain data.
+
+    Memory is a tensor or an optimizer's state.
+    """
+    return {
+        name: "memory" if isinstance(value, torch.Tensor | dict) else "data"
+        for name, value in saved.items()
+    }

@@ -33,9 +33,7 @@ def _survive(rank, victim, signal_number, name, timeout_s):
     if rank == victim:
         os.kill(os.getpid(), signal_number)
     anchors = [
-        slot.state.anchor.tensor
-        for slot in optimizer._engine.slots
-        if hasattr(slot.state, "anchor")
+        sync.state.anchor.tensor for sync in optimizer.engine.syncs if hasattr(sync.state, "anchor")
     ]
     with pytest.raises(CommunicationError) as caught:
         train(optimizer, params, 3 * TAU, rank)
@@ -143,7 +141,7 @@ if me:
         params[0].grad = torch.ones_like(params[0])
         optimizer.step()
         optimizer.average()
-    assert optimizer._engine.slots[0].flight is not None
+    assert optimizer.engine.syncs[0].pending is not None
     if "close" in way:
         optimizer.close()
     if "destroy" in way:

@@ -262,7 +262,7 @@ def _apart(rank):
         loaded = whole(model)
         train(model, optimizer, rank // 2, rank % 2, steps=4)
         with optimizer.averaged(model):
-            out.append((optimizer._engine.step, loaded, whole(model)))
+            out.append((optimizer.engine.step, loaded, whole(model)))
         optimizer.close()
     return out
 

@@ -84,7 +84,7 @@ def test_payloads_weigh_their_samples():
     reference = Cluster(partial(LocalSGD, tau=100, lr=0.1), [toy.start()] * toy.WORKERS)
     for _ in range(2):
         for rank, optimizer in enumerate(group.optimizers):
-            optimizer._engine.pace.report(None, rank + 1)
+            optimizer.engine.weights.report(rank + 1)
         group.step(toy.gradient)
         reference.step(toy.gradient)
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
@@ -100,7 +100,7 @@ def test_equal_samples_are_no_samples(name):
     for _ in range(3 * toy.TAU):
         plain.step(toy.gradient)
         for optimizer in weighted.optimizers:
-            optimizer._engine.pace.report(None, 32)
+            optimizer.engine.weights.report(32)
         weighted.step(toy.gradient)
     torch.testing.assert_close(weighted.x(), plain.x(), rtol=0, atol=1e-12)
 
@@ -108,7 +108,7 @@ def test_equal_samples_are_no_samples(name):
 def test_a_worker_without_samples_counts_nothing():
     group = Cluster(partial(LocalSGD, tau=1, lr=0.1), [toy.start()] * toy.WORKERS)
     for rank, optimizer in enumerate(group.optimizers):
-        optimizer._engine.pace.report(None, float(rank == 2))
+        optimizer.engine.weights.report(float(rank == 2))
     expected = [p - 0.1 * g for p, g in zip(toy.start(), toy.gradient(2, toy.start()), strict=True)]
     group.step(toy.gradient)
     torch.testing.assert_close(
@@ -124,11 +124,11 @@ def test_with_another_number_of_workers_samples_are_counted_anew():
             optimizer.load_state_dict(group.optimizers[0].state_dict())
         for _ in range(steps):
             for rank, optimizer in enumerate(cluster.optimizers):
-                optimizer._engine.pace.report(None, 10 - rank)
+                optimizer.engine.weights.report(10 - rank)
             cluster.step(toy.gradient)
     # The weights are the samples of two local steps, 20 and 18, not those less what was made
     # before.
-    assert smaller.optimizers[0]._engine.slots[0].samples == 20
+    assert smaller.optimizers[0].engine.syncs[0].samples == 20
     plain = Cluster(partial(LocalSGD, tau=9, lr=0.1), [toy.start()] * 2).run(2, toy.gradient)[-1]
     torch.testing.assert_close(
         smaller.x()[0], (20 * plain[0] + 18 * plain[1]) / 38, rtol=0, atol=1e-12
@@ -170,6 +170,6 @@ def test_samples_on_some_steps_only_are_refused_after_a_resume():
 
 def test_samples_on_some_workers_only_are_refused_by_the_others():
     group = Cluster(partial(LocalSGD, tau=1, lr=0.1), [toy.start()] * toy.WORKERS)
-    group.optimizers[0]._engine.pace.report(None, 32)
+    group.optimizers[0].engine.weights.report(32)
     with pytest.raises(ValueError, match="another worker calls average"):
         group.step(toy.gradient)

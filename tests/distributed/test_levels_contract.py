@@ -79,7 +79,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def memory(optimizer: Any, *, own: bool) -> Tensor:
     """The algorithm's states: the workers' own parts of them, or the rest."""
-    saved = [rule.save(slot.state) for slot in optimizer._engine.slots]
+    saved = [rule.save(sync.state) for sync in optimizer.engine.syncs]
     parts = [
         tensors({name: value for name, value in state.items() if (name in OWN) == own})
         for state in saved
@@ -139,7 +139,7 @@ class Worker:
                     file,
                 )
                 saved[step] = file.getvalue()
-        optimizer._engine.settle()
+        optimizer.engine.settle()
         sent = torch.cat([torch.zeros(0), *self.communicator.sent])
         return {
             "x": torch.stack(found.pop("x")),
@@ -199,7 +199,7 @@ def by_definition(make: Any, levels: dict[int, list[list[int]]]) -> Tensor:
     """
     workers = Cluster(make, [toy.start()] * toy.WORKERS)
     fragments = [
-        [slot.fragment for slot in optimizer._engine.slots] for optimizer in workers.optimizers
+        [sync.fragment for sync in optimizer.engine.syncs] for optimizer in workers.optimizers
     ]
     out = []
     for step in range(1, STEPS + 1):

@@ -46,8 +46,8 @@ def _start(rank):
         out[name] = (
             [float(p.mean()) for p in params],
             [
-                slot.buffer.tensor[:-1].mean().item() if slot.flight else None
-                for slot in optimizer._engine.slots
+                sync.buffer.tensor[:-1].mean().item() if sync.pending else None
+                for sync in optimizer.engine.syncs
             ],
         )
         optimizer.close()
@@ -248,7 +248,7 @@ def _flush(rank):
         optimizer = make(params, lr=0.1, communicator=communicator, tau=TAU)
         train(optimizer, params, TAU + 1, rank)
         optimizer.flush()
-        x, state = float(params[0][0]), optimizer._engine.slots[0].state
+        x, state = float(params[0][0]), optimizer.engine.syncs[0].state
         anchor = state.anchor.tensor.clone() if hasattr(state, "anchor") else None
         train(optimizer, params, 2 * TAU, rank)
         out[name] = x, anchor, float(params[0][0]), optimizer.stats()["syncs"]

@@ -11,7 +11,7 @@ import torch
 
 import distoptim
 from distoptim import ALGORITHMS
-from distoptim.algorithms.rules import Anchored
+from distoptim.algorithms.anchor import Anchored
 from distoptim.testing.processes import run
 from tests.distributed.test_process_group import parameters, train
 
@@ -32,15 +32,15 @@ def _saved(optimizer, params):
 def _memory(optimizer):
     """What all workers must share: anchors, outer states, the references of codes."""
     out = []
-    for slot in optimizer._engine.slots:
-        if isinstance(slot.state, Anchored):
-            out.append(slot.state.anchor.tensor)
-            if slot.state.outer is not None:
+    for sync in optimizer.engine.syncs:
+        if isinstance(sync.state, Anchored):
+            out.append(sync.state.anchor.tensor)
+            if sync.state.outer is not None:
                 out += [
-                    value for state in slot.state.outer.state.values() for value in state.values()
+                    value for state in sync.state.outer.state.values() for value in state.values()
                 ]
-        if slot.coder is not None:
-            out.append(slot.coder.reference)
+        if sync.compressed is not None:
+            out.append(sync.compressed.reference)
     return [x.clone() for x in out if isinstance(x, torch.Tensor)]
 
 
@@ -67,8 +67,8 @@ def _apart(rank, name):
     loaded = {
         "x": [p.detach().clone() for p in params],
         "memory": _memory(optimizer),
-        "step": optimizer._engine.step,
-        "anchored": isinstance(optimizer._engine.slots[0].state, Anchored),
+        "step": optimizer.engine.step,
+        "anchored": isinstance(optimizer.engine.syncs[0].state, Anchored),
     }
     train(optimizer, params, 3 * TAU, rank)
     optimizer.flush()

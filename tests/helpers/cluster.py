@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distoptim import AveragingOptimizer
+from distoptim.optimizer import average_together
 from distoptim.simulator import Fabric, VirtualCommunicator
 
 Gradient = Callable[[int, list[Tensor]], list[Tensor]]
@@ -55,19 +56,7 @@ class Cluster:
             optimizer.zero_grad()
 
     def average(self, before_launch: Callable[[], object] = lambda: None) -> None:
-        engines = [o._engine for o in self.optimizers]
-        for e in engines:
-            e.count()
-        for e in engines:
-            e.finish_due()
-        before_launch()
-        for e in engines:
-            e.launch_due()
-        for e in engines:
-            e.poll()
-        if engines[0].delay == 0:
-            for e in engines:
-                e.finish_due()
+        average_together(self.optimizers, before_launch=before_launch)
 
     def run(self, steps: int, gradient: Gradient) -> Tensor:
         """[steps, workers, dimension]: x after each of the next steps."""
@@ -86,9 +75,9 @@ class Cluster:
     def anchors(self) -> list[Tensor]:
         """Rank -> the anchors of all its fragments."""
         return [
-            torch.cat([slot.state.anchor.tensor for slot in o._engine.slots])
+            torch.cat([sync.state.anchor.tensor for sync in o.engine.syncs])
             for o in self.optimizers
         ]
 
     def has_anchor(self) -> bool:
-        return hasattr(self.optimizers[0]._engine.slots[0].state, "anchor")
+        return hasattr(self.optimizers[0].engine.syncs[0].state, "anchor")

@@ -75,7 +75,7 @@ def test_dtype_is_kept(make, dtype):
     assert not torch.equal(x, start)
     # Half precision is averaged in single.
     assert all(
-        slot.buffer.tensor.dtype == torch.float32 for slot in workers.optimizers[0]._engine.slots
+        sync.buffer.tensor.dtype == torch.float32 for sync in workers.optimizers[0].engine.syncs
     )
 
 
@@ -152,10 +152,12 @@ def test_what_all_algorithms_take_resumes_in_flight_bit_equally(name, option):
 
     def go(workers, stop):
         out = []
-        for step in range(workers.optimizers[0]._engine.step, stop):
+        for step in range(workers.optimizers[0].engine.step, stop):
             for rank, optimizer in enumerate(workers.optimizers):
                 samples = 1.0 + rank * (step % 3) if option == "samples" else None
-                optimizer._engine.pace.report(2.0**-step, samples)
+                optimizer.engine.clock.report(2.0**-step)
+                if samples is not None:
+                    optimizer.engine.weights.report(samples)
             workers.step(toy.gradient)
             out.append(workers.x())
         return out
@@ -193,22 +195,22 @@ def test_counters_are_exact(make):
     """One launch a round and fragment, each of the parameters and one element more for the worker's weight."""
     workers = cluster(make)
     optimizer = workers.optimizers[0]
-    engine = optimizer._engine
+    engine = optimizer.engine
     for step in range(1, 3 * toy.TAU + 1):
         workers.step(toy.gradient)
         launches = merges = nbytes = 0
-        for slot in engine.slots:
-            first = slot.fragment.offset_at(toy.TAU) or toy.TAU
+        for sync in engine.syncs:
+            first = sync.fragment.offset_at(toy.TAU) or toy.TAU
             launched = list(range(first, step + 1, toy.TAU))
             launches += len(launched)
-            nbytes += len(launched) * (slot.fragment.numel + 1) * 8
+            nbytes += len(launched) * (sync.fragment.numel + 1) * 8
             # At delay = tau the start counts as sent before.
-            known = [first - toy.TAU] if engine.delay == toy.TAU else []
-            merges += sum(t + engine.delay <= step for t in known + launched)
+            known = [first - toy.TAU] if engine.clock.delay == toy.TAU else []
+            merges += sum(t + engine.clock.delay <= step for t in known + launched)
         stats = optimizer.stats()
         assert (stats["steps"], stats["syncs"], stats["bytes"]) == (step, merges, nbytes)
-        assert stats["staleness"] == (engine.delay if merges else 0)
-    assert launches == 3 * len(engine.slots)
+        assert stats["staleness"] == (engine.clock.delay if merges else 0)
+    assert launches == 3 * len(engine.syncs)
 
 
 @pytest.mark.parametrize("delay", [0, 1, toy.TAU])
@@ -222,7 +224,7 @@ def test_fragments_are_launched_at_their_own_steps(delay):
     launched = {0: [], 1: [], 2: []}
     for step in range(1, 3 * toy.TAU + 1):
         workers.step(toy.gradient)
-        for i, slot in enumerate(workers.optimizers[0]._engine.slots):
-            if slot.launched == step:
+        for i, sync in enumerate(workers.optimizers[0].engine.syncs):
+            if sync.launched == step:
                 launched[i].append(step)
     assert launched == {0: [3, 6, 9], 1: [1, 4, 7], 2: [2, 5, 8]}

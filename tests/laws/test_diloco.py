@@ -249,7 +249,7 @@ def test_the_outer_state_is_bit_equal_on_all_ranks(name):
     for _ in range(3 * toy.TAU):
         workers.step(toy.gradient)
         first, *others = [
-            [shared(slot.state) for slot in o._engine.slots] for o in workers.optimizers
+            [shared(sync.state) for sync in o.engine.syncs] for o in workers.optimizers
         ]
         for other in others:
             for a, b in zip(first, other, strict=True):
@@ -275,11 +275,11 @@ def test_fragments_are_launched_and_merged_in_one_order_on_all_ranks():
     orders, most = [], 0
     for _ in range(12):
         workers.step(toy.gradient)
-        orders.append([[slot.index for slot in o._engine._flying] for o in workers.optimizers])
+        orders.append([[sync.index for sync in o.engine._in_flight] for o in workers.optimizers])
         most = max(most, len(orders[-1][0]))
     assert most == 2
     assert all(order == ranks[0] for ranks in orders for order in ranks)
-    launched = [[slot.launched for slot in o._engine.slots] for o in workers.optimizers]
+    launched = [[sync.launched for sync in o.engine.syncs] for o in workers.optimizers]
     assert launched == [[12, 9, 10]] * toy.WORKERS
 
 
@@ -290,11 +290,11 @@ def test_messages_of_one_step_leave_in_one_order_on_all_ranks():
     left = [[] for _ in workers.optimizers]
     for order, o in zip(left, workers.optimizers, strict=True):
 
-        def launch(buffer, *args, order=order, launch=o._engine.communicator.all_reduce, **options):
+        def launch(buffer, *args, order=order, launch=o.engine.communicator.all_reduce, **options):
             order.append(buffer.dtype)
             return launch(buffer, *args, **options)
 
-        o._engine.communicator.all_reduce = launch
+        o.engine.communicator.all_reduce = launch
     workers.run(4, toy.gradient)
     assert left == [[torch.float64, torch.float32] * 2] * toy.WORKERS
 
@@ -306,8 +306,8 @@ def test_a_tau_that_the_fragments_do_not_divide_keeps_every_period_exact():
     launches = [[], [], []]
     for step in range(1, 13):
         workers.step(toy.gradient)
-        for i, slot in enumerate(workers.optimizers[0]._engine.slots):
-            if slot.launched == step:
+        for i, sync in enumerate(workers.optimizers[0].engine.syncs):
+            if sync.launched == step:
                 launches[i].append(step)
     assert launches == [[4, 8, 12], [1, 5, 9], [2, 6, 10]]
 
@@ -317,7 +317,7 @@ def test_workers_with_other_outer_optimizers_are_refused():
     facts = [
         toy.alone(
             DiLoCo, [torch.nn.Parameter(torch.zeros(2))], tau=TAU, outer=factory
-        )._rule.facts()["outer"]
+        ).engine.rule.facts()["outer_settings"]
         for factory in (
             lambda a: torch.optim.Adam(a, lr=0.1),
             partial(torch.optim.Adam, lr=0.1),

@@ -91,7 +91,7 @@ def test_a_copy_goes_on_bit_equally(make, period, how):
     expected = Cluster(make, [toy.start()] * toy.WORKERS).run(16, toy.gradient)
     workers = Cluster(make, [toy.start()] * toy.WORKERS)
     for step in (1, 4, 5, 7):
-        workers.run(step - workers.optimizers[0]._engine.step, toy.gradient)
+        workers.run(step - workers.optimizers[0].engine.step, toy.gradient)
         rest = COPIES[how](make, workers).run(16 - step, toy.gradient)
         assert torch.equal(rest, expected[step:]), f"saved after step {step}"
 
@@ -246,9 +246,9 @@ def test_the_mean_loss_of_the_workers_counts():
     for step in range(12):
         assert {o.stats()["tau"] for o in workers.optimizers} == {4}
         for rank, optimizer in enumerate(workers.optimizers):
-            optimizer._engine.pace.report((rank + 1) * (4.0 if step < 4 else 1.0), None)
+            optimizer.engine.clock.report((rank + 1) * (4.0 if step < 4 else 1.0))
         workers.average()
-    assert {o._engine.pace.memory["loss0"] for o in workers.optimizers} == {10.0}
+    assert {o.engine.clock.memory["loss0"] for o in workers.optimizers} == {10.0}
     assert {o.stats()["tau"] for o in workers.optimizers} == {2}
 
 
@@ -307,5 +307,5 @@ def test_a_mapping_is_a_schedule():
                 seen.append(optimizer.stats()["tau"])
             assert seen[0] == 2
             assert seen[-1] == 4
-        assert short._engine.pace.period == plain._engine.pace.period
+        assert short.engine.clock.period == plain.engine.clock.period
         short.load_state_dict(plain.state_dict())

@@ -77,19 +77,19 @@ def test_it_goes_back_to_the_anchor(make):
         workers.step(
             sick(math.nan), before_launch=lambda: before.append(workers.anchors()[SICK].clone())
         )
-    engine = workers.optimizers[SICK]._engine
+    engine = workers.optimizers[SICK].engine
     expected = before[0]
-    if engine.delay == 0 and make.func is not EASGD:
+    if engine.clock.delay == 0 and make.func is not EASGD:
         # Where the mean of the others has pulled it meanwhile.
         expected = expected.lerp(
             workers.anchors()[SICK], getattr(engine.rule, "alpha", 1.0)
         )  # CO2 adopts the anchor
-    if engine.delay and hasattr(engine.slots[0].state, "own"):
+    if engine.clock.delay and hasattr(engine.syncs[0].state, "own"):
         # Eager DiLoCo: less its share of what its own momentum does without it.
         expected = expected - (
-            engine.slots[0].state.own.tensor
-            * engine.rule.outer_lr
-            * engine.rule.outer_momentum
+            engine.syncs[0].state.own.tensor
+            * engine.rule.outer.lr
+            * engine.rule.outer.momentum
             / toy.WORKERS
         )
     torch.testing.assert_close(workers.x()[SICK], expected, rtol=0, atol=1e-12)
@@ -116,7 +116,7 @@ def test_the_others_go_on_as_if_it_had_sent_their_mean(make):
     fall_ill(workers)
     expected.step(toy.gradient, before_launch=substitute)
     torch.testing.assert_close(workers.x()[HEALTHY], expected.x()[HEALTHY], rtol=0, atol=1e-12)
-    steps = toy.TAU + workers.optimizers[0]._engine.delay - 1
+    steps = toy.TAU + workers.optimizers[0].engine.clock.delay - 1
     torch.testing.assert_close(
         workers.run(steps, toy.gradient)[:, HEALTHY],
         expected.run(steps, toy.gradient)[:, HEALTHY],
@@ -166,24 +166,24 @@ def test_when_nobody_is_finite(name):
     params = parameters(2)
     optimizer = toy.alone(make, params)
     train(optimizer, params, AT - 1)
-    slot = optimizer._engine.slots[0]
-    delay = optimizer._engine.delay
-    anchored = hasattr(slot.state, "anchor")
+    sync = optimizer.engine.syncs[0]
+    delay = optimizer.engine.clock.delay
+    anchored = hasattr(sync.state, "anchor")
     set_gradients(params, math.nan)
     optimizer.step()
     # At a delay the merge of the round before comes first: it is the last that moves the anchor.
     with pytest.warns(QuarantineWarning):  # noqa: PT031  # only one of the two raises at once
         if delay == 0:
-            before = slot.state.anchor.tensor.clone() if anchored else None
+            before = sync.state.anchor.tensor.clone() if anchored else None
             with pytest.raises(FloatingPointError, match="no worker has finite values"):
                 optimizer.average()
         else:
             optimizer.average()
-            before = slot.state.anchor.tensor.clone() if anchored else None
+            before = sync.state.anchor.tensor.clone() if anchored else None
             with pytest.raises(FloatingPointError, match="no worker has finite values"):
                 train(optimizer, params, delay)
     if anchored:
-        assert torch.equal(slot.state.anchor.tensor, before)
+        assert torch.equal(sync.state.anchor.tensor, before)
         assert torch.isfinite(before).all()
     optimizer.state_dict()
     if anchored or delay:

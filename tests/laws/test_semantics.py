@@ -178,7 +178,7 @@ def test_parameters_of_all_kinds(name, fragments):
         cluster.average()
     for optimizer in cluster.optimizers:
         # Tied once, frozen not at all, unused all the same.
-        assert sum(len(slot.fragment.params) for slot in optimizer._engine.slots) == 10
+        assert sum(len(sync.fragment.params) for sync in optimizer.engine.syncs) == 10
     # All elements got the same gradients, so all of one fragment moved by the same amount.
     moved = {n: start[n] - p.detach() for n, p in modules[0].named_parameters()}
     expected = moved["scalar"]
@@ -202,8 +202,8 @@ def test_bfloat16_parameters_have_float32_anchors():
     params = [torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
     optimizer = alone(OverlapLocalSGD, params, tau=1, lr=0.001)
     train(optimizer, params, 3)
-    slot = optimizer._engine.slots[0]
-    assert slot.state.anchor.tensor.dtype == slot.buffer.tensor.dtype == torch.float32
+    sync = optimizer.engine.syncs[0]
+    assert sync.state.anchor.tensor.dtype == sync.buffer.tensor.dtype == torch.float32
     assert params[0].dtype == torch.bfloat16
 
 
@@ -360,7 +360,7 @@ def test_arguments_of_the_original_code():
         nesterov=True,
         weight_decay=1e-4,
     )
-    assert optimizer._rule.outer_momentum == 0.3
+    assert optimizer.engine.rule.outer.momentum == 0.3
 
 
 def test_average_in_step():
@@ -407,14 +407,14 @@ def test_flush_begins_a_new_round(name, at):
     optimizer = alone(ALGORITHMS[name], params, tau=TAU, lr=0.1)
     train(optimizer, params, at)
     optimizer.flush()
-    slot = optimizer._engine.slots[0]
-    assert slot.flight is None
-    assert slot.next_launch == at + TAU
+    sync = optimizer.engine.syncs[0]
+    assert sync.pending is None
+    assert sync.next_launch == at + TAU
     merged = optimizer.stats()["syncs"]
     optimizer.flush()
     assert optimizer.stats()["syncs"] == merged, "nothing is left to average"
     train(optimizer, params, TAU)
-    assert slot.launched == at + TAU
+    assert sync.launched == at + TAU
 
 
 def test_averaged_puts_everything_back_after_an_exception():
@@ -424,7 +424,7 @@ def test_averaged_puts_everything_back_after_an_exception():
         module(torch.randn(4, 2)).sum().backward()
         optimizer.step()
         optimizer.average()
-    flight = optimizer._engine.slots[0].flight
+    pending = optimizer.engine.syncs[0].pending
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(KeyError), optimizer.averaged(module):  # noqa: PT012  # the block is what is tested
         with torch.no_grad():
@@ -434,7 +434,7 @@ def test_averaged_puts_everything_back_after_an_exception():
         raise KeyError
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert optimizer._engine.slots[0].flight is flight
+    assert optimizer.engine.syncs[0].pending is pending
 
 
 def test_nothing_is_trained_inside_averaged():
@@ -575,8 +575,8 @@ def test_resume_at_another_tau(name, fragments, tau):
     new = alone(ALGORITHMS[name], params, tau=tau, lr=0.1, momentum=0.9, fragments=fragments)
     new.load_state_dict(saved)
     assert all(torch.equal(a, b) for a, b in zip(params, old_params, strict=True))
-    for mine, theirs in zip(new._engine.slots, old._engine.slots, strict=True):
-        assert mine.flight is None
+    for mine, theirs in zip(new.engine.syncs, old.engine.syncs, strict=True):
+        assert mine.pending is None
         assert mine.next_launch == TAU + 1 + (mine.fragment.offset_at(tau) or tau)
         if hasattr(mine.state, "anchor"):
             assert torch.equal(mine.state.anchor.tensor, theirs.state.anchor.tensor)
@@ -604,7 +604,7 @@ def test_resume_at_another_number_of_workers(name):
         assert all(torch.equal(six.anchors()[0], other) for other in six.anchors()), (
             "they share nothing"
         )
-    assert six.optimizers[0]._engine.slots[0].launched == TAU + 1 + 2 * TAU
+    assert six.optimizers[0].engine.syncs[0].launched == TAU + 1 + 2 * TAU
 
 
 def test_the_outer_hyperparameters_are_the_constructors():
@@ -612,7 +612,7 @@ def test_the_outer_hyperparameters_are_the_constructors():
     saved = save_and_load(trained(OverlapLocalSGD, outer_momentum=0.7)[0].state_dict())
     optimizer, params = trained(OverlapLocalSGD, outer_momentum=0.2)
     optimizer.load_state_dict(saved)
-    assert optimizer._engine.slots[0].state.outer.param_groups[0]["momentum"] == 0.2
+    assert optimizer.engine.syncs[0].state.outer.param_groups[0]["momentum"] == 0.2
     train(optimizer, params, 2 * TAU)
 
 

@@ -88,7 +88,7 @@ def test_large_models_send_as_many_bytes_as_their_all_reduce_would_with_so_many_
         run = Cluster(
             partial(distoptim.LocalSGD, lr=0.1, tau=1, codec=name), [[torch.zeros(numel)]] * m
         )
-        coder = run.optimizers[0]._engine.slots[0].coder
+        coder = run.optimizers[0].engine.syncs[0].compressed
         assert coder.nbytes == pytest.approx(bits / 8 * numel, rel=3e-3)
         assert coder.nbytes * 2 * (m - 1) / m == pytest.approx(sent_per_mean(name, m, numel))
 
@@ -102,7 +102,7 @@ def test_parts_may_be_empty(numel: int) -> None:
     run = Cluster(
         partial(distoptim.LocalSGD, lr=0.1, tau=1, codec="int8"), [[torch.zeros(numel)]] * 8
     )
-    assert run.optimizers[0]._engine.slots[0].coder.two_stages == (numel > 300)
+    assert run.optimizers[0].engine.syncs[0].compressed.two_stages == (numel > 300)
     target = numbers(numel)
     x = run.run(40, lambda rank, params: [params[0] - target - (rank - 3.5)])[-1]
     assert all(torch.equal(x[0], other) for other in x)
@@ -114,7 +114,7 @@ def test_parts_may_be_empty(numel: int) -> None:
 def test_two_stages_lose_nothing_in_the_sum(name: str, weight: float) -> None:
     """Sum of means + what the parts' owners keep + mean of what the workers keep = sum of the payloads' means."""
     run = cluster(distoptim.LocalSGD, tau=1, codec=f"{name}+ef")
-    coders = [o._engine.slots[0].coder for o in run.optimizers]
+    coders = [o.engine.syncs[0].compressed for o in run.optimizers]
     given, got = torch.zeros(NUMEL), torch.zeros(NUMEL)
     for i in range(20):
         buffers = [torch.zeros(NUMEL + 1) for _ in coders]
@@ -142,7 +142,7 @@ def test_samples_as_weights_scale_out() -> None:
     plain, weighted = (cluster(ALGORITHMS["local"], codec="2bit+ef") for _ in range(2))
     for _ in range(12):
         for optimizer in weighted.optimizers:
-            optimizer._engine.pace.report(None, 16.0 / 3)
+            optimizer.engine.weights.report(16.0 / 3)
         plain.step(gradient)
         weighted.step(gradient)
     torch.testing.assert_close(plain.x(), weighted.x(), rtol=1e-5, atol=1e-5)
@@ -324,7 +324,7 @@ def test_virtual_runs_resume_in_flight_with_codes_at_the_same_time() -> None:
     expected = make()
     for _ in range(8):
         expected.step(loss)
-    assert sum(slot.flight is not None for slot in expected.optimizers[0]._engine.slots) == 2
+    assert sum(sync.pending is not None for sync in expected.optimizers[0].engine.syncs) == 2
     resumed = make()
     resumed.load_state_dict(copy.deepcopy(expected.state_dict()))
     for _ in range(9):
@@ -385,7 +385,7 @@ def whole_path(rank: int) -> dict[str, Any]:
     params = fresh()
     optimizer = distoptim.StreamingDiLoCo(params, **STREAMING)
     steps(optimizer, params, rank, 16)
-    out["in flight"] = sum(slot.flight is not None for slot in optimizer._engine.slots)
+    out["in flight"] = sum(sync.pending is not None for sync in optimizer.engine.syncs)
     saved, at = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
     steps(optimizer, params, rank, 8)
     with optimizer.averaged():
@@ -455,7 +455,7 @@ def test_four_real_workers(backend: str) -> None:
     sampled = Cluster(partial(distoptim.BMUF, **FULL), [START] * 4)
     for _ in range(8):
         for rank, optimizer in enumerate(sampled.optimizers):
-            optimizer._engine.pace.report(None, rank + 1.0)
+            optimizer.engine.weights.report(rank + 1.0)
         sampled.step(gradient)
     for rank, result in enumerate(results):
         assert result["bytes"] == 3 * sent_per_mean("int8", 4)

@@ -280,7 +280,7 @@ def test_fragments_that_do_not_cut_the_parameters(parts):
 def test_fragments_as_modules():
     model = torch.nn.Sequential(*(torch.nn.Linear(1, k) for k in (1, 2, 3)))
     optimizer = alone(StreamingDiLoCo, model.parameters(), tau=4, fragments=[model[0::2], model[1]])
-    assert [slot.fragment.numel for slot in optimizer._engine.slots] == [2 + 6, 4]
+    assert [sync.fragment.numel for sync in optimizer.engine.syncs] == [2 + 6, 4]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_fragments_as_modules():
 def test_fragments_by_pattern(pattern, sizes):
     params = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 2, 3, 4, 5)]
     optimizer = alone(LocalSGD, params, tau=4, fragments=2, pattern=pattern)
-    assert [slot.fragment.numel for slot in optimizer._engine.slots] == sizes
+    assert [sync.fragment.numel for sync in optimizer.engine.syncs] == sizes
 
 
 def test_patterns_that_do_not_exist_or_do_not_fit():
@@ -304,7 +304,7 @@ def test_fragments_by_hand():
     a, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 3))
     optimizer = alone(LocalSGD, [a, b], tau=4, fragments=[[b], [a]])
     assert [
-        (slot.fragment.numel, slot.fragment.offset_at(5)) for slot in optimizer._engine.slots
+        (sync.fragment.numel, sync.fragment.offset_at(5)) for sync in optimizer.engine.syncs
     ] == [(3, 0), (2, 2)]
 
 

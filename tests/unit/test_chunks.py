@@ -1,4 +1,4 @@
-"""Work in pieces.
+"""Work in chunks.
 
 Every element once, beside its counterpart, and algorithms with the same numbers as in one.
 """
@@ -12,8 +12,8 @@ import torch
 
 from distoptim import CO2
 from distoptim import chunks as module
-from distoptim.algorithms import penalised
-from distoptim.chunks import pieces
+from distoptim.algorithms import co2
+from distoptim.chunks import chunked
 from tests.helpers import toy
 from tests.helpers.cluster import Cluster
 
@@ -22,7 +22,7 @@ MAKERS = toy.variants(fragments=(1,))
 
 @pytest.fixture
 def cut(monkeypatch):
-    """Pieces of at most two numbers where rows allow it."""
+    """Chunks of at most two numbers where rows allow it."""
     monkeypatch.setattr(module, "CHUNK", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
@@ -42,9 +42,9 @@ def cut(monkeypatch):
     ],
     ids=lambda x: str((list(x.shape), x.stride())),
 )
-def test_every_element_is_in_one_piece_with_its_counterpart(cut, x):
+def test_every_element_is_in_one_chunk_with_its_counterpart(cut, x):
     other = torch.arange(100, 100 + x.numel()).view(x.shape)
-    found = list(pieces(x, other))
+    found = list(chunked(x, other))
     assert [a.shape for a, _ in found] == [b.shape for _, b in found]
     pairs = [
         pair
@@ -56,21 +56,21 @@ def test_every_element_is_in_one_piece_with_its_counterpart(cut, x):
     )
 
 
-def test_pieces_are_small_views_of_consecutive_memory(cut):
+def test_chunks_are_small_views_of_consecutive_memory(cut):
     x = torch.zeros(3, 2, 1, 1).to(memory_format=torch.channels_last)
-    found = [part for (part,) in pieces(x)]
+    found = [part for (part,) in chunked(x)]
     assert [part.data_ptr() - x.data_ptr() for part in found] == [0, 8, 16]
     assert [part.numel() for part in found] == [2, 2, 2]
 
 
 def test_what_is_small_is_whole():
     x = torch.zeros(1000)
-    assert [part.data_ptr() for (part,) in pieces(x)] == [x.data_ptr()]
+    assert [part.data_ptr() for (part,) in chunked(x)] == [x.data_ptr()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MAKERS)
-def test_no_algorithm_sees_the_pieces(name, dtype, request):
+def test_no_algorithm_sees_the_chunked(name, dtype, request):
     def trajectory():
         workers = Cluster(MAKERS[name], [toy.start(dtype)] * toy.WORKERS)
         return workers.run(4 * toy.TAU, toy.gradient)
@@ -89,7 +89,7 @@ def test_no_algorithm_sees_the_pieces(name, dtype, request):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_co2_moves_alike_whatever_the_number_of_threads(monkeypatch, dtype):
     found = []
-    for file in (module, penalised):
+    for file in (module, co2):
         monkeypatch.setattr(file, "CHUNK", 2)
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

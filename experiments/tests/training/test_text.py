@@ -112,7 +112,7 @@ def test_fragments_can_be_asked_for(folder):
         Machines(),
         threads=1,
     )
-    assert len(made.cluster.optimizers[0]._engine.slots) == 2
+    assert len(made.cluster.optimizers[0].engine.syncs) == 2
 
 
 @pytest.mark.parametrize(("name", "layers", "width"), [("gpt", 4, 128), ("gpt-small", 2, 64)])

@@ -6,6 +6,7 @@ The table is read by the command line, the contract tests and the docs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import entry_points
 
 from distoptim.algorithms.bmuf import BMUF
 from distoptim.algorithms.co2 import CO2
@@ -64,3 +65,18 @@ def register(name: str, algorithm: Callable[..., AveragingOptimizer]) -> None:
     if name in ALGORITHMS:
         raise ValueError(f"algorithm {name!r} exists already: {ALGORITHMS[name]}")
     ALGORITHMS[name] = algorithm
+
+
+def load_entry_points() -> None:
+    """Register what installed packages offer as entry points of the group "distoptim.algorithms".
+
+    The entry point's name is the algorithm's, its object the class. The command line calls this; in
+    Python code importing a class is enough.
+
+    Raises:
+        ValueError: a name is taken by another algorithm.
+    """
+    for entry in entry_points(group="distoptim.algorithms"):
+        algorithm = entry.load()
+        if ALGORITHMS.get(entry.name) is not algorithm:
+            register(entry.name, algorithm)

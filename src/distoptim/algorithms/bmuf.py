@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack
+from typing import TYPE_CHECKING, final
 
 from distoptim import checks
-from distoptim.algorithms.carry import adopting
-from distoptim.algorithms.rules import Pull
+from distoptim.algorithms.anchor import OuterSGD, adopting
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params, workers
 from distoptim.periods import Tau
+from distoptim.rule import Rule
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@final
 class BMUF(AveragingOptimizer):
     """BMUF: every `tau` local steps the mean is filtered through a block momentum; all restart from
     the result.
@@ -49,19 +53,19 @@ class BMUF(AveragingOptimizer):
         block_momentum: float | None = None,
         block_lr: float = 1.0,
         nesterov_block: bool = False,
-        delay: int = 0,
+        delay: int | None = 0,
         carry: bool = False,
         gmf: float | None = None,
         **options: Unpack[Options],
     ) -> None:
-        momentum = checks.outer_momentum(
-            block_momentum, gmf, default=1 - 1 / workers(options), name="block_momentum"
-        )
         block_lr = checks.number("block_lr", block_lr, 0, checks.LARGEST, open_low=True)
-        nesterov = checks.flag("nesterov_block", nesterov_block) and momentum > 0
-        rule = adopting(
-            Pull(1.0, block_lr, momentum, nesterov=nesterov, rescale=False),
-            delay=delay,
-            carry=carry,
-        )
+        checks.flag("nesterov_block", nesterov_block)
+
+        def rule(workers: int) -> Rule:
+            momentum = checks.outer_momentum(
+                block_momentum, gmf, default=1 - 1 / workers, name="block_momentum"
+            )
+            outer = OuterSGD(block_lr, momentum, nesterov=nesterov_block and momentum > 0)
+            return adopting(outer, delay=delay, carry=carry)
+
         super().__init__(params, rule=rule, tau=tau, delay=delay, **options)

@@ -5,15 +5,80 @@ Slow momentum with a whole round hidden, a penalty for staleness and a bound on 
 
 from __future__ import annotations
 
-from typing_extensions import Unpack
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
 
 from distoptim import checks
-from distoptim.algorithms.penalised import Penalised
+from distoptim.algorithms.anchor import Anchored, start_anchor
+from distoptim.chunks import CHUNK, chunked
+from distoptim.fragments import Flat, Fragment
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params
 from distoptim.periods import Tau
+from distoptim.rule import Mean, Rule, State
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@dataclass
+class Gap(Anchored):
+    """The anchor and its momentum; how far it moved last, and the farthest ever (Euclidean)."""
+
+    momentum: Flat | None = None
+    moved: float = 0.0
+    farthest: float = 0.0
+
+
+@final
+@dataclass(frozen=True)
+class Penalised(Rule):
+    """An anchor whose momentum takes late news divided by a gap, and is bounded element by element.
+
+    At the launch x <- z; at the merge m <- clip(beta m + (z - mean)/gap), and z and x both move by
+    -outer_lr m.
+    """
+
+    outer_lr: float
+    outer_momentum: float
+    clip: float
+
+    def start(self, fragment: Fragment) -> State:
+        """The start as anchor, momentum 0."""
+        return Gap(start_anchor(fragment), momentum=fragment.flat())
+
+    def sent(self, fragment: Fragment, state: State, sent: Flat) -> None:
+        """x <- z; what the round before has added comes back in the mean."""
+        assert isinstance(state, Gap)
+        fragment.write(state.anchor)
+
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """m <- clip(beta m + (z - mean)/gap); z <- z - outer_lr m; x <- x - outer_lr m."""
+        assert isinstance(state, Gap)
+        assert state.momentum is not None
+        gap = 1 + state.moved / state.farthest if state.farthest else 1.0
+        norms: list[Tensor] = []
+        payload = mean.flat.tensor[: fragment.numel]
+        for z, m, g in chunked(state.anchor.tensor, state.momentum.tensor, payload):
+            torch.sub(z, g, out=g)
+            m.mul_(self.outer_momentum).add_(g, alpha=1 / gap).clamp_(-self.clip, self.clip)
+            z.sub_(m, alpha=self.outer_lr)
+            # Chunks depend on a rank's threads; how the sum behind the gap is rounded must not.
+            norms += torch._foreach_norm(torch.split(m, CHUNK))
+        fragment.add(state.momentum, weight=-self.outer_lr)
+        state.moved = self.outer_lr * float(torch.stack(norms).norm())
+        state.farthest = max(state.farthest, state.moved)
+
+    def shared(self, state: State) -> Mapping[str, Any]:
+        """All of it."""
+        return vars(state)
+
+
+@final
 class CO2(AveragingOptimizer):
     """CO2: every `tau` local steps all restart from an anchor that knows the mean of one round ago.
 
@@ -56,7 +121,5 @@ class CO2(AveragingOptimizer):
         momentum = checks.outer_momentum(outer_momentum, gmf, default=0.2)
         outer_lr = checks.number("outer_lr", outer_lr, 0, checks.LARGEST, open_low=True)
         clip = checks.number("clip", clip, 0, checks.LARGEST, open_low=True)
-        when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
-        super().__init__(
-            params, rule=Penalised(outer_lr, momentum, clip), tau=tau, delay=when, **options
-        )
+        rule = Penalised(outer_lr, momentum, clip)
+        super().__init__(params, rule=rule, tau=tau, delay=delay, **options)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack
+from typing import TYPE_CHECKING, final
 
 from distoptim import checks
-from distoptim.algorithms.rules import Average
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params
 from distoptim.periods import Tau
+from distoptim.rule import Average
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@final
 class CoCoDSGD(AveragingOptimizer):
     """CoCoD-SGD: the mean of what was sent at one sync corrects the parameters at the next.
 
@@ -41,5 +45,4 @@ class CoCoDSGD(AveragingOptimizer):
         **options: Unpack[Options],
     ) -> None:
         checks.no_outer_momentum(type(self).__name__, gmf)
-        when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
-        super().__init__(params, rule=Average(carry=when != 0), tau=tau, delay=when, **options)
+        super().__init__(params, rule=Average(carry=delay != 0), tau=tau, delay=delay, **options)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack
+from typing import TYPE_CHECKING, final
 
 from distoptim import checks
-from distoptim.algorithms.carry import adopting
-from distoptim.algorithms.outer import Factory, Outer
-from distoptim.algorithms.rules import Pull
+from distoptim.algorithms.anchor import (
+    OuterFactory,
+    OuterOptimizer,
+    OuterSGD,
+    OuterStep,
+    Pull,
+    adopting,
+)
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params
 from distoptim.periods import Tau
+from distoptim.rule import Rule
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@final
 class DiLoCo(AveragingOptimizer):
     """DiLoCo: every `tau` local steps the outer optimizer steps on the mean pseudo-gradient; all
     restart from it.
@@ -50,41 +60,42 @@ class DiLoCo(AveragingOptimizer):
         params: Params,
         *,
         tau: Tau,
-        outer: Factory | None = None,
+        outer: OuterFactory | None = None,
         outer_lr: float | None = None,
         outer_momentum: float | None = None,
         outer_nesterov: bool | None = None,
-        delay: int = 0,
+        delay: int | None = 0,
         carry: bool = False,
         local_weight: float = 0.0,
         gmf: float | None = None,
         **options: Unpack[Options],
     ) -> None:
         local_weight = checks.number("local_weight", local_weight, 0, 1, open_high=True)
-        rule = outer_rule(
-            outer, outer_lr, outer_momentum, gmf, outer_nesterov, lr=0.7, alpha=1 - local_weight
-        )
+        step = outer_step(outer, outer_lr, outer_momentum, gmf, outer_nesterov, lr=0.7)
         if local_weight and checks.flag("carry", carry):
             raise ValueError(
-                f"local_weight={local_weight} with carry=True: two ways to keep the local steps; give one"
+                f"local_weight={local_weight} with carry=True: two ways to keep the local steps; "
+                "give one"
             )
-        if not local_weight:
-            rule = adopting(rule, delay=delay, carry=carry)
+
+        def rule(_: int) -> Rule:
+            if local_weight:
+                return Pull(step, 1 - local_weight)
+            return adopting(step, delay=delay, carry=carry)
+
         super().__init__(params, rule=rule, tau=tau, delay=delay, **options)
 
 
-def outer_rule(
-    outer: Factory | None,
+def outer_step(
+    outer: OuterFactory | None,
     outer_lr: float | None,
     outer_momentum: float | None,
     gmf: float | None,
     nesterov: bool | None,
     *,
     lr: float,
-    alpha: float,
-) -> Pull:
-    """The pull of the DiLoCo family: any outer optimizer, or Nesterov SGD with this default
-    learning rate.
+) -> OuterStep:
+    """The outer step of the DiLoCo family: any outer optimizer, or Nesterov SGD with this default lr.
 
     Raises:
         ValueError: a value outside its range, or one of the SGD's beside `outer`.
@@ -99,15 +110,28 @@ def outer_rule(
         for name, value in given.items():
             if value is not None:
                 raise ValueError(
-                    f"{name}={value!r} with outer: belongs to the outer optimizer that was given; set it "
-                    "there"
+                    f"{name}={value!r} with outer: belongs to the outer optimizer that was given; "
+                    "set it there"
                 )
-        return Pull(alpha, 1.0, 0.0, rescale=False, outer=Outer(outer))
-    lr = (
-        lr
-        if outer_lr is None
-        else checks.number("outer_lr", outer_lr, 0, checks.LARGEST, open_low=True)
-    )
+        return OuterOptimizer(outer)
+    return nesterov_sgd(outer_lr, outer_momentum, gmf, nesterov, lr=lr)
+
+
+def nesterov_sgd(
+    outer_lr: float | None,
+    outer_momentum: float | None,
+    gmf: float | None,
+    nesterov: bool | None,
+    *,
+    lr: float,
+) -> OuterSGD:
+    """The outer SGD of the DiLoCo family: Nesterov's, momentum 0.9, this default learning rate.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    if outer_lr is not None:
+        lr = checks.number("outer_lr", outer_lr, 0, checks.LARGEST, open_low=True)
     momentum = checks.outer_momentum(outer_momentum, gmf, default=0.9)
-    nesterov = nesterov is None or checks.flag("outer_nesterov", nesterov)
-    return Pull(alpha, lr, momentum, nesterov=nesterov and momentum > 0, rescale=False)
+    uses_nesterov = nesterov is None or checks.flag("outer_nesterov", nesterov)
+    return OuterSGD(lr, momentum, nesterov=uses_nesterov and momentum > 0)

@@ -2,16 +2,120 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
 
-from distoptim.algorithms.diloco import outer_rule
-from distoptim.algorithms.late import Late
-from distoptim.checks import flag, integer
+import torch
+from torch import Tensor
+
+from distoptim import checks
+from distoptim.algorithms.anchor import (
+    Carried,
+    OuterSGD,
+    base_of,
+    shared_fields,
+    start_base,
+)
+from distoptim.algorithms.diloco import nesterov_sgd
+from distoptim.chunks import chunked
+from distoptim.fragments import Flat, Fragment
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params, workers
 from distoptim.periods import Tau
+from distoptim.rule import Mean, Rule, State
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@dataclass
+class Eager(Carried):
+    """And the momentum of the worker's own pseudo-gradients, which alone differs between workers."""
+
+    own: Flat | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Restart(Rule):
+    """Every round restarts from the anchor known at its launch; its steps come back in the next mean.
+
+    At the launch, with g = z - sent, this round's own pseudo-gradient:
+    x <- z - share * (outer step of the worker's own g, with its own momentum).
+    At the merge z <- outer step and x <- z + (x - base), base being where the round restarted.
+
+    Shared anchor and outer momentum see exact means only, so they are bit-equal on all workers; what
+    a worker adds of its own never enters them.
+
+    Args:
+        outer: moves the anchor.
+        share: of the worker's own fresh pseudo-gradient, in [0, 1]; 0 for the anchor alone, 1/m for
+            Eager DiLoCo.
+    """
+
+    outer: OuterSGD
+    share: float
+
+    def start(self, fragment: Fragment) -> State:
+        """The start as anchor and base, own momentum 0."""
+        anchor, outer = self.outer.start(fragment)
+        base = start_base(anchor, fragment)
+        if not self.share:
+            return Carried(anchor, outer, base=base)
+        return Eager(anchor, outer, base=base, own=fragment.flat())
+
+    def sent(self, fragment: Fragment, state: State, sent: Flat) -> None:
+        """x <- z - share (outer step of the worker's own g)."""
+        assert isinstance(state, Carried)
+        base = base_of(state)
+        if isinstance(state, Eager) and state.own is not None:
+            payload = sent.tensor[: fragment.numel]
+            self._own_step(
+                state.anchor.tensor, payload, state.own.tensor, base.tensor, sent.tensor[-1]
+            )
+        else:
+            base.tensor.copy_(state.anchor.tensor)
+        fragment.write(base)
+
+    def _own_step(
+        self, anchor: Tensor, sent: Tensor, own: Tensor, base: Tensor, weight: Tensor
+    ) -> None:
+        """u <- beta u + g; base <- z - share lr (g + beta u), or classic: z - share lr u."""
+        beta = self.outer.momentum
+        # The weight, 0 or 1, keeps a payload that was not finite out of the momentum; only on the CPU
+        # it can be read without waiting.
+        finite = weight.device.type == "cpu" and weight == 1
+        for z, x, u, g in chunked(anchor, sent, own, base):
+            torch.sub(z, x, out=g)
+            if not finite:
+                g.mul_(weight)
+            torch.add(g, u, alpha=beta, out=u)
+            step = g.add_(u, alpha=beta) if self.outer.nesterov else u
+            torch.sub(z, step, alpha=self.share * self.outer.lr, out=g)
+
+    def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
+        """z <- outer step; x <- z + (x - base)."""
+        assert isinstance(state, Carried)
+        self.outer.step(fragment, state, mean)
+        base = base_of(state)
+        # In place of the base, which the next launch replaces.
+        torch.sub(state.anchor.tensor, base.tensor, out=base.tensor)
+        fragment.add(base)
+
+    def shared(self, state: State) -> Mapping[str, Any]:
+        """Anchor and outer state, neither the base nor the own momentum."""
+        return shared_fields(state)
+
+    def fallback(self, state: State) -> Flat | None:
+        """Where it restarted last: a merge makes the anchor of that.
+
+        After the merge, anything would do: a launch follows.
+        """
+        return base_of(state)
+
+
+@final
 class EagerDiLoCo(AveragingOptimizer):
     """Eager DiLoCo: the mean pseudo-gradient comes a round late; the worker's own part of it is
     used at once.
@@ -55,7 +159,12 @@ class EagerDiLoCo(AveragingOptimizer):
         gmf: float | None = None,
         **options: Unpack[Options],
     ) -> None:
-        plain = outer_rule(None, outer_lr, outer_momentum, gmf, outer_nesterov, lr=0.4, alpha=1.0)
-        when: Tau = tau if delay is None else integer("delay", delay, 0)
-        rule = Late(**vars(plain), share=1 / workers(options) if flag("eager", eager) else 0.0)
-        super().__init__(params, rule=rule, tau=tau, delay=when, **options)
+        outer = nesterov_sgd(outer_lr, outer_momentum, gmf, outer_nesterov, lr=0.4)
+        checks.flag("eager", eager)
+        super().__init__(
+            params,
+            rule=lambda workers: Restart(outer, share=1 / workers if eager else 0.0),
+            tau=tau,
+            delay=delay,
+            **options,
+        )

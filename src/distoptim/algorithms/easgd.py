@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from typing_extensions import Unpack
+from typing import TYPE_CHECKING, Any, final
 
 from distoptim import checks
-from distoptim.algorithms.rules import Anchored, AnchorRule
+from distoptim.algorithms.anchor import Anchored, shared_fields, start_anchor
 from distoptim.fragments import Flat, Fragment
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params, workers
 from distoptim.periods import Tau
-from distoptim.rule import Mean, State
+from distoptim.rule import Mean, Rule, State
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@final
 @dataclass(frozen=True)
-class Elastic(AnchorRule):
-    """Worker and anchor pull each other: x <- x - alpha (x - z) at launch, z <- z + alpha sum (x_i
-    - z) at merge.
+class Spring(Rule):
+    """Worker and anchor pull each other.
 
-    Both use the values before either moved, so the delay of the merge does not change x.
+    x <- x - alpha (x - z) at the launch; z <- z + alpha sum (x_i - z) at the merge. Both use the values
+    before either moved, so the delay of the merge does not change x.
 
     Args:
         alpha: the elastic strength, in (0, 2/(m+1)).
@@ -28,7 +32,11 @@ class Elastic(AnchorRule):
 
     alpha: float
 
-    def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
+    def start(self, fragment: Fragment) -> State:
+        """The start as anchor."""
+        return Anchored(start_anchor(fragment))
+
+    def sent(self, fragment: Fragment, state: State, sent: Flat) -> None:
         """x <- x - alpha (x - z)."""
         assert isinstance(state, Anchored)
         fragment.pull(state.anchor, self.alpha)
@@ -36,9 +44,15 @@ class Elastic(AnchorRule):
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """z <- z + alpha workers (mean - z)."""
         assert isinstance(state, Anchored)
-        state.anchor.tensor.lerp_(mean.flat.tensor[: fragment.numel], self.alpha * mean.workers)
+        payload = mean.flat.tensor[: fragment.numel]
+        state.anchor.tensor.lerp_(payload, self.alpha * mean.workers)
+
+    def shared(self, state: State) -> Mapping[str, Any]:
+        """All of it."""
+        return shared_fields(state)
 
 
+@final
 class EASGD(AveragingOptimizer):
     """Elastic Averaging SGD: workers and anchor are tied by a spring; with Nesterov inner SGD it is
     EAMSGD.
@@ -75,11 +89,11 @@ class EASGD(AveragingOptimizer):
         **options: Unpack[Options],
     ) -> None:
         checks.no_outer_momentum(type(self).__name__, gmf)
-        m = workers(options)
-        alpha = (
-            1 / (m + 1)
-            if alpha is None
-            else checks.number("alpha", alpha, 0, 2 / (m + 1), open_low=True, open_high=True)
-        )
-        when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
-        super().__init__(params, rule=Elastic(alpha), tau=tau, delay=when, **options)
+
+        def rule(workers: int) -> Rule:
+            if alpha is None:
+                return Spring(1 / (workers + 1))
+            limit = 2 / (workers + 1)
+            return Spring(checks.number("alpha", alpha, 0, limit, open_low=True, open_high=True))
+
+        super().__init__(params, rule=rule, tau=tau, delay=delay, **options)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack
+from typing import TYPE_CHECKING, final
 
 from distoptim import checks
-from distoptim.algorithms.carry import adopting
-from distoptim.algorithms.rules import Average, Pull
+from distoptim.algorithms.anchor import OuterSGD, adopting
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params
 from distoptim.periods import Tau
-from distoptim.rule import Rule
+from distoptim.rule import Average, Rule
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@final
 class LocalSGD(AveragingOptimizer):
     """Local SGD: parameters are averaged every `tau` local steps.
 
@@ -43,16 +46,19 @@ class LocalSGD(AveragingOptimizer):
         params: Params,
         *,
         tau: Tau,
-        delay: int = 0,
+        delay: int | None = 0,
         outer_momentum: float | None = None,
         carry: bool = False,
         gmf: float | None = None,
         **options: Unpack[Options],
     ) -> None:
         momentum = checks.outer_momentum(outer_momentum, gmf, default=0.0)
-        checks.integer("delay", delay, 0)
         checks.flag("carry", carry)
-        rule: Rule = Average(carry=delay > 0)
-        if momentum:
-            rule = adopting(Pull(1.0, 1.0, momentum), delay=delay, carry=carry)
+
+        def rule(_: int) -> Rule:
+            if momentum:
+                outer = OuterSGD(1.0, momentum, rescale=True)
+                return adopting(outer, delay=delay, carry=carry)
+            return Average(carry=delay != 0)
+
         super().__init__(params, rule=rule, tau=tau, delay=delay, **options)

@@ -2,51 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
 
 import torch
-from typing_extensions import Unpack
 
 from distoptim import checks
-from distoptim.algorithms.carry import Carry, based
-from distoptim.algorithms.rules import Anchored
+from distoptim.algorithms.anchor import (
+    Anchored,
+    Carried,
+    base_of,
+    shared_fields,
+    start_anchor,
+    start_base,
+)
 from distoptim.fragments import Flat, Fragment
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params
 from distoptim.periods import Tau
-from distoptim.rule import Mean, State
+from distoptim.rule import Mean, Rule, State
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@final
 @dataclass(frozen=True)
-class Correct(Carry):
+class Correct(Rule):
     """x <- x + gain (mean - sent) + momentum (mean - z); z <- mean.
 
-    Until the mean is there z stays, so both are one step from a mix: x <- x + (gain + momentum)
-        (mean - mix).
+    Until the mean is there z stays, so both are one step from a mix of what was sent and z:
+    x <- x + (gain + momentum) (mean - mix), mix = (gain sent + momentum z)/(gain + momentum). The mix is
+    the state's base.
     """
 
-    gain: float = 1.0
-    momentum: float = 0.0
+    gain: float
+    momentum: float
 
-    def launched(self, fragment: Fragment, state: State, sent: Flat) -> None:
-        """Mix <- (gain sent + momentum z)/(gain + momentum), or z where the weight, 0 or 1, says.
+    def start(self, fragment: Fragment) -> State:
+        """The start as z, and as the mix."""
+        anchor = start_anchor(fragment)
+        return Carried(anchor, base=start_base(anchor, fragment))
 
-        Not finite.
-        """
+    def sent(self, fragment: Fragment, state: State, sent: Flat) -> None:
+        """mix <- (gain sent + momentum z)/(gain + momentum); z where what was sent is not finite."""
         assert isinstance(state, Anchored)
+        # The last element, 0 or 1, says whether it is finite.
         weight = sent.tensor[-1] * (self.gain / (self.gain + self.momentum))
-        torch.lerp(
-            state.anchor.tensor, sent.tensor[: fragment.numel], weight, out=based(state).tensor
-        )
+        payload = sent.tensor[: fragment.numel]
+        torch.lerp(state.anchor.tensor, payload, weight, out=base_of(state).tensor)
 
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """x <- x + (gain + momentum) (mean - mix), in place of the mix; z <- mean."""
         assert isinstance(state, Anchored)
+        mix = base_of(state)
         state.anchor.tensor.copy_(mean.flat.tensor[: fragment.numel])
-        torch.sub(state.anchor.tensor, based(state).tensor, out=based(state).tensor)
-        fragment.add(based(state), weight=self.gain + self.momentum)
+        torch.sub(state.anchor.tensor, mix.tensor, out=mix.tensor)
+        fragment.add(mix, weight=self.gain + self.momentum)
+
+    def shared(self, state: State) -> Mapping[str, Any]:
+        """z, but not the mix."""
+        return shared_fields(state)
 
 
+@final
 class OverlapBMUF(AveragingOptimizer):
     """Overlapped BMUF: a worker is corrected by a part of its distance to the mean of one round
     ago, all by its motion.
@@ -89,6 +109,4 @@ class OverlapBMUF(AveragingOptimizer):
     ) -> None:
         momentum = checks.outer_momentum(block_momentum, gmf, default=0.5, name="block_momentum")
         gain = checks.number("gain", gain, 0, 1, open_low=True)
-        when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
-        rule = Correct(1.0, 1.0, 0.0, rescale=False, gain=gain, momentum=momentum)
-        super().__init__(params, rule=rule, tau=tau, delay=when, **options)
+        super().__init__(params, rule=Correct(gain, momentum), tau=tau, delay=delay, **options)

@@ -5,15 +5,19 @@ An anchor, moved by a mean that travels while the workers compute, pulls them ba
 
 from __future__ import annotations
 
-from typing_extensions import Unpack
+from typing import TYPE_CHECKING, final
 
 from distoptim import checks
-from distoptim.algorithms.rules import Pull
+from distoptim.algorithms.anchor import OuterSGD, Pull
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params
 from distoptim.periods import Tau
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@final
 class OverlapLocalSGD(AveragingOptimizer):
     """Overlap-Local-SGD: every `tau` local steps workers are pulled towards an anchor that is one
     round old.
@@ -52,10 +56,10 @@ class OverlapLocalSGD(AveragingOptimizer):
     ) -> None:
         alpha = checks.number("alpha", alpha, 0, 1)
         momentum = checks.outer_momentum(outer_momentum, gmf, default=0.7)
-        when: Tau = tau if delay is None else checks.integer("delay", delay, 0)
-        if alpha == 1 and when:
+        if alpha == 1 and delay != 0:
             raise ValueError(
-                f"alpha=1 with delay={when}: the local steps made meanwhile would be thrown away; "
-                "allowed is alpha below 1, or delay=0"
+                f"alpha=1 with delay={tau if delay is None else delay}: the local steps made "
+                "meanwhile would be thrown away; allowed is alpha below 1, or delay=0"
             )
-        super().__init__(params, rule=Pull(alpha, 1.0, momentum), tau=tau, delay=when, **options)
+        rule = Pull(OuterSGD(1.0, momentum, rescale=True), alpha)
+        super().__init__(params, rule=rule, tau=tau, delay=delay, **options)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack
+from typing import TYPE_CHECKING, final
 
 from distoptim import checks
-from distoptim.algorithms.carry import adopting
-from distoptim.algorithms.rules import Pull
+from distoptim.algorithms.anchor import OuterSGD, adopting
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params
 from distoptim.periods import Tau
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@final
 class SlowMo(AveragingOptimizer):
     """SlowMo: every `tau` local steps the anchor takes a momentum step to the mean; all restart
     from it.
@@ -44,12 +47,18 @@ class SlowMo(AveragingOptimizer):
         tau: Tau,
         slow_momentum: float | None = None,
         slow_lr: float = 1.0,
-        delay: int = 0,
+        delay: int | None = 0,
         carry: bool = False,
         gmf: float | None = None,
         **options: Unpack[Options],
     ) -> None:
         momentum = checks.outer_momentum(slow_momentum, gmf, default=0.7, name="slow_momentum")
         slow_lr = checks.number("slow_lr", slow_lr, 0, checks.LARGEST, open_low=True)
-        rule = adopting(Pull(1.0, slow_lr, momentum), delay=delay, carry=carry)
-        super().__init__(params, rule=rule, tau=tau, delay=delay, **options)
+        outer = OuterSGD(slow_lr, momentum, rescale=True)
+        super().__init__(
+            params,
+            rule=lambda _: adopting(outer, delay=delay, carry=carry),
+            tau=tau,
+            delay=delay,
+            **options,
+        )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack
+from typing import TYPE_CHECKING, final
 
 from distoptim import checks
-from distoptim.algorithms.diloco import outer_rule
-from distoptim.algorithms.outer import Factory
+from distoptim.algorithms.anchor import OuterFactory, Pull
+from distoptim.algorithms.diloco import outer_step
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Options, Params
 from distoptim.periods import Tau
+from distoptim.settings import Options, Params
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@final
 class StreamingDiLoCo(AveragingOptimizer):
     """Streaming DiLoCo: fragments are averaged one after another, spread over the round, hidden
     behind a few steps.
@@ -52,23 +56,20 @@ class StreamingDiLoCo(AveragingOptimizer):
         params: Params,
         *,
         tau: Tau,
-        outer: Factory | None = None,
+        outer: OuterFactory | None = None,
         outer_lr: float | None = None,
         outer_momentum: float | None = None,
         outer_nesterov: bool | None = None,
-        delay: int = 1,
+        delay: int | None = 1,
         local_weight: float = 0.5,
         gmf: float | None = None,
         **options: Unpack[Options],
     ) -> None:
         local_weight = checks.number("local_weight", local_weight, 0, 1, open_high=True)
-        checks.integer("delay", delay, 0)
-        if delay and not local_weight:
+        if delay != 0 and not local_weight:
             raise ValueError(
-                f"local_weight=0 with delay={delay}: the local steps made meanwhile would be thrown away; "
-                "allowed is a local_weight above 0, delay=0, or DiLoCo(carry=True)"
+                f"local_weight=0 with delay={delay}: the local steps made meanwhile would be "
+                "thrown away; allowed is a local_weight above 0, delay=0, or DiLoCo(carry=True)"
             )
-        rule = outer_rule(
-            outer, outer_lr, outer_momentum, gmf, outer_nesterov, lr=0.4, alpha=1 - local_weight
-        )
-        super().__init__(params, rule=rule, tau=tau, delay=delay, **options)
+        step = outer_step(outer, outer_lr, outer_momentum, gmf, outer_nesterov, lr=0.4)
+        super().__init__(params, rule=Pull(step, 1 - local_weight), tau=tau, delay=delay, **options)

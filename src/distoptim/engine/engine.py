@@ -1,159 +1,181 @@
-"""Time: when to launch, when to merge, what is in flight.
-
-The only place that counts local steps.
-"""
+"""Time: when to launch, when to merge, what is in flight. The only place that counts local steps."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from distoptim.algorithms.rules import Adopt
+from distoptim.comm import Communicator, Handle
 from distoptim.comm.codecs import Coding
-from distoptim.comm.communicator import Communicator
-from distoptim.comm.compressed import CompressedMean, check_codable
-from distoptim.comm.handles import Handle
-from distoptim.engine import packing
-from distoptim.engine.clock import Pace
-from distoptim.engine.fragment_sync import Flight, QuarantineWarning, Slot
-from distoptim.engine.reducer import Collectives
+from distoptim.engine.clock import Clock
+from distoptim.engine.fragment_sync import FragmentSync, PendingMean
+from distoptim.engine.reducer import Reducer, mark_finite
 from distoptim.engine.stats import Counters
-from distoptim.fragments import Fragment
-from distoptim.periods import Tau
-from distoptim.rule import Mean, Rule
+from distoptim.engine.weights import Weights
+from distoptim.fragments import Flat, Fragment
+from distoptim.rule import Average, Mean, Rule
 
 logger = logging.getLogger("distoptim")
 
 
-class Engine(Collectives):
+class QuarantineWarning(RuntimeWarning):
+    """This worker's parameters were not finite: left out of a mean and replaced."""
+
+
+@final
+@dataclass(frozen=True)
+class Inner:
+    """What the engine asks of the inner optimizer.
+
+    Attributes:
+        lr: param group -> its learning rate now.
+        forget: clears the inner optimizer's state of the given parameters.
+        reset_at_merge: forget at every merge too.
+    """
+
+    lr: Callable[[int], float]
+    forget: Callable[[Sequence[Tensor]], None]
+    reset_at_merge: bool = False
+
+
+class Rounds(ABC):
+    """The rounds of one optimizer, as it sees them: an `Engine`, or one with levels below it."""
+
+    @abstractmethod
+    def tick(self) -> None:
+        """One local step is done: merge and launch what is due."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Merge what is in flight and average what was done since, blocking; a new round begins."""
+
+    @abstractmethod
+    def join(self) -> contextlib.AbstractContextManager[None]:
+        """A block that workers with different numbers of local steps leave together."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit-equal, as plain data and tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Put a state that fits into the rounds."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for what is in flight, then leave all groups."""
+
+
+@final
+class Engine(Rounds):
     """Keeps the rounds of all fragments.
 
-    A fragment is launched at local steps offset, offset + tau, ... (tau, 2 tau, ... for offset 0)
-    and merged `delay` local steps later. At delay = tau, merge and next launch fall together, and
-    round 0 counts as in
-    flight from the start: all workers "sent" the same x0, so its mean is known without
-        communication.
+    A fragment is launched at local steps offset, offset + tau, ... (tau, 2 tau, ... for offset 0) and
+    merged `delay` local steps later. At delay = tau, merge and next launch fall together, and round 0
+    counts as in flight from the start: all workers "sent" the same x0, so its mean is known without
+    communication.
 
     Args:
-        fragments: in the order in which all ranks launch them.
+        fragments: in the order in which all ranks launch them; equal on all workers now.
         rule: what is sent and how it is merged.
+        clock: tau and delay.
         communicator: moves the bytes.
-        tau: local steps in a round, >= 1, or what chooses them.
-        delay: local steps from launch to merge, in [0, tau].
+        inner: of the inner optimizer.
         timeout_s: bound of every wait, in seconds.
-        inner_lr: param group -> its learning rate now.
-        forget: clears the inner optimizer's state of the given parameters.
-        reset_inner: forget at every merge too.
         codec: in which payloads travel; None: as they are.
+        weights, counters: shared with another engine of the same worker; default new ones.
+        may_be_empty: whether a mean to which no worker has added anything is no error.
     """
 
     def __init__(
         self,
         fragments: Sequence[Fragment],
         rule: Rule,
+        clock: Clock,
         communicator: Communicator,
         *,
-        tau: Tau,
-        delay: Tau,
+        inner: Inner,
         timeout_s: float,
-        inner_lr: Callable[[int], float],
-        forget: Callable[[Sequence[Tensor]], None],
-        reset_inner: bool = False,
         codec: Coding | None = None,
+        weights: Weights | None = None,
+        counters: Counters | None = None,
+        may_be_empty: bool = False,
     ) -> None:
-        super().__init__(communicator, timeout_s)
-        self.rule, self.pace = rule, Pace(tau, delay)
-        self.step, self.counters = 0, Counters()
-        self._inner_lr, self._forget, self._reset_inner = inner_lr, forget, reset_inner
-        self.ended = self.may_be_empty = False
-        self.slots = [
-            Slot(i, f, rule.start(f), f.flat(extra=1 + extra), 0, extra=extra)
-            for i, f in enumerate(fragments)
-            for extra in [0 if i else len(self.pace.period.measures)]
+        self.rule = rule
+        self.clock = clock
+        self.communicator = communicator
+        self.weights = Weights() if weights is None else weights
+        self.counters = Counters() if counters is None else counters
+        self.reducer = Reducer(
+            communicator, timeout_s=timeout_s, codec=codec, abandon=self._abandon
+        )
+        self.step = 0
+        # Inside averaged(), where parameters are the workers' mean.
+        self.evaluating = False
+        self._inner = inner
+        self._may_be_empty = may_be_empty
+        self._ended = False
+        measured = len(clock.period.measures)
+        self.syncs = [
+            FragmentSync(
+                index,
+                fragment,
+                rule.start(fragment),
+                fragment.flat(extra=1 + (0 if index else measured)),
+                extra=0 if index else measured,
+            )
+            for index, fragment in enumerate(fragments)
         ]
-        self._codec = codec
         self._code()
         self._begin()
 
     @property
-    def tau(self) -> int:
-        """Local steps in the present round."""
-        return self.pace.tau
-
-    @property
-    def delay(self) -> int:
-        """Local steps from launch to merge at present."""
-        return self.pace.delay
-
-    @property
     def _active(self) -> Rule:
-        return Adopt() if self.pace.synchronous else self.rule
+        return Average(carry=False) if self.clock.synchronous else self.rule
 
-    def _code(self) -> None:
-        """Make the coders.
-
-        In the synchronous phase what all workers share is the last mean, not the anchor.
-        """
-        if self._codec is not None:
-            for slot in self.slots:
-                fragment = slot.fragment
-                check_codable(self._codec, fragment.dtype, fragment.device)
-                start = fragment.flat()
-                fragment.read(start)
-                slot.coder = CompressedMean(
-                    self._codec,
-                    self.communicator,
-                    numel=fragment.numel,
-                    extra=1 + slot.extra,
-                    start=start.tensor,
-                    shared=None if self.pace.synchronous else slot.shared,
-                )
-
-    def _begin(self) -> None:
-        """Begin the algorithm's first round, from parameters that all workers share."""
-        for slot in self.slots:
-            self.place(slot)
-            if self.delay == self.tau:
-                finite = self._pack(slot, start=True)
-                self._take_off(
-                    slot, Handle(slot.buffer.tensor), finite, launched=slot.next_launch - self.tau
-                )
-        self._plan()
-
-    def place(self, slot: Slot) -> None:
-        """Begin a slot's rounds anew at this step."""
-        slot.next_launch = self.step + (slot.fragment.offset_at(self.tau) or self.tau)
+    # ---- the round, from top to bottom ------------------------------------------------------------
 
     def tick(self) -> None:
         """One local step is done: merge and launch what is due."""
-        self.count()
-        if self.step >= self._next_event:
-            self.finish_due()
-            self.launch_due()
-            if self.delay == 0:
-                self.finish_due()
-            self.counters.tick(self.communicator.now())
+        tick_together((self,))
 
-    def count(self) -> None:
-        """The first part of `tick`, before anything is merged.
-
-        A simulator calls the parts for all workers in turn.
-        """
-        self._check()
+    def count(self) -> bool:
+        """Count a local step; whether something is to be merged or launched after it."""
+        if self.evaluating:
+            self.check_local()
+        if self.reducer.failure is not None:
+            raise self.reducer.failure
         self.counters.tick(self.communicator.now())
         self.step += 1
         self.poll()
+        return self.step >= self._next_event
 
     def poll(self) -> None:
-        """Let what is in flight go on, without waiting."""
-        for flight in self._flights:
-            flight.handle.poll()
+        """Let what is in flight do what can be done without waiting (second stages, times)."""
+        for pending in self._pending:
+            pending.handle.poll()
+
+    @torch.no_grad()
+    def merge_due(self) -> None:
+        """Merge, in order of launch, the means that are due at this step."""
+        for sync in list(self._in_flight):
+            # None if an earlier merge has just failed.
+            if sync.pending is not None and sync.pending.due <= self.step:
+                self._merge(sync)
+        self._plan()
+        clock = self.clock
+        if clock.synchronous and self.syncs[0].launched == self.step >= clock.period.start:
+            self._end_synchronous_phase()
 
     @torch.no_grad()
     def launch_due(self) -> None:
@@ -161,29 +183,98 @@ class Engine(Collectives):
 
         The first one may change the length of the rounds.
         """
-        first = self.slots[0]
-        if first.next_launch <= self.step and self.pace.change(self.step):
+        if self.syncs[0].next_launch <= self.step and self.clock.advance(self.step):
             # Nothing may be in flight when rounds begin anew.
             self.drain()
-            for slot in self.slots:
-                if slot.fragment.offset_at(self.tau):
-                    self.place(slot)
-        for slot in self.slots:
-            if slot.next_launch <= self.step:
-                self._launch(slot)
-                slot.next_launch = self.step + self.tau
+            for sync in self.syncs:
+                if sync.fragment.offset_at(self.clock.tau):
+                    sync.place(self.step, self.clock.tau)
+        for sync in self.syncs:
+            if sync.next_launch <= self.step:
+                self._launch(sync)
+                sync.next_launch = self.step + self.clock.tau
         self._plan()
 
-    @torch.no_grad()
-    def finish_due(self) -> None:
-        """Merge, in order of launch, the means that are due at this step."""
-        for slot in list(self._flying):
-            # None if its merge has just failed.
-            if slot.flight is not None and slot.flight.due <= self.step:
-                self._finish(slot)
-        self._plan()
-        if self.pace.synchronous and self.slots[0].launched == self.step >= self.pace.period.start:
-            self._end_synchronous_phase()
+    def _launch(self, sync: FragmentSync) -> None:
+        """Form the payload and start its mean, without waiting."""
+        start = time.perf_counter()
+        with record_function("distoptim::launch"):
+            finite = self._form(sync)
+            weight = 1.0
+            extras: list[Tensor | float] = []
+            weights = self.weights
+            if weights.samples is not None or weights.left_at is not None:
+                since = max(0, sync.launched)
+                weight = weights.weight(step=self.step, since=since, samples=sync.samples)
+            if sync.extra:
+                extras = self._measure()
+            handle = self.reducer.start(sync, finite, weight, extras)
+        self.counters.overhead_s += time.perf_counter() - start
+        self.counters.bytes += sync.nbytes
+        self._take_off(sync, handle, finite, launched=self.step)
+
+    def _form(self, sync: FragmentSync) -> Tensor:
+        """Write the payload into the buffer; whether it is finite."""
+        rule = self._active
+        fragment = sync.fragment
+        rule.payload(fragment, sync.state, sync.buffer)
+        finite = mark_finite(sync.buffer.tensor, fragment)
+        # On other devices the host does not know yet; see `_merge`.
+        if fragment.device.type == "cpu" and not finite:
+            self._quarantine(sync)
+            rule.payload(fragment, sync.state, sync.buffer)
+        # After the payload was read: rules that move x at the launch send what it was before.
+        rule.sent(fragment, sync.state, sync.buffer)
+        return finite
+
+    def _take_off(
+        self, sync: FragmentSync, handle: Handle, finite: Tensor, *, launched: int
+    ) -> None:
+        lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
+        sync.pending = PendingMean(handle, finite, launched + self.clock.delay, lr)
+        sync.launched = launched
+        sync.samples = self.weights.total
+
+    def _merge(self, sync: FragmentSync) -> None:
+        """Wait for the mean, if it is not there yet, and let it meet state and parameters."""
+        pending = sync.pending
+        assert pending is not None
+        may_be_empty = self._may_be_empty or self.weights.left_at is not None
+        weight = self.reducer.finish(sync, may_be_empty=may_be_empty)
+        handle = pending.handle
+        self.counters.waited(handle)
+        sync.seconds = handle.seconds
+        start = time.perf_counter()
+        with record_function("distoptim::merge"):
+            if weight == 0:
+                self._ended = True
+                return
+            if sync.extra:
+                means = [handle.tail(i - 1 - sync.extra) / weight for i in range(sync.extra)]
+                self.clock.told(means)
+            workers = float(self.communicator.size)
+            if weight != 1:
+                workers *= self.weights.share(weight)
+            if sync.fragment.device.type != "cpu" and not pending.finite:
+                self._quarantine(sync)
+            if sync.compressed is not None:
+                sync.compressed.merging(sync.buffer.tensor)
+            self._active.merge(sync.fragment, sync.state, Mean(sync.buffer, workers, pending.lr))
+            sync.merges += 1
+            if self._inner.reset_at_merge and not self.clock.synchronous:
+                self._inner.forget(sync.fragment.params)
+        self.counters.merged(self.step - sync.launched, time.perf_counter() - start)
+
+    def _plan(self) -> None:
+        """Note what is in flight, in order of launch, and the next step at which something is due."""
+        in_flight = [sync for sync in self.syncs if sync.pending is not None]
+        self._in_flight = sorted(in_flight, key=lambda sync: sync.launched)
+        self._pending = [sync.pending for sync in self._in_flight if sync.pending is not None]
+        events = [sync.next_launch for sync in self.syncs]
+        events += [pending.due for pending in self._pending]
+        self._next_event = min(events)
+
+    # ---- beside the regular rounds ----------------------------------------------------------------
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -191,124 +282,251 @@ class Engine(Collectives):
 
         A new round begins at this step; at delay = tau its end has nothing to merge yet.
         """
-        self._check()
+        self.check_local()
+        self.reducer.check()
         self.drain()
-        for slot in self.slots:
-            if slot.launched < self.step:
-                self._launch(slot)
-                self._finish(slot)
-            self.place(slot)
+        for sync in self.syncs:
+            if sync.launched < self.step:
+                self._launch(sync)
+                self._merge(sync)
+            sync.place(self.step, self.clock.tau)
         self._plan()
 
     def drain(self) -> None:
         """Merge all that is in flight, blocking."""
-        for slot in list(self._flying):
-            self._finish(slot)
+        for sync in list(self._in_flight):
+            self._merge(sync)
+
+    def settle(self) -> None:
+        """Wait for what is in flight without merging it; a failure comes up at the next step."""
+        self.reducer.settle(list(self._in_flight))
 
     def resume_at(self, step: int) -> None:
-        """Go on from a local step with what the slots hold."""
+        """Go on from a local step with what the fragments hold."""
         self.step = step
-        synchronous = step < self.pace.period.start
-        if synchronous != self.pace.synchronous:
-            self.pace.synchronous = synchronous
+        synchronous = step < self.clock.period.start
+        if synchronous != self.clock.synchronous:
+            self.clock.synchronous = synchronous
             self._code()
         self._plan()
 
+    @contextlib.contextmanager
+    def join(self, tick: Callable[[], None] | None = None) -> Iterator[None]:
+        """Go on without data until nobody has any, then take over the workers' mean.
+
+        That all have run out is seen in a mean to which nobody has added anything, at the same step by
+        all. So no message is needed beside the means; torch's Join has a blocking one at every local
+        step.
+
+        Args:
+            tick: counts a local step; default `tick`.
+        """
+        weights = self.weights
+        step = self.step
+        samples = weights.total
+        yield
+        counted = weights.samples is not None
+        made = weights.total - samples if counted else self.step - step
+        weights.left_at = self.step
+        while not self._ended:
+            (tick or self.tick)()
+        self._end_join(made)
+
+    @torch.no_grad()
+    def _end_join(self, weight: float) -> None:
+        """Drop what is in flight of workers that have all run out of data; x <- weighted mean."""
+        self.drain()
+        for sync in self.syncs:
+            mean = self.reducer.mean_of(sync.fragment, weight, may_be_empty=True)
+            if mean.tensor[-1]:
+                sync.fragment.write(mean)
+            sync.launched = self.step
+            sync.samples = self.weights.total
+            sync.place(self.step, self.clock.tau)
+        self._ended = False
+        self.weights.left_at = None
+        self.resume_at(self.step)
+
+    def mean_of(self, fragment: Fragment) -> Flat:
+        """The workers' mean of a fragment's values now, in a new buffer; blocking and collective."""
+        return self.reducer.mean_of(fragment)
+
+    def check_local(self) -> None:
+        """Whether parameters are the worker's own.
+
+        Raises:
+            RuntimeError: they are the workers' mean, and what is done to them would be lost.
+        """
+        if self.evaluating:
+            raise RuntimeError(
+                "inside averaged() parameters are the workers' mean, and local again after it; train "
+                "outside of the block"
+            )
+
+    def shared_state(self) -> list[dict[str, Any]]:
+        """Of each fragment, what is equal on all workers: anchor and outer state; live."""
+        return [dict(self.rule.shared(sync.state)) for sync in self.syncs]
+
+    def own_state(self) -> list[dict[str, Any]]:
+        """Of each fragment, what is this worker's alone; live."""
+        return [
+            {k: v for k, v in vars(sync.state).items() if k not in self.rule.shared(sync.state)}
+            for sync in self.syncs
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on bit-equal; what is in flight is waited for, saved as its mean.
+
+        A mean that cannot be had because a peer is gone is left out: the failure comes up at the next
+        `average()`.
+        """
+        self.settle()
+        return {
+            "rule": type(self.rule).__name__,
+            "workers": self.communicator.size,
+            "step": self.step,
+            "tau": self.clock.tau,
+            "delay": self.clock.delay,
+            "clock": self.clock.state_dict(),
+            "weights": self.weights.state_dict(),
+            "fragments": [sync.state_dict() for sync in self.syncs],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Put a state that fits (see `checkpoint.check`) into the engine.
+
+        With period, delay and number of workers unchanged the run goes on as if it had never stopped.
+        Otherwise what was in flight is dropped and a new round begins; at another number of workers
+        every worker starts from the anchor, where there is one.
+        """
+        same_workers = saved["workers"] == self.communicator.size
+        goes_on = same_workers and self.clock.load_state_dict(saved["clock"])
+        if goes_on:
+            self.weights.load_state_dict(saved["weights"])
+        self.resume_at(saved["step"])
+        at = (self.clock.tau, self.clock.delay)
+        goes_on = goes_on and (saved["tau"], saved["delay"]) == at
+        for sync, record in zip(self.syncs, saved["fragments"], strict=True):
+            sync.load_state_dict(record, same_workers=same_workers)
+            sync.launched = saved["step"]
+            sync.samples = self.weights.total
+            sync.place(self.step, self.clock.tau)
+            if goes_on:
+                sync.resume(record)
+            anchor = self._anchor(sync)
+            if not same_workers and anchor is not None:
+                sync.fragment.write(anchor)
+        self.resume_at(saved["step"])
+
+    def close(self) -> None:
+        """Wait for what is in flight, then leave the communicator; what comes after fails."""
+        self.settle()
+        self.reducer.close()
+
+    # ---- pieces -----------------------------------------------------------------------------------
+
+    def _code(self) -> None:
+        """Make the coded means.
+
+        In the synchronous phase what all workers share is the last mean, not the anchor.
+        """
+        for sync in self.syncs:
+            anchor = None if self.clock.synchronous else self._anchor(sync)
+            self.reducer.code(sync, None if anchor is None else anchor.tensor)
+
+    def _anchor(self, sync: FragmentSync) -> Flat | None:
+        anchor = self.rule.shared(sync.state).get("anchor")
+        return anchor if isinstance(anchor, Flat) else None
+
+    def _begin(self) -> None:
+        """Begin the algorithm's first round, from parameters that all workers share."""
+        clock = self.clock
+        for sync in self.syncs:
+            sync.place(self.step, clock.tau)
+            if clock.delay == clock.tau:
+                finite = self._form(sync)
+                handle = Handle(sync.buffer.tensor)
+                self._take_off(sync, handle, finite, launched=sync.next_launch - clock.tau)
+        self._plan()
+
     def _end_synchronous_phase(self) -> None:
-        self.pace.synchronous = False
-        logger.info(
-            "local step %d: tau 1 -> %d: the synchronous phase is over", self.step, self.tau
-        )
-        for slot in self.slots:
-            slot.state = self.rule.start(slot.fragment)
+        self.clock.synchronous = False
+        tau = self.clock.tau
+        logger.info("local step %d: tau 1 -> %d: the synchronous phase is over", self.step, tau)
+        for sync in self.syncs:
+            sync.state = self.rule.start(sync.fragment)
         self._code()
         self._begin()
 
-    def _plan(self) -> None:
-        self._flying = sorted(
-            (s for s in self.slots if s.flight is not None), key=lambda s: s.launched
+    def _measure(self) -> list[Tensor | float]:
+        """What this worker sends along for the period."""
+        return self.clock.measure(
+            step=self.step,
+            lr=self._inner.lr(0),
+            computed_s=self.communicator.now() - self.counters.collect(),
+            communication_s=sum(sync.seconds for sync in self.syncs),
+            has_data=self.weights.left_at is None,
         )
-        self._flights = [slot.flight for slot in self._flying if slot.flight is not None]
-        self._next_event = min(
-            [slot.next_launch for slot in self.slots] + [flight.due for flight in self._flights]
-        )
 
-    def _launch(self, slot: Slot) -> None:
-        start = time.perf_counter()
-        with record_function("distoptim::launch"):
-            finite = self._pack(slot)
-            handle = self._start(slot.buffer.tensor, slot)
-        self.counters.overhead_s += time.perf_counter() - start
-        self.counters.bytes += slot.nbytes
-        self._take_off(slot, handle, finite, launched=self.step)
+    def _quarantine(self, sync: FragmentSync) -> None:
+        """Send a worker whose parameters are not finite back to a value that is.
 
-    def _take_off(self, slot: Slot, handle: Handle, finite: Tensor, *, launched: int) -> None:
-        lr = [self._inner_lr(group) for group, _ in slot.fragment.segments]
-        slot.flight = Flight(handle, finite, launched + self.delay, lr)
-        slot.launched = launched
-
-    def _pack(self, slot: Slot, *, start: bool = False) -> Tensor:
-        pace = self.pace
-        weight = (
-            1.0
-            if start
-            else pace.weight(step=self.step, since=max(0, slot.launched), samples=slot.samples)
-        )
-        extra: list[Tensor | float] = []
-        if slot.extra and not start:
-            extra = pace.measure(
-                step=self.step,
-                lr=self._inner_lr(0),
-                computed_s=self.communicator.now() - self.counters.collect(),
-                communication_s=sum(s.seconds for s in self.slots),
-            )
-        slot.samples = pace.samples or 0.0
-        return packing.pack(self._active, slot, weight, extra, self._heal)
-
-    def _heal(self, slot: Slot) -> None:
-        """Send a worker whose parameters are not finite back to a value that is, without its inner state."""
+        Its inner state is forgotten.
+        """
         self.counters.quarantined += 1
         warnings.warn(
-            f"rank {self.communicator.rank}: parameters of {packing.name_of(slot)} are not finite at local step "
+            f"rank {self.communicator.rank}: parameters of {sync.name} are not finite at local step "
             f"{self.step}: left out of this mean and replaced",
             QuarantineWarning,
             stacklevel=2,
         )
-        fallback = self._active.fallback(slot.state)
+        fallback = self._active.fallback(sync.state)
         if fallback is not None:
-            slot.fragment.write(fallback)
-        self._forget(slot.fragment.params)
+            sync.fragment.write(fallback)
+        self._inner.forget(sync.fragment.params)
 
-    def _finish(self, slot: Slot) -> None:
-        flight = slot.flight
-        assert flight is not None
-        self._wait(flight.handle, slot)
-        slot.flight = None
-        self.counters.waited(flight.handle)
-        slot.seconds = flight.handle.seconds
-        start = time.perf_counter()
-        with record_function("distoptim::merge"):
-            buffer = slot.buffer.tensor
-            weight = packing.normalise(
-                buffer,
-                flight.handle,
-                packing.name_of(slot),
-                self.may_be_empty or self.pace.left_at is not None,
-            )
-            if weight == 0:
-                self.ended = True
-                return
-            workers = self.pace.share(weight) * self.communicator.size
-            if slot.extra:
-                self.pace.told(
-                    [flight.handle.tail(i - 1 - slot.extra) / weight for i in range(slot.extra)]
-                )
-            if slot.fragment.device.type != "cpu" and not flight.finite:
-                self._heal(slot)
-            if slot.coder is not None:
-                slot.coder.merging(buffer)
-            self._active.merge(slot.fragment, slot.state, Mean(slot.buffer, workers, flight.lr))
-            slot.merges += 1
-            if self._reset_inner and not self.pace.synchronous:
-                self._forget(slot.fragment.params)
-        self.counters.merged(self.step - slot.launched, time.perf_counter() - start)
+    def _abandon(self) -> None:
+        """Nothing that is in flight will come any more."""
+        for sync in self.syncs:
+            if sync.pending is not None:
+                sync.pending = None
+                self._active.abandoned(sync.fragment, sync.state)
+        self._plan()
+
+
+def tick_together(
+    engines: Sequence[Engine], *, before_launch: Callable[[], object] | None = None
+) -> None:
+    """One local step of one worker, or of several virtual ones in lockstep.
+
+    Merges come before launches: at delay = tau a fragment's mean is merged before its next payload is
+    formed. Among virtual workers every part is done for all before the next, since a mean is there only
+    when all have launched, and its second stage only when all have had their first.
+
+    Args:
+        engines: of the workers in this process.
+        before_launch: called between merges and launches, at every step.
+
+    Raises:
+        CommunicationError: of a failure, now or before.
+    """
+    due = False
+    for engine in engines:
+        due = engine.count() or due
+    if not due and before_launch is None:
+        return
+    for engine in engines:
+        engine.merge_due()
+    if before_launch is not None:
+        before_launch()
+    for engine in engines:
+        engine.launch_due()
+    if len(engines) > 1:
+        for engine in engines:
+            engine.poll()
+    if engines[0].clock.delay == 0:
+        for engine in engines:
+            engine.merge_due()
+    for engine in engines:
+        engine.counters.tick(engine.communicator.now())

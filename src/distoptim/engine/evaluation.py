@@ -13,8 +13,9 @@ from distoptim.fragments import build
 
 @contextlib.contextmanager
 def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
-    """Within the block the engine's parameters, and the module's floating-point buffers, are the
-    workers' mean.
+    """Within the block the engine's parameters are the workers' mean.
+
+    The module's floating-point buffers are too.
 
     Raises:
         ValueError: the module has parameters to train and none of the engine's.
@@ -22,7 +23,7 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
     _reshard(module)
     _check(engine, module)
     buffers = [b for b in (module.buffers() if module is not None else ()) if b.is_floating_point()]
-    fragments = [slot.fragment for slot in engine.slots]
+    fragments = [sync.fragment for sync in engine.syncs]
     if buffers:
         fragments += build(buffers, [0] * len(buffers), [range(len(buffers))])
     means = [engine.mean_of(f) for f in fragments]
@@ -30,7 +31,9 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
         local = [[x.clone() for x in f.local()] for f in fragments]
         for f, mean in zip(fragments, means, strict=True):
             f.write(mean)
-    before, engine.evaluating = engine.evaluating, True
+    # A block inside a block ends as one.
+    before = engine.evaluating
+    engine.evaluating = True
     try:
         yield
     finally:
@@ -43,14 +46,14 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
 
 def _check(engine: Engine, module: torch.nn.Module | None) -> None:
     """Whether the module is the one that is trained."""
-    mine = {id(p) for slot in engine.slots for p in slot.fragment.params}
-    theirs = (
-        {id(p) for p in module.parameters() if p.requires_grad} if module is not None else set()
-    )
+    if module is None:
+        return
+    mine = {id(p) for sync in engine.syncs for p in sync.fragment.params}
+    theirs = {id(p) for p in module.parameters() if p.requires_grad}
     if theirs and not theirs & mine:
         raise ValueError(
-            f"averaged({type(module).__name__}): none of its parameters is this optimizer's; allowed is "
-            "the module that is trained"
+            f"averaged({type(module).__name__}): none of its parameters is this optimizer's; allowed "
+            "is the module that is trained"
         )
 
 
@@ -66,14 +69,15 @@ def _reshard(module: torch.nn.Module | None) -> None:
 
 @torch.no_grad()
 def consensus_distance(engine: Engine) -> float:
-    """Root mean square over the workers of |x_i - mean x|, x being this rank's shard where parameters are DTensors."""
+    """Root mean square over the workers of |x_i - mean x|.
+
+    x is this rank's shard where parameters are DTensors.
+    """
     square = 0.0
-    for fragment in (slot.fragment for slot in engine.slots):
-        mean, mine = engine.mean_of(fragment), fragment.flat()
+    for fragment in (sync.fragment for sync in engine.syncs):
+        mean = engine.mean_of(fragment)
+        mine = fragment.flat()
         fragment.read(mine)
         square += float(torch.dist(mine.tensor, mean.tensor[: fragment.numel])) ** 2
-    return float(
-        torch.tensor(engine.communicator.all_gather_json(square, what="consensus_distance()"))
-        .mean()
-        .sqrt()
-    )
+    squares = engine.communicator.all_gather_json(square, what="consensus_distance()")
+    return float(torch.tensor(squares).mean().sqrt())

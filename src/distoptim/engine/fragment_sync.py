@@ -1,30 +1,30 @@
-"""What the engine keeps of each fragment: its buffer and what is in flight of it."""
+"""One fragment's synchronisation: its state, its communication buffer, and its mean in flight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, final
 
+import torch
 from torch import Tensor
 
+from distoptim import rule as rules
+from distoptim.comm import Handle
 from distoptim.comm.compressed import CompressedMean
-from distoptim.comm.handles import Handle
 from distoptim.fragments import Flat, Fragment
 from distoptim.rule import State
 
 
-class QuarantineWarning(RuntimeWarning):
-    """This worker's parameters were not finite: left out of a mean and replaced."""
-
-
+@final
 @dataclass
-class Flight:
-    """One launched mean.
+class PendingMean:
+    """A launched mean that has not been merged.
 
     Attributes:
         handle: the collective, or a finished one where none is needed (the start, a mean from a
             checkpoint).
-        finite: on the host, whether this worker's payload was; valid once the handle has been
-            waited for.
+        finite: on the host, whether this worker's payload was; valid once the handle has been waited
+            for.
         due: the local step of the merge.
         lr: inner learning rates at the launch, per segment.
     """
@@ -35,35 +35,96 @@ class Flight:
     lr: list[float]
 
 
+@final
 @dataclass
-class Slot:
-    """A fragment, its algorithm's state, its communication buffer, its launches, merges and flight.
+class FragmentSync:
+    """A fragment, its algorithm's state, its buffer, its launches and merges, and what is in flight.
 
     The buffer has one element more than the fragment, the worker's weight, so that mean = sum of
-    weighted payloads / sum of weights; before it, in the first slot, what the worker has measured
+    weighted payloads / sum of weights; before it, in the first fragment's, what the worker has measured
     for the period.
+
+    Attributes:
+        index: among the fragments, in the order of their launches.
+        extra: elements between the parameters and the weight.
+        next_launch: local step of the next launch.
+        launched: local step of the last launch.
+        merges: how many means were merged.
+        seconds: how long the last mean took.
+        samples: of this worker when it launched last (see `Weights`).
     """
 
     index: int
     fragment: Fragment
     state: State
     buffer: Flat
-    next_launch: int
     extra: int = 0
+    next_launch: int = 0
     launched: int = 0
     merges: int = 0
     seconds: float = 0.0
     samples: float = 0.0
-    flight: Flight | None = None
-    coder: CompressedMean | None = None
+    pending: PendingMean | None = None
+    compressed: CompressedMean | None = None
 
     @property
-    def shared(self) -> Tensor | None:
-        """The anchor, which all workers share, if there is one."""
-        anchor = getattr(self.state, "anchor", None)
-        return anchor.tensor if isinstance(anchor, Flat) else None
+    def name(self) -> str:
+        """How messages call it."""
+        return f"fragment {self.index}"
 
     @property
     def nbytes(self) -> int:
         """Size of a message: of the code if there is one, else of the buffer."""
-        return self.buffer.nbytes if self.coder is None else self.coder.nbytes
+        return self.buffer.nbytes if self.compressed is None else self.compressed.nbytes
+
+    def place(self, step: int, tau: int) -> None:
+        """Begin its rounds anew at a local step: spread over the round by the fragment's offset."""
+        self.next_launch = step + (self.fragment.offset_at(tau) or tau)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as plain data and tensors (not copied); a mean in flight must be there."""
+        return {
+            "signature": self.fragment.signature(),
+            "next_launch": self.next_launch,
+            "launched": self.launched,
+            "merges": self.merges,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "state": rules.save(self.state),
+            "pending": self._save_pending(),
+            "compressed": None if self.compressed is None else self.compressed.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], *, same_workers: bool) -> None:
+        """State, counts and what codes have lost; when the next launch is, the engine says."""
+        rules.load(self.state, saved["state"])
+        if self.compressed is not None:
+            self.compressed.load_state_dict(saved["compressed"], same_workers=same_workers)
+        self.seconds = saved["seconds"]
+        self.merges = saved["merges"]
+        self.pending = None
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on in the middle of the round that was saved."""
+        self.next_launch = saved["next_launch"]
+        self.launched = saved["launched"]
+        self.samples = saved["samples"]
+        pending = saved["pending"]
+        if pending is not None:
+            self.buffer.tensor.copy_(pending["mean"])
+            self.pending = PendingMean(
+                Handle(self.buffer.tensor),
+                torch.tensor(pending["finite"]),
+                pending["due"],
+                pending["lr"],
+            )
+
+    def _save_pending(self) -> dict[str, Any] | None:
+        if self.pending is None:
+            return None
+        return {
+            "mean": self.buffer.tensor,
+            "finite": bool(self.pending.finite),
+            "due": self.pending.due,
+            "lr": self.pending.lr,
+        }

@@ -1,8 +1,7 @@
-"""All workers agree before the first step and before they resume, or all fail with a message that names both sides."""
+"""Who the workers are: all agree before the first step and before they resume, or all fail alike."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import logging
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from distoptim.comm.communicator import Communicator
+from distoptim.comm import Communicator
 from distoptim.comm.mesh import WorkerMesh, describe
 from distoptim.engine import checkpoint
 from distoptim.fragments import Fragment
@@ -22,13 +21,13 @@ Facts = dict[str, object]
 
 
 @torch.no_grad()
-def introduce(
+def agree(
     communicator: Communicator, facts: Facts, fragments: Sequence[Fragment], names: Sequence[str]
 ) -> None:
-    """Compare facts and parameters, then give everybody rank 0's parameters; blocking and
-    collective.
+    """Compare facts and parameters, then give everybody rank 0's parameters.
 
-    The ranks of an island agree on the facts too: they launch together. Their shards may differ.
+    Blocking and collective. The ranks of a worker's mesh agree on the facts too: they launch together.
+    Their shards may differ.
 
     Args:
         communicator: to the other workers.
@@ -43,19 +42,20 @@ def introduce(
     params = [p for f in fragments for p in f.params]
     own = {
         "number of fragments": len(fragments),
-        "names of parameters": names,
+        "names of parameters": list(names),
         "shards": describe(params),
         **{f"fragment {i}": f"part {f.part}: {f.signature()}" for i, f in enumerate(fragments)},
     }
+    plain = {key: _plain(value) for key, value in facts.items()}
+    mesh = WorkerMesh(params)
     # One message, compared only when everybody has them all: who finds a difference leaves nobody
     # waiting.
-    island = WorkerMesh(params).all_gather_json(_plain(facts), what="the start")
     messages = cast(
         "list[tuple[list[Facts], Facts]]",
-        communicator.all_gather_json([island, _plain(own)], what="the start"),
+        communicator.all_gather_json([mesh.all_gather_json(plain), own], what="construction"),
     )
     try:
-        compare([theirs for island, _ in messages for theirs in island])
+        compare([theirs for ranks, _ in messages for theirs in ranks])
         compare([theirs for _, theirs in messages])
     except ValueError:
         # Nobody could later: with torch 2.6 a program that ends with these groups open may hang.
@@ -69,34 +69,32 @@ def introduce(
 
 
 @torch.no_grad()
-def reunite(
+def catch_up(
     communicator: Communicator, params: Sequence[Tensor], saved: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """What this worker is to resume from, so that all resume from the same round; blocking and
-    collective.
+    """What this worker is to resume from, so that all resume from the same round.
 
-    A mean that is cut off by a failure may be there on some workers and lost on others, whose saved
-    anchors and outer states then are a round apart. Where places differ, everybody gets the state
-    of the worker that is furthest, as one of nobody's: what was in flight is dropped, workers start
-    from the anchor, and a new round begins.
+    Blocking and collective. A mean that is cut off by a failure may be there on some workers and lost
+    on others, whose saved anchors and outer states then are a round apart. Where places differ,
+    everybody gets the state of the worker that is furthest, as one of nobody's: what was in flight is
+    dropped, workers start from the anchor, and a new round begins.
 
     Args:
         communicator: to the other workers.
-        params: all that are averaged; the ranks of an island resume at one local step too.
+        params: all that are averaged; the ranks of a worker's mesh resume at one local step too.
         saved: by `checkpoint.save`; None for a plain optimizer's state, which starts a new run.
 
     Raises:
         ValueError: on every worker, if only some have rounds to resume.
     """
     own = None if saved is None else checkpoint.place(saved)
-    mine = None if own is None else dataclasses.astuple(own)
-    island = WorkerMesh(params).all_gather_json(mine, what="load_state_dict()")
+    mesh = WorkerMesh(params)
+    what = "load_state_dict()"
     messages = cast(
-        "list[tuple[list[Any], Any]]",
-        communicator.all_gather_json([island, mine], what="load_state_dict()"),
+        "list[tuple[list[dict[str, Any] | None], dict[str, Any] | None]]",
+        communicator.all_gather_json([mesh.all_gather_json(own), own], what=what),
     )
-    everybody = [_place(theirs) for island, _ in messages for theirs in island]
-    places = [place for _, theirs in messages if (place := _place(theirs)) is not None]
+    everybody = [place for ranks, _ in messages for place in ranks]
     compare(
         [
             {"what to resume": "a plain optimizer" if place is None else "rounds"}
@@ -105,49 +103,33 @@ def reunite(
     )
     if saved is None or all(place == own for place in everybody):
         return saved
-    furthest = places.index(max(places, key=lambda place: place.progress))
-    steps = [place.step for place in everybody if place is not None]
+    places = [place for _, place in messages if place is not None]
+    furthest = places.index(max(places, key=checkpoint.progress))
+    steps = [place["step"] for place in everybody if place is not None]
     logger.warning(
-        "workers saved different rounds (local steps %d to %d): all go on from rank %d's, at a new round",
+        "workers saved different rounds (local steps %d to %d): all go on from rank %d's, at a new "
+        "round",
         min(steps),
         max(steps),
         furthest,
     )
-    return {**_share(communicator, saved, furthest), "step": max(steps), "workers": 0}
+    theirs = _from(communicator, saved, furthest)
+    # As one of nobody's: of no number of workers that there could be.
+    return {**theirs, "step": max(steps), "workers": 0}
 
 
-def _share(communicator: Communicator, saved: dict[str, Any], source: int) -> dict[str, Any]:
+def _from(communicator: Communicator, saved: dict[str, Any], source: int) -> dict[str, Any]:
     """Rank `source`'s saved state, on the CPU."""
     file = io.BytesIO()
     if communicator.rank == source:
         torch.save(saved, file)
-    nbytes = cast(
-        "list[int]",
-        communicator.all_gather_json(file.getbuffer().nbytes, what="load_state_dict()"),
-    )[source]
+    sizes = communicator.all_gather_json(file.getbuffer().nbytes, what="size of a state")
+    nbytes = cast("list[int]", sizes)[source]
     message = torch.frombuffer(bytearray(file.getvalue() or nbytes), dtype=torch.uint8)
     communicator.broadcast(message, source)
-    theirs: dict[str, Any] = torch.load(
-        io.BytesIO(message.numpy().tobytes()), map_location="cpu", weights_only=True
-    )
+    whole = io.BytesIO(message.numpy().tobytes())
+    theirs: dict[str, Any] = torch.load(whole, map_location="cpu", weights_only=True)
     return theirs
-
-
-def _place(message: Any) -> checkpoint.Place | None:
-    """A place that came as JSON."""
-    if message is None:
-        return None
-    step, tau, fragments = message
-    return checkpoint.Place(step, tau, tuple(tuple(f) for f in fragments))
-
-
-def _plain(facts: Facts) -> Facts:
-    """Numbers and text as they are, the rest as text: what JSON keeps, and differences can be read
-    in."""
-    return {
-        name: value if isinstance(value, (bool, int, float, str)) or value is None else repr(value)
-        for name, value in facts.items()
-    }
 
 
 def compare(everybody: Sequence[Facts]) -> None:
@@ -159,7 +141,8 @@ def compare(everybody: Sequence[Facts]) -> None:
     reference = everybody[0]
     for rank, theirs in enumerate(everybody):
         for key in {**reference, **theirs}:
-            ours, other = reference.get(key), theirs.get(key)
+            ours = reference.get(key)
+            other = theirs.get(key)
             if ours != other:
                 raise ValueError(
                     f"workers disagree on {key}: rank 0 has {_short(ours, other)}, "
@@ -167,13 +150,18 @@ def compare(everybody: Sequence[Facts]) -> None:
                 )
 
 
+def _plain(value: object) -> object:
+    """As JSON can hold it; objects as they are made."""
+    return value if isinstance(value, bool | int | float | str | list | None) else repr(value)
+
+
 def _short(value: object, other: object, width: int = 160) -> str:
     """The value as text, long ones from a little before the place where the two part."""
-    text, against = str(value), str(other)
+    text = str(value)
+    against = str(other)
     if len(text) <= width:
         return text
-    same = next(
-        (i for i, (a, b) in enumerate(zip(text, against, strict=False)) if a != b), len(against)
-    )
+    pairs = enumerate(zip(text, against, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), len(against))
     start = max(0, same - width // 2)
     return f"...{text[start : start + width]}..."

@@ -1,128 +1,224 @@
-"""Blocking on collectives.
+"""Payloads -> their weighted mean over the workers: the finite check, bounded waits, one error.
 
-Bounded waits, one error for all ways in which they fail, and leaving in order.
+A message is [payload, what the period measures, 1], all times the worker's weight, so that the mean of
+the last element is the mean weight, by which the rest is divided on arrival.
 """
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
-from typing import NoReturn
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn, final
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from distoptim.comm.communicator import CommunicationError, Communicator
-from distoptim.comm.handles import Handle
-from distoptim.engine import packing
-from distoptim.engine.fragment_sync import Slot
+from distoptim.comm import CommunicationError, Communicator, Handle
+from distoptim.comm.codecs import Coding
+from distoptim.comm.compressed import CompressedMean, check_codable
+from distoptim.engine.fragment_sync import FragmentSync
 from distoptim.fragments import Flat, Fragment
 
 logger = logging.getLogger("distoptim")
 
 
-class Collectives(ABC):
-    """A communicator that is given up for good at the first failure, and what is in flight over it.
+@final
+class Reducer:
+    """A communicator that is given up for good at the first failure.
 
     Args:
         communicator: moves the bytes.
         timeout_s: bound of every wait, in seconds.
+        codec: in which payloads travel; None: as they are.
+        abandon: called at a failure, when nothing that is in flight will come any more.
     """
 
-    def __init__(self, communicator: Communicator, timeout_s: float) -> None:
-        self.communicator, self.timeout_s = communicator, timeout_s
+    def __init__(
+        self,
+        communicator: Communicator,
+        *,
+        timeout_s: float,
+        codec: Coding | None,
+        abandon: Callable[[], None],
+    ) -> None:
+        self.communicator = communicator
+        self.timeout_s = timeout_s
+        self.codec = codec
         self.failure: CommunicationError | None = None
-        self.evaluating = False
-        self.slots: list[Slot] = []
-        self._flying: list[Slot] = []
+        self._abandon = abandon
 
-    @abstractmethod
-    def _plan(self) -> None:
-        """Note what is in flight."""
+    def code(self, sync: FragmentSync, shared: Tensor | None) -> None:
+        """Give a fragment a coded mean, if there is a codec: of the difference to `shared`.
 
-    def check_local(self) -> None:
-        """Whether parameters are the worker's own.
+        Args:
+            sync: of parameters that are equal on all workers now.
+            shared: what all workers share while a mean is in flight (the anchor); None: the last mean
+                is kept for it.
+        """
+        if self.codec is None:
+            return
+        fragment = sync.fragment
+        check_codable(self.codec, fragment.dtype, fragment.device)
+        start = None
+        if shared is None:
+            flat = fragment.flat()
+            fragment.read(flat)
+            start = flat.tensor
+        sync.compressed = CompressedMean(
+            self.codec,
+            self.communicator,
+            numel=fragment.numel,
+            extra=1 + sync.extra,
+            start=start,
+            shared=shared,
+        )
+
+    def check(self) -> None:
+        """Whether communication still works.
 
         Raises:
-            RuntimeError: they are the workers' mean, and what is done to them would be lost.
+            CommunicationError: the failure of before.
         """
-        if self.evaluating:
-            raise RuntimeError(
-                "inside averaged() parameters are the workers' mean, and local again after it; train "
-                "outside of the block"
-            )
+        if self.failure is not None:
+            raise self.failure
+
+    def start(
+        self, sync: FragmentSync, finite: Tensor, weight: float, extras: Sequence[Tensor | float]
+    ) -> Handle:
+        """Send a payload that `mark_finite` has looked at.
+
+        Args:
+            sync: whose buffer holds it.
+            finite: the mark; a payload that is not finite is sent as 0 of weight 0.
+            weight: of this worker.
+            extras: what the period measures, at the buffer's end.
+        """
+        fragment = sync.fragment
+        buffer = sync.buffer.tensor
+        if fragment.device.type == "cpu" and not finite:
+            buffer.zero_()
+        for i, value in enumerate(extras):
+            buffer[fragment.numel + i] = value
+        if extras:
+            buffer[fragment.numel : -1].mul_(buffer[-1])
+        if weight != 1:
+            buffer.mul_(weight)
+        try:
+            if sync.compressed is not None:
+                return sync.compressed.start(buffer)
+            return self.communicator.all_reduce(buffer)
+        except RuntimeError as error:
+            self._fail(sync.name, 0.0, error)
+
+    def finish(self, sync: FragmentSync, *, may_be_empty: bool) -> float:
+        """Wait for a fragment's mean and weigh it; returns the mean weight.
+
+        Raises:
+            CommunicationError: it failed, or did not come within the timeout.
+            FloatingPointError: the weight is 0, which it may not be.
+        """
+        pending = sync.pending
+        assert pending is not None
+        self._wait(pending.handle, sync.name)
+        sync.pending = None
+        return _normalise(sync.buffer.tensor, pending.handle, sync.name, may_be_empty)
 
     @torch.no_grad()
     def mean_of(
         self, fragment: Fragment, weight: float = 1.0, *, may_be_empty: bool = False
     ) -> Flat:
-        """The workers' weighted mean of a fragment's values now, in a new buffer; blocking and
-        collective.
+        """The workers' weighted mean of a fragment's values now, in a new buffer.
 
-        Its last element is 1, or 0 where all weights are and that may be.
+        Blocking and collective. Its last element is 1, or 0 where all weights are and that may be.
         """
-        self._check()
+        self.check()
         flat = fragment.flat(extra=1)
         fragment.read(flat)
-        packing.weigh(flat.tensor, fragment)
+        mark_finite(flat.tensor, fragment)
         if weight != 1:
             flat.tensor.mul_(weight)
-        handle = self._start(flat.tensor)
-        self._wait(handle)
-        packing.normalise(flat.tensor, handle, "all parameters", may_be_empty=may_be_empty)
+        name = "all parameters"
+        try:
+            handle = self.communicator.all_reduce(flat.tensor)
+        except RuntimeError as error:
+            self._fail(name, 0.0, error)
+        self._wait(handle, name)
+        _normalise(flat.tensor, handle, name, may_be_empty)
         return flat
 
-    def close(self) -> None:
-        """Wait for what is in flight, then leave the communicator; what comes after fails."""
-        self.settle()
-        self.communicator.close()
-        self.failure = self.failure or CommunicationError("the optimizer has been closed")
-
-    def settle(self) -> None:
+    def settle(self, syncs: Iterable[FragmentSync]) -> None:
         """Wait for what is in flight without merging it.
 
         A failure is kept for the next step, not raised.
         """
-        for slot in list(self._flying):
-            if slot.flight is not None:
+        for sync in syncs:
+            # None if an earlier one of them has failed.
+            if sync.pending is not None:
                 try:
-                    self._wait(slot.flight.handle, slot)
+                    self._wait(sync.pending.handle, sync.name)
                 except CommunicationError:
                     logger.warning("a mean in flight is lost: %s", self.failure)
                     return
 
-    def _check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
+    def close(self) -> None:
+        """Leave the communicator; what comes after fails."""
+        self.communicator.close()
+        self.failure = self.failure or CommunicationError("the optimizer has been closed")
 
-    def _start(self, buffer: Tensor, slot: Slot | None = None) -> Handle:
-        try:
-            if slot is not None and slot.coder is not None:
-                return slot.coder.start(buffer)
-            return self.communicator.all_reduce(buffer)
-        except RuntimeError as error:
-            self._fail(slot, 0.0, error)
-
-    def _wait(self, handle: Handle, slot: Slot | None = None) -> None:
+    def _wait(self, handle: Handle, name: str) -> None:
         try:
             with record_function("distoptim::wait"):
                 handle.wait(self.timeout_s)
         except RuntimeError as error:
-            self._fail(slot, self.communicator.now() - handle.launched_at, error)
+            self._fail(name, self.communicator.now() - handle.launched_at, error)
 
-    def _fail(self, slot: Slot | None, seconds: float, error: Exception) -> NoReturn:
-        """Give up communication for good, keeping parameters and state.
-
-        Peers see our groups close.
-        """
+    def _fail(self, name: str, seconds: float, error: Exception) -> NoReturn:
+        """Give up communication for good, keeping parameters and state."""
         self.failure = CommunicationError(
-            f"rank {self.communicator.rank}: mean of {packing.name_of(slot)} failed {seconds:.1f} s after its launch "
-            f"(timeout {self.timeout_s:g} s): {error}. Parameters and anchor are valid: save them, and restart "
-            "with the workers that are left"
+            f"rank {self.communicator.rank}: mean of {name} failed {seconds:.1f} s after its "
+            f"launch (timeout {self.timeout_s:g} s): {error}. Parameters and anchor are valid: save "
+            "them, and restart with the workers that are left"
         )
-        for other in self.slots:
-            other.flight = None
-        self._plan()
+        # Before the groups are left: peers hear of it only when nobody holds the handles any more.
+        self._abandon()
         self.communicator.close()
         raise self.failure from error
+
+
+def mark_finite(buffer: Tensor, fragment: Fragment) -> Tensor:
+    """Set the last element to 1 if all are finite, else everything to 0; returns which.
+
+    A sum that overflows counts as not finite. All ranks of a worker's mesh decide alike: a worker of
+    which one shard were missing would be torn apart.
+
+    Returns: on the host; on another device valid only once the collective has ended, since reading it
+        here would stop host and device.
+    """
+    buffer[fragment.numel :] = 0
+    total = buffer.sum()
+    if buffer.device.type == "cpu":
+        finite = fragment.finite_everywhere(torch.tensor(math.isfinite(total)))
+        if not finite:
+            buffer.zero_()
+        buffer[-1] = finite
+        return finite
+    finite = fragment.finite_everywhere(torch.isfinite(total))
+    buffer.copy_(torch.where(finite, buffer, 0.0))
+    buffer[-1] = finite
+    # The flag follows the payload through the stream.
+    return finite.to("cpu", non_blocking=True)
+
+
+def _normalise(buffer: Tensor, handle: Handle, name: str, may_be_empty: bool) -> float:
+    """Mean of weighted payloads -> weighted mean; returns the mean weight."""
+    weight = handle.tail()
+    if weight == 0 and not may_be_empty:
+        raise FloatingPointError(
+            f"{name}: no worker has finite values (and samples to weigh them by, where they are "
+            "given); the anchor is as it was"
+        )
+    if weight not in (0, 1):
+        buffer.div_(weight)
+    return weight

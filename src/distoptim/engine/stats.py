@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from distoptim.comm.handles import Handle
+from distoptim.comm import Handle
 
 
 @dataclass

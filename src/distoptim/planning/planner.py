@@ -15,7 +15,7 @@ from distoptim import checks
 from distoptim.algorithms import ALGORITHMS
 from distoptim.fragments import Flat
 from distoptim.optimizer import AveragingOptimizer
-from distoptim.options import Params
+from distoptim.settings import Params
 from distoptim.simulator.cluster import Cluster
 from distoptim.simulator.compute import Constant
 from distoptim.simulator.fabric import VirtualCommunicator
@@ -206,15 +206,15 @@ class _Whole:
 def _copies(optimizer: AveragingOptimizer) -> float:
     """What the engine keeps, in copies of the fragment."""
     total = 0.0
-    for slot in optimizer._engine.slots:
-        flats = [v for v in vars(slot.state).values() if isinstance(v, Flat)]
-        outer = [v for v in vars(slot.state).values() if isinstance(v, torch.optim.Optimizer)]
+    for sync in optimizer.engine.syncs:
+        flats = [v for v in vars(sync.state).values() if isinstance(v, Flat)]
+        outer = [v for v in vars(sync.state).values() if isinstance(v, torch.optim.Optimizer)]
         total += (
             1
             + len(flats)
             + sum("momentum" in g and g["momentum"] > 0 for o in outer for g in o.param_groups)
         )
-    return total / len(optimizer._engine.slots)
+    return total / len(optimizer.engine.syncs)
 
 
 def _favoured(p: Prediction) -> bool:

@@ -17,8 +17,8 @@ from torch import Tensor
 from distoptim import checks
 from distoptim.comm.compressed import CodedHandle
 from distoptim.comm.handles import TwoStageHandle
-from distoptim.engine.fragment_sync import Flight
-from distoptim.optimizer import AveragingOptimizer
+from distoptim.engine.fragment_sync import PendingMean
+from distoptim.optimizer import AveragingOptimizer, average_together
 from distoptim.simulator.compute import Compute
 from distoptim.simulator.fabric import Fabric, VirtualCommunicator, VirtualHandle
 from distoptim.simulator.network import Network
@@ -85,13 +85,11 @@ class Cluster:
             if self._synchronous:
                 self._average_gradients()
             list(run(self._local_step, ranks))
-            for optimizer, value in zip(self.optimizers, losses, strict=True):
-                optimizer._engine.pace.report(value, None)
         if self._compute is not None:
             for rank in ranks:
                 self.fabric.clocks[rank] += self._compute.seconds(rank, self.steps)
         self.steps += 1
-        self._average()
+        average_together(self.optimizers, losses=losses)
         return losses
 
     def mean_model(self) -> torch.nn.Module:
@@ -136,7 +134,7 @@ class Cluster:
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "counters": _counters(optimizer),
-                "flights": [_times(slot.flight) for slot in optimizer._engine.slots],
+                "pending": [_times(sync.pending) for sync in optimizer.engine.syncs],
             }
             for model, optimizer in zip(self.models, self.optimizers, strict=True)
         ]
@@ -154,11 +152,11 @@ class Cluster:
             optimizer = self.optimizers[rank]
             self.models[rank].load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-            vars(optimizer._engine.counters).update(saved["counters"])
-            for slot, times in zip(optimizer._engine.slots, saved["flights"], strict=True):
-                if slot.flight is not None and times is not None:
-                    slot.flight.handle = self.fabric.in_flight(rank, slot.buffer.tensor, *times)
-            optimizer._engine.resume_at(state_dict["steps"])
+            vars(optimizer.engine.counters).update(saved["counters"])
+            for sync, times in zip(optimizer.engine.syncs, saved["pending"], strict=True):
+                if sync.pending is not None and times is not None:
+                    sync.pending.handle = self.fabric.in_flight(rank, sync.buffer.tensor, *times)
+            optimizer.engine.resume_at(state_dict["steps"])
         self.fabric.clocks[:] = state_dict["clocks"]
         self.fabric.free_at = state_dict["free_at"]
         self.steps = state_dict["steps"]
@@ -179,32 +177,17 @@ class Cluster:
             if gradients:
                 torch._foreach_copy_(gradients, [torch.stack(gradients).mean(0)] * len(gradients))
 
-    def _average(self) -> None:
-        engines = [optimizer._engine for optimizer in self.optimizers]
-        for engine in engines:
-            engine.count()
-        for engine in engines:
-            engine.finish_due()
-        for engine in engines:
-            engine.launch_due()
-        # Second stages of coded means can start only now that all have launched the first ones.
-        for engine in engines:
-            engine.poll()
-        if engines[0].delay == 0:
-            for engine in engines:
-                engine.finish_due()
-
 
 def _counters(optimizer: AveragingOptimizer) -> dict[str, Any]:
-    optimizer._engine.counters.collect()
+    optimizer.engine.counters.collect()
     return {
-        name: value for name, value in vars(optimizer._engine.counters).items() if name != "unread"
+        name: value for name, value in vars(optimizer.engine.counters).items() if name != "unread"
     }
 
 
-def _times(flight: Flight | None) -> tuple[float, float] | None:
+def _times(pending: PendingMean | None) -> tuple[float, float] | None:
     """Launch and end of a mean in flight; None for one that took no time."""
-    handle = None if flight is None else flight.handle
+    handle = None if pending is None else pending.handle
     if isinstance(handle, CodedHandle):
         handle = handle.carried
     launched_at = 0.0 if handle is None else handle.launched_at

@@ -132,7 +132,7 @@ def test_stats_count_the_code(name: str, algorithm: str) -> None:
     codec = find(name)
     codec = codec.codec if isinstance(codec, ErrorFeedback) else codec
     assert codec is not None
-    launched = [s.fragment.numel for s in run.optimizers[0]._engine.slots if s.launched > 0]
+    launched = [s.fragment.numel for s in run.optimizers[0].engine.syncs if s.launched > 0]
     assert len(launched) == 1 + (algorithm == "overlap")
     expected = 0
     for numel in launched:
@@ -149,15 +149,17 @@ def test_anchors_stay_equal_and_runs_end_near_the_uncoded(algorithm: str, name: 
     limit = {"bf16": 0.01, "int8": 0.02, "e3m0+ef": 0.25, "2bit+ef": 0.35}[name]
     x, y = coded.run(60, gradient)[-15:].mean((0, 1)), plain.run(60, gradient)[-15:].mean((0, 1))
     assert 0 < (x - y).norm() < limit * y.norm()
-    engines = [o._engine for o in coded.optimizers]
-    for slots in zip(*(e.slots for e in engines), strict=True):
-        assert all(torch.equal(s.coder.reference, slots[0].coder.reference) for s in slots)
+    engines = [o.engine for o in coded.optimizers]
+    for syncs in zip(*(e.syncs for e in engines), strict=True):
+        assert all(
+            torch.equal(s.compressed.reference, syncs[0].compressed.reference) for s in syncs
+        )
 
 
 @pytest.mark.parametrize("name", ["e3m0", "2bit"])
 def test_error_feedback_loses_nothing_in_the_sum(name: str) -> None:
     run = cluster(distoptim.LocalSGD, size=1, tau=1, codec=f"{name}+ef")
-    coder = run.optimizers[0]._engine.slots[0].coder
+    coder = run.optimizers[0].engine.syncs[0].compressed
     given, got = torch.zeros(coder.numel), torch.zeros(coder.numel)
     buffer = torch.zeros(coder.numel + 1)
     for i in range(20):
@@ -204,9 +206,9 @@ def test_a_worker_in_quarantine_weighs_nothing_and_loses_its_residual(algorithm:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.run(1, gradient)
-    slots = [o._engine.slots[0] for o in run.optimizers]
-    assert not slots[1].coder.residual.any()
-    assert slots[0].coder.residual.any()
+    syncs = [o.engine.syncs[0] for o in run.optimizers]
+    assert not syncs[1].compressed.residual.any()
+    assert syncs[0].compressed.residual.any()
     run.run(3, gradient)
     assert torch.isfinite(run.x()).all()
     assert run.optimizers[1].stats()["quarantined"] == 1

@@ -106,7 +106,7 @@ def test_many_workers_cost_memory_in_proportion():
                 "overlap-local-sgd", params, communicator=communicator
             ),
         )
-        slots = [o._engine.slots[0] for o in cluster.optimizers]
-        return sum(s.buffer.nbytes + s.state.anchor.nbytes for s in slots)
+        syncs = [o.engine.syncs[0] for o in cluster.optimizers]
+        return sum(s.buffer.nbytes + s.state.anchor.nbytes for s in syncs)
 
     assert held(64) == 16 * held(4)

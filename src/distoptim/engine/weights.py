@@ -1,0 +1,81 @@
+"""What a worker's payload weighs: its samples, or its share of the local steps of a round."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from distoptim import checks
+
+
+@final
+class Weights:
+    """Counts a worker's samples, and knows when it has run out of data.
+
+    By default all workers weigh the same. With `average(samples=n)` a payload weighs as many samples as
+    the worker had since its last launch. A worker that has left the block of `join()` weighs 0.
+
+    Attributes:
+        samples: so far; None where they are not counted.
+        left_at: the local step at which this worker ran out of data.
+        counted: whether samples come with every local step; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.samples: float | None = None
+        self.left_at: int | None = None
+        self.counted: bool | None = None
+
+    @property
+    def total(self) -> float:
+        """Samples so far, 0 where they are not counted."""
+        return self.samples or 0.0
+
+    def report(self, samples: float | None) -> None:
+        """Note whether a local step comes with its samples, and how many.
+
+        Raises:
+            ValueError: it does and others did not, or the other way round: the round's weight would be
+                a part of it.
+        """
+        given = samples is not None
+        if self.counted is None:
+            self.counted = given or self.samples is not None
+        if given != self.counted:
+            raise ValueError(
+                f"average() {'with' if given else 'without'} samples= after steps "
+                f"{'without' if given else 'with'}; allowed is at every step or never"
+            )
+        if samples is not None:
+            self.samples = self.total + checks.number("samples", samples, 0, checks.LARGEST)
+
+    def weight(self, *, step: int, since: int, samples: float) -> float:
+        """Of a payload: samples since the last launch, or the share of local steps made."""
+        if self.samples is not None:
+            return self.samples - samples
+        if self.left_at is None:
+            return 1.0
+        return max(0, min(self.left_at, step) - since) / max(1, step - since)
+
+    def share(self, mean: float) -> float:
+        """Of the workers, how many are in a mean of this mean weight.
+
+        Weights by samples do not tell, and count as 1.
+
+        Raises:
+            ValueError: others weigh by samples, this worker does not.
+        """
+        if self.samples is None and self.left_at is None and mean > 1.001:
+            raise ValueError(
+                "another worker calls average(samples=...), this one does not; allowed is on all or "
+                "none"
+            )
+        return min(mean, 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"samples": self.samples}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self.samples = saved["samples"]
+        self.counted = None

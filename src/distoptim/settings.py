@@ -1,0 +1,192 @@
+"""All options that every averaging optimizer takes, once: their types, defaults and ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict, final
+
+import torch
+from torch import Tensor
+
+from distoptim import checks
+from distoptim.comm import Communicator, connect, world_size
+from distoptim.comm.codecs import Coding
+from distoptim.comm.codecs import find as find_codec
+from distoptim.comm.mesh import averaging_group
+from distoptim.fragments import SEQUENTIAL, Fragments
+from distoptim.periods import Period, Tau, period_of
+
+if TYPE_CHECKING:
+    from distoptim.comm import DeviceMesh, ProcessGroup
+
+Params = (
+    Iterable[Tensor]
+    | Iterable[dict[str, Any]]
+    | Iterable[tuple[str, Tensor]]
+    | torch.optim.Optimizer
+)
+
+
+class Options(TypedDict, total=False):
+    """What type checkers need to know of `SyncSettings`; a test holds the two together."""
+
+    lr: float | Tensor | None
+    momentum: float | None
+    dampening: float | None
+    weight_decay: float | None
+    nesterov: bool | None
+    size: int | None
+    group: ProcessGroup | None
+    device_mesh: DeviceMesh | None
+    levels: Mapping[int, ProcessGroup] | None
+    communicator: Communicator | None
+    fragments: Fragments
+    pattern: str
+    timeout_s: float
+    average_in_step: bool
+    reset_inner: bool
+    codec: Coding | str | None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SyncSettings:
+    """The constructor's options; described where users read them, at `AveragingOptimizer`.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    tau: Tau
+    delay: int | None = None
+    lr: float | Tensor | None = None
+    momentum: float | None = None
+    dampening: float | None = None
+    weight_decay: float | None = None
+    nesterov: bool | None = None
+    size: int | None = None
+    group: ProcessGroup | None = None
+    device_mesh: DeviceMesh | None = None
+    levels: Mapping[int, ProcessGroup] | None = None
+    communicator: Communicator | None = None
+    fragments: Fragments = 1
+    pattern: str = SEQUENTIAL
+    timeout_s: float = 1800.0
+    average_in_step: bool = False
+    reset_inner: bool = False
+    codec: Coding | str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked of one value."""
+        period = self.period
+        if self.delay is not None:
+            checks.integer("delay", self.delay, 0, period.smallest)
+        # A longer round hides no more at a fixed delay.
+        if "communication_s" in period.measures and self.delay is not None:
+            raise ValueError(
+                f"delay={self.delay} with tau={self.tau!r}: a longer round hides no more at a fixed "
+                "delay; leave delay away, in an algorithm where it is then the whole round"
+            )
+        checks.number("timeout_s", self.timeout_s, 1e-3, 1e9)
+        checks.flag("average_in_step", self.average_in_step)
+        checks.flag("reset_inner", self.reset_inner)
+        find_codec(self.codec)
+
+    @property
+    def period(self) -> Period:
+        """What chooses tau."""
+        return period_of(self.tau)
+
+    @property
+    def coding(self) -> Coding | None:
+        """The codec, as an object."""
+        return find_codec(self.codec)
+
+    def workers(self) -> int:
+        """How many workers there will be.
+
+        Raises:
+            ValueError: the communicator is none, group or mesh are of other workers, or there are not
+                as many as `size` says.
+        """
+        found = self._workers()
+        if self.size is not None and checks.integer("size", self.size, 1) != found:
+            raise ValueError(f"size={self.size}, but the process group has {found} workers")
+        return found
+
+    def _workers(self) -> int:
+        if self.communicator is None:
+            group = self.averaging_group()
+            size = world_size(group)
+            if size < 1:
+                raise ValueError(f"group={group!r}: this worker is not a member of it")
+            return size
+        self.averaging_group()
+        if not isinstance(self.communicator, Communicator):
+            raise ValueError(
+                f"communicator={self.communicator!r}: allowed is an instance of a subclass of "
+                "distoptim.comm.Communicator"
+            )
+        return self.communicator.size
+
+    def averaging_group(self) -> ProcessGroup | None:
+        """The process group to average in; None for all workers, and where a communicator is given."""
+        return averaging_group(self.group, self.device_mesh, self.communicator)
+
+    def connect(self) -> Communicator:
+        """The communicator that was given, or one over the group; collective in the latter case."""
+        if self.communicator is not None:
+            return self.communicator
+        return connect(self.averaging_group(), self.timeout_s)
+
+    def inner_optimizer(self, params: Params) -> torch.optim.Optimizer:
+        """The optimizer that was given, or an SGD over the parameters.
+
+        Raises:
+            ValueError: a value outside its range, or one beside an optimizer.
+        """
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if isinstance(params, torch.optim.Optimizer):
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)}: belongs to the optimizer that was given; set it there"
+                )
+            return params
+        return torch.optim.SGD(params, **{n: _of_sgd(n, value) for n, value in given.items()})
+
+
+def _of_sgd(name: str, value: object) -> Any:
+    if name == "nesterov":
+        return checks.flag(name, value)
+    if name == "lr" and isinstance(value, Tensor):
+        # Stays a tensor: a compiled step reads it anew each time.
+        checks.number(name, value.item() if value.numel() == 1 else value, 0, checks.LARGEST)
+        return value
+    low = -checks.LARGEST if name == "dampening" else 0
+    return checks.number(name, value, low, checks.LARGEST)
+
+
+def whole_signature(init: Any) -> inspect.Signature:
+    """Of an optimizer's constructor, with every option by name instead of `**options`.
+
+    Tooltips and the command line read it.
+    """
+    own = inspect.signature(init)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = {p.name for p in parameters}
+    if len(parameters) == len(own.parameters):
+        return own.replace(parameters=parameters[1:])
+    for f in dataclasses.fields(SyncSettings):
+        if f.name not in names:
+            default = inspect.Parameter.empty if f.default is dataclasses.MISSING else f.default
+            parameters.append(
+                inspect.Parameter(
+                    f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=f.type
+                )
+            )
+    # Without self.
+    return own.replace(parameters=parameters[1:])
