@@ -60,8 +60,8 @@ class Fragment:
         self.device = self.params[0].device
         self.dtype = _WORK_DTYPE[self.params[0].dtype]
         self._mesh = mesh.WorkerMesh(self.params)
-        self._sharded = any(mesh.is_sharded(p) for p in self.params)
-        self._direct = not self._sharded and not any(p.is_complex() for p in self.params)
+        self.sharded = any(mesh.is_sharded(p) for p in self.params)
+        self._direct = not self.sharded and not any(p.is_complex() for p in self.params)
         local = self.local()
         self.same_dtype = all(x.dtype == self.dtype for x in local)
         self.numel = sum(x.numel() for x in local)
@@ -80,7 +80,7 @@ class Fragment:
 
     def finite_everywhere(self, finite: Tensor) -> Tensor:
         """Whether a flag is true on all ranks that are one worker together; collective among them."""
-        return self._mesh.everywhere(finite) if self._sharded else finite
+        return self._mesh.everywhere(finite)
 
     def offset_at(self, tau: int) -> int:
         """Local steps by which its rounds are shifted, in [0, tau)."""

@@ -13,7 +13,7 @@ from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine import checkpoint, evaluation, membership
 from distoptim.engine.clock import Clock
 from distoptim.engine.engine import Engine, Inner, Rounds, tick_together
-from distoptim.engine.hierarchy import Hierarchy, connect_levels
+from distoptim.engine.hierarchy import Hierarchy, check_levels, connect_levels
 from distoptim.fragments import build, names, partition, trainable
 from distoptim.periods import Tau
 from distoptim.rule import Rule
@@ -111,29 +111,34 @@ class AveragingOptimizer(torch.optim.Optimizer):
         self._settings = settings
         self._parts = parts
         self._communicator = settings.connect()
-        self._levels = connect_levels(
-            settings.levels, mesh, self._communicator, tau=tau, timeout_s=settings.timeout_s
-        )
-        self._build(agree=True)
+        groups = check_levels(settings.levels, mesh, self._communicator, tau=tau)
+        self._agree(list(groups))
+        # Making their groups is collective: only now all are known to have the same.
+        self._levels = connect_levels(groups, settings.timeout_s)
+        self._build()
+
+    def _agree(self, levels: Sequence[int]) -> None:
+        """Compare with all workers what must be equal; everybody gets rank 0's parameters."""
+        settings = self._settings
+        facts = {
+            "distoptim version": __version__,
+            "algorithm": type(self).__name__,
+            "inner optimizer": type(self.inner).__name__,
+            "tau": settings.tau,
+            "delay": settings.delay,
+            "levels": list(levels),
+            "codec": repr(settings.coding),
+            **self._rule.facts(),
+        }
+        fragments = build(*trainable(self.inner.param_groups), self._parts)
+        membership.agree(self._communicator, facts, fragments, names(self.inner.param_groups))
 
     @torch.no_grad()
-    def _build(self, *, agree: bool) -> None:
-        """Make the engine, and the levels below it; collective if the workers are to agree first."""
+    def _build(self) -> None:
+        """Make the engine, and the levels below it, from parameters that all workers share."""
         settings = self._settings
         fragments = build(*trainable(self.inner.param_groups), self._parts)
-        if agree:
-            facts = {
-                "distoptim version": __version__,
-                "algorithm": type(self).__name__,
-                "inner optimizer": type(self.inner).__name__,
-                "tau": settings.tau,
-                "delay": settings.delay,
-                "levels": list(self._levels),
-                "codec": repr(settings.coding),
-                **self._rule.facts(),
-            }
-            membership.agree(self._communicator, facts, fragments, names(self.inner.param_groups))
-        inner = Inner(self._lr, self._forget, reset_at_merge=settings.reset_inner)
+        inner = Inner(self.inner, reset_at_merge=settings.reset_inner)
         self.engine = Engine(
             fragments,
             self._rule,
@@ -325,7 +330,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         if ours is not None:
             self._rounds.load_state_dict(ours)
         else:
-            self._build(agree=False)
+            self._build()
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
@@ -340,7 +345,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         saved = state.pop("saved")
         super().__init__([{"params": []}], state["inner"].defaults)
         self.__dict__.update(state)
-        self._build(agree=False)
+        self._build()
         self._rounds.load_state_dict(saved)
 
     # ---- what stays the inner optimizer's ---------------------------------------------------------
@@ -381,15 +386,6 @@ class AveragingOptimizer(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         if "inner" in self.__dict__:
             self.inner.state = value
-
-    def _lr(self, group: int) -> float:
-        lr = self.inner.param_groups[group].get("lr")
-        # Optimizers without one (relative steps): any constant says that it did not change.
-        return 1.0 if lr is None else float(lr)
-
-    def _forget(self, params: Sequence[Tensor]) -> None:
-        for p in params:
-            self.inner.state.pop(p, None)
 
 
 def average_together(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from distoptim import ALGORITHMS
 from distoptim.periods import AdaComm, PostLocal, Schedule
+from distoptim.testing.processes import run
 from tests.helpers import toy
 from tests.laws import trajectories as lockstep
 from tests.laws.trajectories import CODED, FLOAT64, STEPS, WORKERS, Problem
-from distoptim.testing.processes import run
 
 RECORD = Path(__file__).parents[1] / "reference" / "trajectories_gloo.npz"
 # Local steps of a worker inside `join()`, and of all behind it.
@@ -146,10 +145,3 @@ def trajectories() -> dict[str, Tensor]:
 
 def main(path: str | Path = RECORD) -> None:
     lockstep.record(path, trajectories())
-
-
-if __name__ == "__main__":
-    from tests.distributed import trajectories_gloo
-
-    # The workers look the function up where it can be imported.
-    trajectories_gloo.main(*sys.argv[1:])

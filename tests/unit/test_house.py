@@ -64,8 +64,13 @@ def test_functions_fit_a_screen(package):
     assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
 
 
-@until("all: one statement a line")
-@PACKAGES
+@pytest.mark.parametrize(
+    "package",
+    [
+        house.LIBRARY,
+        pytest.param(house.EXPERIMENTS, marks=until("experiments: one statement a line")),
+    ],
+)
 def test_a_line_holds_one_statement(package):
     assert house.packed_per_1000_lines(package) <= 2
 
@@ -96,7 +101,6 @@ def _walk(rank):
     return files
 
 
-@until("core and comm: engine and rules cut anew")
 def test_one_average_is_a_short_walk():
     """With a merge and a launch, it is read without losing the thread."""
     files, _ = run(_walk, 2)

@@ -77,6 +77,7 @@ class ProcessGroupCommunicator(Communicator):
         self._ranks = None if group is None else dist.get_process_group_ranks(group)
         self._timeout = timedelta(seconds=timeout_s)
         self._backends = _backends(group)
+        self._averages = {kind: _averages(backend) for kind, backend in self._backends.items()}
         self._staging: Staging | None = None
         self._groups: dict[str, dist.ProcessGroup] = {}
         with self._one_error("the making of groups"):
@@ -193,7 +194,7 @@ class ProcessGroupCommunicator(Communicator):
     def _all_reduce(
         self, buffer: Tensor, handle: Callable[[dist.Work, Tensor, int], TimedHandle]
     ) -> TimedHandle:
-        average = _averages(self._backends.get(buffer.device.type, ""))
+        average = self._averages.get(buffer.device.type, False)
         op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
         work = dist.all_reduce(buffer, op=op, group=self._group("means"), async_op=True)
         assert work is not None

@@ -23,6 +23,9 @@ class Clock:
         delay: local steps from launch to merge; None: the whole round.
 
     Attributes:
+        tau: local steps in a round.
+        delay: local steps from launch to merge.
+        fixed: whether tau is always the same.
         synchronous: whether the workers average after every local step at present (`PostLocal`).
         means: the workers' means of what the period measures, since it was last asked.
     """
@@ -32,23 +35,27 @@ class Clock:
         whole = period.choices == frozenset([delay])
         self._delay = None if whole else delay
         self._tau = period.first
+        self.fixed = period.choices is not None and len(period.choices) == 1
         self.synchronous = period.start > 0
+        # Plain numbers, since the engine reads them several times at every launch and merge.
+        self.tau = 0
+        self.delay = 0
+        self._set()
         self.memory: dict[str, float] = {}
         self.means: dict[str, float] = {}
         self._losses: list[Tensor | float] = []
         self._mark: tuple[float, int] | None = None
 
-    @property
-    def tau(self) -> int:
-        """Local steps in a round."""
-        return 1 if self.synchronous else self._tau
-
-    @property
-    def delay(self) -> int:
-        """Local steps from launch to merge."""
+    def _set(self) -> None:
+        self.tau = 1 if self.synchronous else self._tau
+        self.delay = self._tau if self._delay is None else self._delay
         if self.synchronous:
-            return 0
-        return self._tau if self._delay is None else self._delay
+            self.delay = 0
+
+    def synchronise(self, synchronous: bool) -> None:
+        """Begin or end the phase in which the workers average after every local step."""
+        self.synchronous = synchronous
+        self._set()
 
     @property
     def hides_whole_round(self) -> bool:
@@ -65,6 +72,7 @@ class Clock:
             return False
         logger.info("local step %d: tau %d -> %d: %s", step, self._tau, tau, why)
         self._tau = tau
+        self._set()
         return True
 
     def report(self, loss: Tensor | float) -> None:
@@ -125,6 +133,7 @@ class Clock:
         if (saved["period"], saved["whole"]) != (repr(self.period), self.hides_whole_round):
             return False
         self._tau = saved["tau"]
+        self._set()
         self.memory = dict(saved["memory"])
         self.means = dict(saved["means"])
         self._losses = list(saved["losses"])

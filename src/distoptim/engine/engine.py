@@ -38,14 +38,23 @@ class Inner:
     """What the engine asks of the inner optimizer.
 
     Attributes:
-        lr: param group -> its learning rate now.
-        forget: clears the inner optimizer's state of the given parameters.
-        reset_at_merge: forget at every merge too.
+        optimizer: makes the local steps.
+        reset_at_merge: forget its state at every merge.
     """
 
-    lr: Callable[[int], float]
-    forget: Callable[[Sequence[Tensor]], None]
+    optimizer: torch.optim.Optimizer
     reset_at_merge: bool = False
+
+    def lr(self, group: int) -> float:
+        """The learning rate of a param group now."""
+        lr = self.optimizer.param_groups[group].get("lr")
+        # Optimizers without one (relative steps): any constant says that it did not change.
+        return 1.0 if lr is None else float(lr)
+
+    def forget(self, params: Sequence[Tensor]) -> None:
+        """Clear its state of these parameters."""
+        for p in params:
+            self.optimizer.state.pop(p, None)
 
 
 class Rounds(ABC):
@@ -125,6 +134,7 @@ class Engine(Rounds):
         self._inner = inner
         self._may_be_empty = may_be_empty
         self._ended = False
+        self._activate()
         measured = len(clock.period.measures)
         self.syncs = [
             FragmentSync(
@@ -138,10 +148,6 @@ class Engine(Rounds):
         ]
         self._code()
         self._begin()
-
-    @property
-    def _active(self) -> Rule:
-        return Average(carry=False) if self.clock.synchronous else self.rule
 
     # ---- the round, from top to bottom ------------------------------------------------------------
 
@@ -157,7 +163,8 @@ class Engine(Rounds):
             raise self.reducer.failure
         self.counters.tick(self.communicator.now())
         self.step += 1
-        self.poll()
+        for pending in self._pending:
+            pending.handle.poll()
         return self.step >= self._next_event
 
     def poll(self) -> None:
@@ -172,9 +179,10 @@ class Engine(Rounds):
             # None if an earlier merge has just failed.
             if sync.pending is not None and sync.pending.due <= self.step:
                 self._merge(sync)
-        self._plan()
-        clock = self.clock
-        if clock.synchronous and self.syncs[0].launched == self.step >= clock.period.start:
+        if (
+            self.clock.synchronous
+            and self.syncs[0].launched == self.step >= self.clock.period.start
+        ):
             self._end_synchronous_phase()
 
     @torch.no_grad()
@@ -183,17 +191,19 @@ class Engine(Rounds):
 
         The first one may change the length of the rounds.
         """
-        if self.syncs[0].next_launch <= self.step and self.clock.advance(self.step):
+        clock = self.clock
+        round_ends = self.syncs[0].next_launch <= self.step and not clock.fixed
+        if round_ends and clock.advance(self.step):
             # Nothing may be in flight when rounds begin anew.
             self.drain()
             for sync in self.syncs:
-                if sync.fragment.offset_at(self.clock.tau):
-                    sync.place(self.step, self.clock.tau)
+                if sync.fragment.offset_at(clock.tau):
+                    sync.place(self.step, clock.tau)
         for sync in self.syncs:
             if sync.next_launch <= self.step:
                 self._launch(sync)
-                sync.next_launch = self.step + self.clock.tau
-        self._plan()
+                sync.next_launch = self.step + clock.tau
+        self.plan()
 
     def _launch(self, sync: FragmentSync) -> None:
         """Form the payload and start its mean, without waiting."""
@@ -233,7 +243,7 @@ class Engine(Rounds):
         lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
         sync.pending = PendingMean(handle, finite, launched + self.clock.delay, lr)
         sync.launched = launched
-        sync.samples = self.weights.total
+        sync.samples = self.weights.samples or 0.0
 
     def _merge(self, sync: FragmentSync) -> None:
         """Wait for the mean, if it is not there yet, and let it meet state and parameters."""
@@ -265,7 +275,7 @@ class Engine(Rounds):
                 self._inner.forget(sync.fragment.params)
         self.counters.merged(self.step - sync.launched, time.perf_counter() - start)
 
-    def _plan(self) -> None:
+    def plan(self) -> None:
         """Note what is in flight, in order of launch, and the next step at which something is due."""
         in_flight = [sync for sync in self.syncs if sync.pending is not None]
         self._in_flight = sorted(in_flight, key=lambda sync: sync.launched)
@@ -290,12 +300,13 @@ class Engine(Rounds):
                 self._launch(sync)
                 self._merge(sync)
             sync.place(self.step, self.clock.tau)
-        self._plan()
+        self.plan()
 
     def drain(self) -> None:
         """Merge all that is in flight, blocking."""
         for sync in list(self._in_flight):
-            self._merge(sync)
+            if sync.pending is not None:
+                self._merge(sync)
 
     def settle(self) -> None:
         """Wait for what is in flight without merging it; a failure comes up at the next step."""
@@ -306,9 +317,10 @@ class Engine(Rounds):
         self.step = step
         synchronous = step < self.clock.period.start
         if synchronous != self.clock.synchronous:
-            self.clock.synchronous = synchronous
+            self.clock.synchronise(synchronous)
+            self._activate()
             self._code()
-        self._plan()
+        self.plan()
 
     @contextlib.contextmanager
     def join(self, tick: Callable[[], None] | None = None) -> Iterator[None]:
@@ -426,6 +438,10 @@ class Engine(Rounds):
 
     # ---- pieces -----------------------------------------------------------------------------------
 
+    def _activate(self) -> None:
+        """In the synchronous phase x <- mean, beside the rule's state."""
+        self._active = Average(carry=False) if self.clock.synchronous else self.rule
+
     def _code(self) -> None:
         """Make the coded means.
 
@@ -448,10 +464,11 @@ class Engine(Rounds):
                 finite = self._form(sync)
                 handle = Handle(sync.buffer.tensor)
                 self._take_off(sync, handle, finite, launched=sync.next_launch - clock.tau)
-        self._plan()
+        self.plan()
 
     def _end_synchronous_phase(self) -> None:
-        self.clock.synchronous = False
+        self.clock.synchronise(False)
+        self._activate()
         tau = self.clock.tau
         logger.info("local step %d: tau 1 -> %d: the synchronous phase is over", self.step, tau)
         for sync in self.syncs:
@@ -492,7 +509,7 @@ class Engine(Rounds):
             if sync.pending is not None:
                 sync.pending = None
                 self._active.abandoned(sync.fragment, sync.state)
-        self._plan()
+        self.plan()
 
 
 def tick_together(
@@ -522,11 +539,16 @@ def tick_together(
         before_launch()
     for engine in engines:
         engine.launch_due()
+    _launched_together(engines)
+
+
+def _launched_together(engines: Sequence[Engine]) -> None:
+    """What follows the launches of a local step: second stages, and merges that do not wait."""
     if len(engines) > 1:
         for engine in engines:
             engine.poll()
-    if engines[0].clock.delay == 0:
-        for engine in engines:
-            engine.merge_due()
     for engine in engines:
+        if engine.clock.delay == 0:
+            engine.merge_due()
+            engine.plan()
         engine.counters.tick(engine.communicator.now())

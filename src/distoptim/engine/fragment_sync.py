@@ -67,15 +67,10 @@ class FragmentSync:
     pending: PendingMean | None = None
     compressed: CompressedMean | None = None
 
-    @property
-    def name(self) -> str:
-        """How messages call it."""
-        return f"fragment {self.index}"
-
-    @property
-    def nbytes(self) -> int:
-        """Size of a message: of the code if there is one, else of the buffer."""
-        return self.buffer.nbytes if self.compressed is None else self.compressed.nbytes
+    def __post_init__(self) -> None:
+        """Note what messages call it, and how large they are without a codec."""
+        self.name = f"fragment {self.index}"
+        self.nbytes = self.buffer.nbytes
 
     def place(self, step: int, tau: int) -> None:
         """Begin its rounds anew at a local step: spread over the round by the fragment's offset."""

@@ -33,7 +33,7 @@ class Hierarchy(Rounds):
 
     Args:
         engine: the algorithm's, over all workers.
-        communicators: period in local steps -> the level's group; see `connect_levels`.
+        communicators: period in local steps -> the level's group; see `check_levels`.
         inner: of the inner optimizer.
         timeout_s: bound of every wait, in seconds.
     """
@@ -53,7 +53,7 @@ class Hierarchy(Rounds):
                 Average(carry=False),
                 Clock(Fixed(period), 0),
                 communicator,
-                inner=Inner(lr=lambda _: 0.0, forget=inner.forget),
+                inner=Inner(inner.optimizer),
                 timeout_s=timeout_s,
                 # A worker weighs in its group what it does among all.
                 weights=engine.weights,
@@ -169,15 +169,14 @@ def check_periods(periods: Iterable[object], tau: Tau) -> list[int]:
     return found
 
 
-def connect_levels(
+def check_levels(
     levels: Mapping[int, ProcessGroup] | None,
     mesh: WorkerMesh,
     workers: Communicator,
     *,
     tau: Tau,
-    timeout_s: float,
-) -> dict[int, Communicator]:
-    """The communicators of the levels by period, shortest first.
+) -> dict[int, ProcessGroup]:
+    """The groups of the levels by period, shortest first.
 
     Raises:
         ValueError: as `check_periods`; a group that is none, that this rank is not in, that has other
@@ -196,7 +195,7 @@ def connect_levels(
         raise ValueError(
             f"levels= beside {workers!r}: groups need workers in a process group to be part of"
         )
-    out: dict[int, Communicator] = {}
+    out: dict[int, ProcessGroup] = {}
     for period in periods:
         group = levels[period]
         if group is None or world_size(group) < 1:
@@ -209,5 +208,16 @@ def connect_levels(
                 f"levels[{period}]: ranks {sorted(others)} are not among the workers {workers.ranks}"
             )
         mesh.check(group)
-        out[period] = connect(group, timeout_s) if world_size(group) > 1 else SingleWorker()
+        out[period] = group
     return out
+
+
+def connect_levels(groups: Mapping[int, ProcessGroup], timeout_s: float) -> dict[int, Communicator]:
+    """The communicators of the levels by period.
+
+    Collective in each group, so only once all workers are known to have the same levels.
+    """
+    return {
+        period: connect(group, timeout_s) if world_size(group) > 1 else SingleWorker()
+        for period, group in groups.items()
+    }

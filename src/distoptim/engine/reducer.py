@@ -66,7 +66,7 @@ class Reducer:
             flat = fragment.flat()
             fragment.read(flat)
             start = flat.tensor
-        sync.compressed = CompressedMean(
+        mean = CompressedMean(
             self.codec,
             self.communicator,
             numel=fragment.numel,
@@ -74,6 +74,8 @@ class Reducer:
             start=start,
             shared=shared,
         )
+        sync.compressed = mean
+        sync.nbytes = mean.nbytes
 
     def check(self) -> None:
         """Whether communication still works.
@@ -199,12 +201,16 @@ def mark_finite(buffer: Tensor, fragment: Fragment) -> Tensor:
     buffer[fragment.numel :] = 0
     total = buffer.sum()
     if buffer.device.type == "cpu":
-        finite = fragment.finite_everywhere(torch.tensor(math.isfinite(total)))
+        finite = torch.tensor(math.isfinite(total))
+        if fragment.sharded:
+            finite = fragment.finite_everywhere(finite)
         if not finite:
             buffer.zero_()
         buffer[-1] = finite
         return finite
-    finite = fragment.finite_everywhere(torch.isfinite(total))
+    finite = torch.isfinite(total)
+    if fragment.sharded:
+        finite = fragment.finite_everywhere(finite)
     buffer.copy_(torch.where(finite, buffer, 0.0))
     buffer[-1] = finite
     # The flag follows the payload through the stream.

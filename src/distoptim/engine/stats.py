@@ -30,8 +30,10 @@ class Counters:
 
     def waited(self, handle: Handle) -> None:
         """Count a handle that has been waited for; a GPU's wait is known only some time later."""
-        self.unread.append(handle)
-        self.collect()
+        if handle.waited_s is None:
+            self.unread.append(handle)
+        else:
+            self._add(handle)
 
     def merged(self, staleness: int, seconds: float) -> None:
         """Count a merge."""
@@ -41,18 +43,20 @@ class Counters:
 
     def collect(self) -> float:
         """Add up the waits that are known by now; returns their sum."""
-        unknown = []
-        for handle in self.unread:
+        unread = self.unread
+        self.unread = []
+        for handle in unread:
             handle.poll()
-            if handle.waited_s is None:
-                unknown.append(handle)
-                continue
-            self.exposed_s += handle.waited_s
-            self.overhead_s += handle.worked_s
-            if handle.finished_at is not None:
-                self.hidden_s += max(0.0, handle.finished_at - handle.launched_at - handle.waited_s)
-        self.unread = unknown
+            self.waited(handle)
         return self.exposed_s
+
+    def _add(self, handle: Handle) -> None:
+        assert handle.waited_s is not None
+        self.exposed_s += handle.waited_s
+        self.overhead_s += handle.worked_s
+        if handle.finished_at is not None:
+            hidden = handle.finished_at - handle.launched_at - handle.waited_s
+            self.hidden_s += max(0.0, hidden)
 
     def report(self, steps: int, tau: int) -> dict[str, float]:
         """The totals by name."""
