@@ -1,47 +1,226 @@
-"""The console's entry point."""
+"""`distoptim`: the subcommands plan and probe, and those that other distributions add.
+
+A distribution adds one by an entry point of the group `distoptim.commands`, which names a function
+as cyclopts takes it; it is imported when it is called, or when the help lists it.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
-_EXTRA = ("click", "matplotlib", "rich")
+from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
+from rich.console import Console
+from rich.table import Table
+
+from distoptim.comm import CommunicationError, Link
+from distoptim.planning import planner
+from distoptim.planning import probe as probing
+from distoptim.planning.planner import Job, Plan, Prediction
+from distoptim.simulator.network import Ring
+from distoptim.version import __version__
+
+COMMANDS = "distoptim.commands"
+"""Group of the entry points that add subcommands."""
+
+_EXPERIMENTS = ("compare", "train", "simulate", "reproduce", "report", "partition")
 
 
-def main() -> None:
+def _whole(_: object, tokens: Any) -> int:
+    text = tokens[0].value
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r}: allowed is an integer") from None
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+"""An integer on the command line; cyclopts alone would round 2.5."""
+
+Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
+"""An option that is there or not."""
+
+
+def run() -> NoReturn:
     """Run the command line and exit with its code.
 
     Codes: 0 done, 1 a worker failed, 2 a wrong value or file, 128 + signal when stopped by one (130
         for Ctrl-C).
     """
+    code = None
     try:
-        import click
-        from distoptim_experiments.cli import cli
-        from distoptim_experiments.training.launch import WorkerError
-
-        from distoptim.comm import CommunicationError
-    except ImportError as error:
-        if error.name is None or error.name.split(".")[0] not in _EXTRA:
-            raise
-        _fail(f"the command line needs {error.name}: pip install 'distoptim[train]'", 2)
-    try:
-        code = cli.main(prog_name="distoptim", standalone_mode=False)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
-    except ValueError as error:
-        _fail(str(error), 2)
-    except (WorkerError, CommunicationError) as error:
-        _fail(str(error), 1)
+        code = application()(sys.argv[1:])
+    except UnknownCommandError as error:
+        command = next(iter(sys.argv[1:]), "")
+        if command in _EXPERIMENTS:
+            fail(f"{command} needs the experiments: pip install 'distoptim[train]'", 2)
+        fail(str(error), 2)
+    except (CycloptsError, ValueError) as error:
+        fail(str(error), 2)
+    except CommunicationError as error:
+        fail(str(error), 1)
     except OSError as error:
-        _fail(str(error) if error.filename is None else f"{error.filename}: {error.strerror}", 2)
-    except (click.Abort, KeyboardInterrupt):
+        fail(str(error) if error.filename is None else f"{error.filename}: {error.strerror}", 2)
+    except KeyboardInterrupt:
         code = 130
     sys.exit(code or 0)
 
 
-def _fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
+    """End with one line on stderr."""
     print(f"Error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
-if __name__ == "__main__":
-    main()
+def application() -> App:
+    """The command line with all subcommands."""
+    app = App(
+        name="distoptim",
+        help="Train with communication hidden behind computation.",
+        version=f"distoptim, version {__version__}",
+        help_flags=("--help", "-h"),
+        # The last one counts, so that a script's options can be overridden behind them.
+        default_parameter=Parameter(allow_repeating=True),
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
+    )
+    # The list of commands shows their docstrings; a command has no need of the others.
+    lists = all(argument.startswith("-") for argument in sys.argv[1:])
+    for entry in entry_points(group=COMMANDS):
+        app.command(entry.load() if lists else entry.value, name=entry.name)
+    app.command(plan)
+    app.command(probe)
+    return app
+
+
+def plan(
+    *,
+    step_s: float | None = None,
+    params: float | None = None,
+    workers: Whole | None = None,
+    latency_ms: float | None = None,
+    bandwidth_gbit_s: float | None = None,
+    measured: Annotated[Path | None, Parameter(name="--probe")] = None,
+    everything: Annotated[Flag, Parameter(name="--all")] = False,
+    as_json: Annotated[Flag, Parameter(name="--json")] = False,
+) -> None:
+    """Say what will pay on a link, and what to write for it.
+
+    Args:
+        step_s: Seconds of one local step without communication.
+        params: Number of parameters (11e6 is fine).
+        workers: Number of workers.
+        latency_ms: Milliseconds one message takes.
+        bandwidth_gbit_s: Each worker's rate, in Gbit/s.
+        measured: What `distoptim probe` wrote; options given here win.
+        everything: Every algorithm and tau, not the best tau of each.
+        as_json: Print JSON for machines.
+    """
+    known = _known(
+        measured,
+        {
+            "step_s": step_s,
+            "params": params,
+            "workers": workers,
+            "latency_ms": latency_ms,
+            "bandwidth_gbit_s": bandwidth_gbit_s,
+        },
+    )
+    link = Link(known["latency_ms"] / 1e3, known["bandwidth_gbit_s"])
+    count = _count("params", known["params"])
+    made = planner.plan(Job(known["step_s"], count, int(known["workers"]), Ring([link])))
+    if as_json:
+        print(json.dumps(made.as_dict(), indent=1))
+    else:
+        _print(made, everything)
+
+
+def probe(
+    target: Annotated[str, Parameter(name="MODULE:FUNCTION")],
+    /,
+    *,
+    steps: Whole = 20,
+    backend: str | None = None,
+    out: Path = Path("probe.json"),
+) -> None:
+    """Time a step and the link between the workers; run it under torchrun.
+
+    MODULE:FUNCTION is called once and returns a step (a function without arguments: one local step,
+    no communication) or a pair (model, step).
+
+    Args:
+        target: Where that function is.
+        steps: Local steps to time.
+        backend: Of torch.distributed; default nccl with a GPU, else gloo.
+        out: Where rank 0 writes the figures for `distoptim plan --probe`.
+    """
+    measured = probing.probe_under_torchrun(target, steps=steps, backend=backend)
+    if measured is not None:
+        out.write_text(json.dumps(measured.as_dict(), indent=1) + "\n")
+        print(
+            f"step {measured.step_s * 1e3:.1f} ms, {measured.params:,} parameters, {measured.workers} workers, "
+            f"latency {measured.latency_s * 1e3:.2f} ms, {measured.bandwidth_gbit_s:.2f} Gbit/s -> {out}"
+        )
+
+
+def _known(measured: Path | None, given: dict[str, float | None]) -> dict[str, float]:
+    """The probe's figures, overridden by the options; all must be there."""
+    known: dict[str, Any] = {} if measured is None else _read(measured)
+    known.update({name: value for name, value in given.items() if value is not None})
+    missing = [
+        f"--{name.replace('_', '-')}"
+        for name in given
+        if not known.get(name) and known.get(name) != 0
+    ]
+    if missing:
+        raise ValueError(f"missing: {', '.join(missing)} (or --probe FILE)")
+    return known
+
+
+def _read(measured: Path) -> dict[str, Any]:
+    """What a probe wrote, with the latency in milliseconds."""
+    # A device would be read for ever.
+    if not measured.is_file():
+        raise ValueError(f"--probe {measured}: there is no such file")
+    try:
+        known = json.loads(measured.read_text())
+        return {**known, "latency_ms": known["latency_s"] * 1e3}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{measured}: not a file that `distoptim probe` wrote ({error})"
+        ) from error
+
+
+def _count(name: str, value: float) -> int:
+    if value != int(value):
+        raise ValueError(f"{name}={value!r}: allowed is a whole number, 1 or more")
+    return int(value)
+
+
+def _print(made: Plan, everything: bool) -> None:
+    out = Table("method", "tau", "s/step", "times DDP", "exposed", "copies", "GB/hour", box=None)
+    for column in out.columns[1:]:
+        column.justify = "right"
+    best: dict[str, Prediction] = {}
+    for p in made.predictions:
+        if p.algorithm not in best or p.step_s < 0.95 * best[p.algorithm].step_s:
+            best[p.algorithm] = p
+    for p in made.predictions if everything else best.values():
+        out.add_row(
+            p.algorithm,
+            str(p.tau),
+            f"{p.step_s:.4g}",
+            f"{p.speed_up:.2f}",
+            f"{p.exposed_share:.1%}",
+            f"{p.copies:g}",
+            f"{p.gbytes_per_hour:.3g}",
+            style="bold" if p == made.best else None,
+        )
+    console = Console(soft_wrap=True)
+    console.print(out)
+    console.print(f"\n{made.line}", highlight=False, markup=False)
+    console.print(f"because: {made.reason}", highlight=False, markup=False)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from distoptim import checks
 from distoptim.algorithms import ALGORITHMS
-from distoptim.comm import SingleWorker
+from distoptim.comm import Communicator, Handle
 from distoptim.engine.hierarchy import check_periods
 from distoptim.periods import AdaComm, HideCommunication, Period, PostLocal, Schedule
 from distoptim_experiments.config import (
@@ -203,11 +204,29 @@ def _inner(config: RunConfig, params: list[Tensor]) -> torch.optim.Optimizer:
     return inner
 
 
-class _Absent(SingleWorker):
-    """Stands for the workers that are not there yet, so that an optimizer can check its arguments."""
+@final
+class _Absent(Communicator):
+    """Stands for the workers that are not there yet, so that an optimizer can check its arguments.
+
+    All say what this one says; no mean is ever asked for.
+    """
+
+    rank = 0
 
     def __init__(self, size: int) -> None:
         self.size = size
 
+    def all_reduce(self, buffer: Tensor) -> Handle:
+        return Handle(buffer)
+
+    def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
+        return Handle(output)
+
+    def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
+        return Handle(output)
+
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        pass
+
     def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
-        return [message] * self.size
+        return [json.loads(json.dumps(message))] * self.size

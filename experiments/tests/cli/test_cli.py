@@ -7,13 +7,19 @@ import sys
 import time
 
 import pytest
-from distoptim_experiments import records
-from distoptim_experiments.cli.options import MEANING
-from distoptim_experiments.config import RunConfig
+from distoptim_experiments import optimizers, records
+from distoptim_experiments.cli.options import MEANING, OWN, algorithm_options, config_of
+from distoptim_experiments.cli.simulate import ONLY_REAL, SimulateOptions, TimingOptions
+from distoptim_experiments.cli.train import CompareOptions, Folder, TrainOptions
+from distoptim_experiments.config import RunConfig, algorithms
+from distoptim_experiments.machines import Machines
+from distoptim_experiments.settings import NoOption, Option
 from distoptim_experiments.training import checkpoint
 
 import distoptim
+from distoptim import __main__ as console
 from distoptim import cli
+from distoptim.algorithms import ALGORITHMS
 from distoptim.testing.processes import free_port
 
 TINY = (
@@ -44,7 +50,7 @@ def invoke(monkeypatch, capfd, tmp_path):
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["distoptim", *map(str, args)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            console.main()
         return end.value.code, *capfd.readouterr()
 
     return run
@@ -61,47 +67,123 @@ def test_version_and_help(invoke):
     code, out, _ = invoke("train", "--help")
     assert code == 0
     for part in (
-        "Training:",
-        "Workers and network:",
-        "Results:",
-        "--tau INTEGER",
+        "─ Training ─",
+        "─ Workers and network ─",
+        "─ Results ─",
+        "--tau INT",
         "[default: 4]",
         "Gbit/s",
         "bf16, int8, e3m0,",
-        "--carry / --no-carry",
-        "--eager / --no-eager",
-        "--adacomm INTEGER",
+        "--carry --no-carry",
+        "--eager --no-eager",
+        "--adacomm INT",
         "--tau-at STEP:TAU,...",
         "--levels PERIOD:SIZE,...",
-        "--island-size INTEGER",
-        "--island-kind [ddp|fsdp2]",
-        "--reset-inner / --no-reset-inner",
+        "--island-size INT",
+        "--island-kind CHOICE",
+        "[choices: ddp, fsdp2]",
+        "--reset-inner --no-reset-inner",
     ):
         assert part in out
-    assert "Other:\n  -h, --help" in out
+    assert invoke("train", "-h")[1] == out
     assert "--methods" in invoke("compare", "--help")[1]
 
 
-def test_all_commands_that_train_have_all_options_of_the_algorithms():
-    from distoptim_experiments import optimizers
-    from distoptim_experiments.cli import cli as group
-    from distoptim_experiments.config import algorithms
+def commands():
+    app = cli.application()
+    return {name: app[name] for name in app if not name.startswith("-")}
 
-    wanted = {name for algorithm in algorithms() for name in optimizers.own_options(algorithm)}
+
+def options(command):
+    """Of a subcommand, by name; positional arguments are none."""
+    return {
+        argument.field_info.name: argument
+        for argument in commands()[command].assemble_argument_collection()
+        if argument.names[0].startswith("--")
+    }
+
+
+def options_of_the_algorithms():
+    return {name for algorithm in algorithms() for name in optimizers.own_options(algorithm)}
+
+
+def test_the_help_of_every_command_lists_all_its_options(invoke):
+    assert sorted(commands()) == [
+        "compare",
+        "partition",
+        "plan",
+        "probe",
+        "report",
+        "reproduce",
+        "simulate",
+        "train",
+    ]
+    for command in commands():
+        code, out, err = invoke(command, "--help")
+        assert (code, err) == (0, "")
+        for argument in options(command).values():
+            for name in argument.names:
+                assert re.search(rf"{name}\b", out), (command, name)
+
+
+@pytest.mark.parametrize(
+    ("command", "models", "without"),
+    [
+        ("train", (RunConfig, Folder, TrainOptions), ()),
+        ("compare", (RunConfig, Folder, CompareOptions), ("algorithm", "checkpoint_every")),
+        (
+            "simulate",
+            (RunConfig, Machines, Folder, SimulateOptions, TimingOptions),
+            {"algorithm", "tau", "seed", *ONLY_REAL} - {*Machines.model_fields},
+        ),
+    ],
+)
+def test_every_field_of_the_models_is_an_option_or_marked_as_none(command, models, without):
+    wanted = options_of_the_algorithms()
+    for model in models:
+        for name, field in model.model_fields.items():
+            (mark,) = [m for m in field.metadata if isinstance(m, (Option, NoOption))]
+            assert field.description, name
+            if isinstance(mark, Option) and name not in without:
+                wanted.add(name)
+    assert options(command).keys() == wanted
+
+
+def test_an_algorithm_of_somebody_else_has_its_options(monkeypatch):
+    class Mine(distoptim.LocalSGD):
+        """Local SGD again.
+
+        Args:
+            strength: how hard it pulls.
+        """
+
+        def __init__(self, params, *, tau, strength: float = 0.5, **rest):
+            super().__init__(params, tau=tau, **rest)
+
+    monkeypatch.setitem(ALGORITHMS, "mine", Mine)
+    made = {option.name: option for option in algorithm_options()}
+    assert made["strength"].help == "how hard it pulls. Of mine."
+    assert made["strength"].kind is float
+    assert "all but ddp and powersgd" in made["codec"].help
+    assert config_of({"algorithm": "mine", "strength": 2.0}).options == {"strength": 2.0}
+
+
+def test_all_commands_that_train_have_all_options_of_the_algorithms():
+    wanted = options_of_the_algorithms()
     for command in ("train", "compare", "simulate"):
         own = {
-            p.name
-            for p in group.commands[command].params
-            if getattr(p, "section", "").startswith("Options of the")
+            name
+            for name, argument in options(command).items()
+            if argument.parameter.group[0].name == OWN
         }
         assert own == wanted, command
     assert MEANING.keys() == wanted
 
 
 def test_virtual_workers_are_not_said_to_be_processes(invoke):
-    workers = re.search(r"--workers INTEGER +(.*?) +--", invoke("simulate", "--help")[1], re.DOTALL)
+    workers = re.search(r"--workers INT +(.*?) +--", invoke("simulate", "--help")[1], re.DOTALL)
     assert (
-        " ".join(workers[1].split())
+        " ".join(workers[1].replace("│", "").split())
         == "How many there are, without a process of their own. [default: 16]"
     )
 
@@ -110,16 +192,19 @@ def test_virtual_workers_are_not_said_to_be_processes(invoke):
     ("args", "message"),
     [
         (("train", "--tau", "0"), "tau=0: allowed is an integer, 1 or more"),
-        (("train", "--tau", "x"), "'x' is not a valid integer"),
-        (("train", "--algorithm", "sgd"), "'sgd' is not one of 'ddp', 'local-sgd'"),
+        (("train", "--tau", "x"), "--tau: 'x': allowed is an integer, 1 or more"),
+        (
+            ("train", "--algorithm", "sgd"),
+            'Invalid value "sgd" for --algorithm. Choose from: "ddp", "local-sgd"',
+        ),
         (("train", "--algorithm", "bmuf", "--alpha", "0.5"), "bmuf takes no alpha"),
         (("train", "--algorithm", "diloco", "--delay", "2", "--no-carry"), "delay=2 without carry"),
         (
             ("train", "--adacomm", "5", "--hide-communication"),
             "hide_communication=True with adacomm=5",
         ),
-        (("simulate", "--levels", "2:2"), "No such option"),
-        (("simulate", "--island-size", "2"), "No such option"),
+        (("simulate", "--levels", "2:2"), "Unknown option"),
+        (("simulate", "--island-size", "2"), "Unknown option"),
         (("train", "--island-size", "5"), "batch_size=32 with island_size=5"),
         (
             (
@@ -136,8 +221,9 @@ def test_virtual_workers_are_not_said_to_be_processes(invoke):
             "island_size=2 with 3 ranks: allowed is a number that divides it",
         ),
         (("train", "--alpha", "3"), "alpha=3.0: allowed is a number in [0, 1]"),
-        (("train", "--taux", "3"), "No such option"),
-        (("trian",), "No such command 'trian'"),
+        (("train", "--tau", "2.5"), "--tau: '2.5': allowed is an integer, 1 or more"),
+        (("train", "--taux", "3"), "Unknown option"),
+        (("trian",), 'Unknown command "trian"'),
         (("train", "--data", "mnist"), "needs --data-dir, the folder with train-images-idx3-ubyte"),
         (
             ("train", "--data", "mnist", "--data-dir", "nowhere"),
@@ -469,19 +555,43 @@ def test_two_commands_meet_by_tcp(tmp_path):
     assert records.read(tmp_path / "a").summary["step"] == 4
 
 
-def test_without_the_extra_the_library_works_and_the_command_says_what_is_missing():
-    missing = (
-        "import sys; sys.modules.update(dict.fromkeys(['click', 'rich', 'matplotlib', 'sklearn']));"
+@pytest.mark.parametrize(
+    ("hidden", "argument", "message"),
+    [
+        (
+            "sys.modules['cyclopts'] = None",
+            "plan",
+            "the command line needs cyclopts: pip install 'distoptim[cli]'",
+        ),
+        (
+            "importlib.metadata.entry_points = lambda group: ()",
+            "train",
+            "train needs the experiments: pip install 'distoptim[train]'",
+        ),
+    ],
+)
+def test_what_is_not_installed_is_said_in_one_line(hidden, argument, message):
+    code = (
+        f"import importlib.metadata, sys; {hidden}; import distoptim; "
+        f"sys.argv = ['distoptim', '{argument}']; from distoptim.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"Error: {message}\n"
+
+
+def test_the_help_imports_nothing_that_draws_or_learns():
+    code = (
+        "import sys; sys.argv = ['distoptim', 'train', '--help']\n"
+        "from distoptim.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print({'matplotlib', 'pandas', 'sklearn', 'seaborn'} & set(sys.modules))"
     )
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"{missing} import distoptim; from distoptim import cli; cli.main()",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
-    assert done.returncode == 2
-    assert done.stderr == "Error: the command line needs click: pip install 'distoptim[train]'\n"
+    assert done.stdout.endswith("set()\n")
+
+
+def test_of_an_option_given_twice_the_last_one_counts(invoke):
+    assert "tau=0" in invoke("train", "--tau", "5", "--tau", "0")[2]

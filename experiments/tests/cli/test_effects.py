@@ -1,18 +1,17 @@
 """What is given on the command line has an effect or is refused."""
 
 import pytest
-from click.testing import CliRunner
-from distoptim_experiments.cli import cli
-from distoptim_experiments.cli.effects import EFFECTIVE, check_effects
+
+from distoptim import cli
 
 ADAMW = ("--optimizer", "adamw")
 
 
 def words(*args):
     """What a command says instead of beginning."""
-    result = CliRunner().invoke(cli, args)
-    assert isinstance(result.exception, ValueError), result.output
-    return str(result.exception)
+    with pytest.raises(ValueError, match="has an effect only") as error:
+        cli.application()(args)
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +31,7 @@ def words(*args):
         ),
         (
             ("train", "--milestones", "3"),
-            "--milestones [3.0]: has an effect only with --schedule steps",
+            "--milestones 3.0: has an effect only with --schedule steps",
         ),
         (
             ("compare", "--decay", "0.5", "--schedule", "cosine"),
@@ -148,11 +147,13 @@ def test_what_would_do_nothing_is_refused(args, message):
     ],
 )
 def test_what_has_an_effect_or_switches_off_may_be_given(args):
-    with cli.commands[args[0]].make_context(args[0], list(args[1:])) as ctx:
-        check_effects(ctx.params)
+    command, bound, _ = cli.application().parse_args(args)
+    command.given(bound.arguments).check_effects()
 
 
-def test_all_names_are_options():
-    assert EFFECTIVE.keys() <= {
-        option.name for command in cli.commands.values() for option in command.params
-    }
+def test_what_is_needed_is_asked_of_options_that_there_are():
+    for name in ("train", "compare", "simulate", "partition"):
+        command = cli.application()[name].default_command
+        for option in command.options.values():
+            for need in option.needs:
+                need.holds(command.given({option.name: 2}).all)

@@ -60,6 +60,34 @@ def load(target: str) -> Callable[[], Any]:
     return function  # type: ignore[no-any-return]  # callable, as just checked
 
 
+def probe_under_torchrun(target: str, *, steps: int, backend: str | None = None) -> Measured | None:
+    """Join the other workers and `probe` the function that "module:function" names.
+
+    Returns what was found on rank 0, None on the others.
+
+    Args:
+        target: see `load`.
+        steps: timed.
+        backend: of torch.distributed; default nccl with a GPU, else gloo.
+
+    Raises:
+        ValueError: torchrun has not started this process, it started only one, or there is no such
+            function.
+    """
+    if not dist.is_torchelastic_launched():
+        raise ValueError(
+            "start it with torchrun: torchrun --nproc-per-node=... -m distoptim probe ..."
+        )
+    prepare = load(target)
+    dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    if dist.get_world_size() < 2:
+        raise ValueError("one worker has no link: allowed are 2 or more")
+    measured = probe(prepare, steps=steps)
+    first = dist.get_rank() == 0
+    dist.destroy_process_group()
+    return measured if first else None
+
+
 def probe(prepare: Callable[[], Any], *, steps: int = 20, repeats: int = 5) -> Measured:
     """Time local steps and all-reduces on all workers; collective.
 

@@ -1,27 +1,45 @@
-"""The options of the subcommands, and how they become a RunConfig."""
+"""Options of subcommands, made from the fields of models and from the algorithms' constructors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from types import GenericAlias
+from typing import Annotated, Any, Literal, TypeVar, final, get_args, get_origin
 
-import click
-from click.core import ParameterSource
+from cyclopts import Group, Parameter
+from docstring_parser import parse
+from pydantic.fields import FieldInfo
 
 from distoptim.algorithms import ALGORITHMS
+from distoptim.cli import fail
 from distoptim.comm.codecs import CODECS
 from distoptim.fragments import SEQUENTIAL, STRIDED
 from distoptim_experiments import optimizers
-from distoptim_experiments.config import DDP, DTYPES, FSDP2, RunConfig, algorithms
-from distoptim_experiments.data import datasets as data
-from distoptim_experiments.models import registry as models
+from distoptim_experiments.config import RunConfig, algorithms
+from distoptim_experiments.data import datasets
+from distoptim_experiments.settings import (
+    Needs,
+    OneOf,
+    Option,
+    Settings,
+    Values,
+    allowed,
+    plain_type,
+)
+from distoptim_experiments.training.launch import WorkerError
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+S = TypeVar("S", bound=Settings)
 
-# What the algorithms' own options mean; ranges and reasons are in the constructors' docstrings.
+OWN = "Options of the algorithms (default: each one's own)"
+_DELAYED = Needs("with a --delay above 0", lambda v: v.get("delay"))
+
 MEANING = {
     "fragments": "Messages in which the parameters are averaged, spread over the round.",
     "pattern": f"Cut of the parameters into them: {SEQUENTIAL} (runs) or {STRIDED} (dealt out one by one).",
@@ -44,277 +62,290 @@ MEANING = {
     "clip": "Largest element of the anchor's momentum.",
     "approximation_rank": "Rank of the matrices that stand for gradients.",
 }
+"""The algorithms' own options in a few words; of one that is not here its docstring is shown."""
 
 
-class Epochs(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on only
-    """Numbers with commas between them."""
+@dataclass(frozen=True)
+class CliOption:
+    """One option of a subcommand.
 
-    name = "N,N,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[float]:
-        """From text."""
-        try:
-            return (
-                [float(part) for part in value.split(",")]
-                if isinstance(value, str)
-                else list(value)
-            )
-        except ValueError:
-            self.fail(f"{value!r}: expected numbers with commas between them", param, ctx)
-
-
-class Pairs(click.types.StringParamType):
-    """Pairs of integers as text, which RunConfig checks."""
-
-    def __init__(self, pair: str) -> None:
-        self.name = f"{pair},..."
-
-
-DEFAULTS: dict[str, Any] = RunConfig().to_dict()
-
-
-class Option(click.Option):
-    """An option that belongs to a section of the help."""
-
-    def __init__(self, *args: Any, section: str = "Other", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.section = section
-
-
-class Sections(click.Command):
-    """A command whose help lists its options by section."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one list per section, in the order in which the sections first appear."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
-        for name, rows in sections.items():
-            with formatter.section(name):
-                formatter.write_dl(rows)
-
-
-def option(
-    section: str, *names: str, default: Any = None, **kwargs: Any
-) -> Callable[[Command], Command]:
-    """`click.option` in a section of the help."""
-    return click.option(
-        *names,
-        cls=Option,
-        section=section,
-        default=default,
-        show_default=default not in (None, "") and not kwargs.get("is_flag", False),
-        **kwargs,
-    )
-
-
-def run_options(
-    defaults: dict[str, Any], *, without: Sequence[str] = ()
-) -> Callable[[Command], Command]:
-    """The options that every training has, but for those named.
-
-    Their names are the fields of RunConfig.
+    Args:
+        name: as an identifier.
+        kind: type of the value, or of each of several.
+        default: where it is not on the command line.
+        help: what it means.
+        allowed: its values, in words.
+        place: where it stands in the help, and how.
+        needs: when it has an effect.
+        choices: for the help.
+        several: values with commas between them.
     """
-    training, problem, network, files = (
-        "Training",
-        "Data and model",
-        "Workers and network",
-        "Results",
-    )
-    rows: list[tuple[str, str, Any, str]] = [
-        (training, "--tau", int, "Local steps between two syncs."),
-        (training, "--tau-at", Pairs("STEP:TAU"), "Other periods from later local steps on."),
-        (training, "--post-local", int, "Synchronous steps first, before the algorithm begins."),
-        (
-            training,
-            "--hide-communication/--no-hide-communication",
-            None,
-            "Let tau be the smallest that hides communication, as measured.",
-        ),
-        (
-            training,
-            "--adacomm",
-            int,
-            "Let tau follow the loss, from --tau on; decide every so many local steps.",
-        ),
-        (
-            training,
-            "--levels",
-            Pairs("PERIOD:SIZE"),
-            "Groups of neighbouring workers that average more often.",
-        ),
-        (training, "--optimizer", click.Choice(("sgd", "adamw")), "Local optimizer."),
-        (training, "--lr", float, "Learning rate of the local optimizer."),
-        (training, "--momentum", float, "Momentum of the local SGD."),
-        (training, "--nesterov/--no-nesterov", None, "Nesterov's form of it."),
-        (training, "--weight-decay", float, "Weight decay of the local optimizer."),
-        (training, "--clip-norm", float, "Largest norm of a worker's gradient."),
-        (
-            training,
-            "--scale-lr/--no-scale-lr",
-            None,
-            "Peak learning rate: --lr times the number of workers.",
-        ),
-        (
-            training,
-            "--schedule",
-            click.Choice(("constant", "steps", "cosine")),
-            "Of the learning rate, after the warm-up.",
-        ),
-        (
-            training,
-            "--warmup-epochs",
-            float,
-            "Epochs in which it rises from 1/workers of the peak.",
-        ),
-        (
-            training,
-            "--milestones",
-            Epochs(),
-            "Epochs at which the schedule `steps` multiplies by --decay.",
-        ),
-        (training, "--decay", float, "Factor of the schedule `steps`."),
-        (training, "--batch-size", int, "Samples per worker and step."),
-        (training, "--epochs", int, "Passes over the training set."),
-        (training, "--steps", int, "Steps of each worker, instead of --epochs."),
-        (training, "--seed", int, "Of the model, the partition and the batches."),
-        (training, "--dtype", click.Choice(list(DTYPES)), "Of the computation."),
-        (
-            problem,
-            "--data",
-            str,
-            f"One of {', '.join(data.DATASETS)}; image-folder:SIZE; or a file, or folder of *.txt "
-            "files, of text.",
-        ),
-        (problem, "--data-dir", click.Path(), "Folder with the files of the data set."),
-        (
-            problem,
-            "--partition",
-            str,
-            "Who gets which samples: iid, label-skew[:SHARE], dirichlet[:CONCENTRATION].",
-        ),
-        (
-            problem,
-            "--validation",
-            float,
-            "Share of the training set to hold out and evaluate beside the test set.",
-        ),
-        (problem, "--augment/--no-augment", None, "Move and mirror the training images at random."),
-        (problem, "--model", click.Choice(list(models.MODELS)), "What is trained."),
-        (network, "--workers", int, "Workers to start on this machine."),
-        (
-            network,
-            "--island-size",
-            int,
-            "Ranks (processes) of each worker, which share its batches.",
-        ),
-        (
-            network,
-            "--island-kind",
-            click.Choice((DDP, FSDP2)),
-            "With several: each has the whole model (ddp), or a shard of it (fsdp2).",
-        ),
-        (network, "--latency-ms", float, "Emulate a link: milliseconds one message takes."),
-        (network, "--bandwidth-gbit-s", float, "Emulate a link: each worker's rate, in Gbit/s."),
-        (
-            network,
-            "--slowdown",
-            click.Choice(("none", "exponential", "pareto")),
-            "Random delay of every worker's steps.",
-        ),
-        (network, "--slowdown-ms", float, "Its mean, in milliseconds."),
-        (network, "--timeout-s", float, "Bound of every wait for other workers, in seconds."),
-        (
-            files,
-            "--folder",
-            click.Path(path_type=Path),
-            "Where they go.  [default: a new folder in runs/]",
-        ),
-        (files, "--log-every", int, "Steps between two logged losses."),
-        (
-            files,
-            "--evaluate-every",
-            int,
-            "Steps between two evaluations."
-            + ("" if defaults["evaluate_every"] else "  [default: an epoch]"),
-        ),
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    allowed: str
+    place: Option
+    needs: tuple[Needs, ...] = ()
+    choices: tuple[str, ...] | None = None
+    several: bool = False
+
+    def with_need(self, needs: Needs) -> CliOption:
+        """The same where it needs one thing more, which is asked for first."""
+        return replace(self, needs=(needs, *self.needs))
+
+    @property
+    def flag(self) -> str:
+        """As it is written on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    def parameter(self, group: Group) -> inspect.Parameter:
+        """For cyclopts."""
+        shown = self.default not in (None, "", (), False)
+        unset = (
+            f"  [default: {self.place.unset}]" if self.default is None and self.place.unset else ""
+        )
+        made = Parameter(
+            name=self.flag,
+            help=self.help + unset,
+            group=group,
+            # Of a method cyclopts would expect that it belongs to the value's type.
+            converter=None
+            if self.kind is bool
+            else lambda _, tokens: self._parsed(tokens[0].value),
+            n_tokens=1 if self.several else None,
+            negative=() if self.several else None,
+            choices=self.choices,
+            metavar=self.place.metavar or ("N,N,..." if self.several else None),
+            show_default=shown,
+        )
+        kind: Any = GenericAlias(tuple, (self.kind, ...)) if self.several else self.kind
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=self.default,
+            annotation=Annotated[kind | None if self.default is None else kind, made],
+        )
+
+    def _parsed(self, text: str) -> Any:
+        """The value that is written so; whether it is in its range, the model says."""
+        try:
+            if self.several:
+                return tuple(self.kind(part) for part in text.split(","))
+            return text if self.choices else self.kind(text)
+        except ValueError:
+            raise ValueError(f"{text!r}: allowed is {self.allowed}") from None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a subcommand was called with.
+
+    Args:
+        options: all that it has, by name.
+        values: what stands on the command line.
+    """
+
+    options: Mapping[str, CliOption]
+    values: Values
+
+    @property
+    def all(self) -> dict[str, Any]:
+        """The values of all options, by name."""
+        return {**{name: option.default for name, option in self.options.items()}, **self.values}
+
+    def made(self, model: type[S], *, without: Sequence[str] = ()) -> S:
+        """The model, of those that are its fields.
+
+        Args:
+            model: which.
+            without: fields whose names are those of another model's options here.
+        """
+        fields = fields_of(model, self.all)
+        return model(**{name: value for name, value in fields.items() if name not in without})
+
+    def check_effects(self, values: Values | None = None) -> None:
+        """Whether what stands on the command line has an effect: who gives an option expects something of it.
+
+        What switches something off may be given always.
+
+        Args:
+            values: of all options, where they are others than `all`.
+
+        Raises:
+            ValueError: naming the option that has none, and when it would have.
+        """
+        everything = self.all if values is None else values
+        for name, value in self.values.items():
+            option = self.options[name]
+            if not value or value == "none":
+                continue
+            for need in option.needs:
+                if not need.holds(everything):
+                    text = ",".join(map(str, value)) if option.several else value
+                    given = option.flag if value is True else f"{option.flag} {text}"
+                    raise ValueError(f"{given}: has an effect only {need.when}")
+
+
+@final
+class Command:
+    """A subcommand, as cyclopts takes it.
+
+    Args:
+        function: what it does with what stands on the command line; its docstring is the help.
+        options: what may stand there.
+    """
+
+    def __init__(
+        self, function: Callable[[Given], int | None], options: Iterable[CliOption]
+    ) -> None:
+        self.options = {option.name: option for option in options}
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+        self.__signature__ = _signature(self.options.values())
+        # typing takes no object without them for something that can be called.
+        self.__annotations__: dict[str, Any] = {}
+        self._function = function
+
+    def __call__(self, **values: Any) -> int:
+        """Run it; returns the exit code."""
+        with worker_errors():
+            return self._function(self.given(values)) or 0
+
+    def given(self, values: Values) -> Given:
+        """What it runs with."""
+        return Given(self.options, values)
+
+
+def command(*tables: Iterable[CliOption]) -> Callable[[Callable[[Given], int | None]], Command]:
+    """Makes a subcommand of a function."""
+    return lambda function: Command(function, itertools.chain(*tables))
+
+
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Ends the command with one line where a worker has failed."""
+    try:
+        yield
+    except WorkerError as error:
+        fail(str(error), 1)
+
+
+def _signature(options: Iterable[CliOption]) -> inspect.Signature:
+    """Sections come in the order in which they first appear."""
+    groups: dict[str, Group] = {}
+    parameters = []
+    for option in options:
+        name = option.place.section
+        groups.setdefault(name, Group(name, sort_key=len(groups)))
+        parameters.append(option.parameter(groups[name]))
+    return inspect.Signature(parameters)
+
+
+def options_of(
+    model: type[Settings],
+    *,
+    only: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> list[CliOption]:
+    """An option for each field of a model that is one.
+
+    Args:
+        model: with `Option` at its fields.
+        only, without: names of fields; by default all.
+        defaults: where they are others than the model's.
+    """
+    return [
+        _of_field(
+            name,
+            field,
+            place,
+            (defaults or {}).get(name, field.get_default(call_default_factory=True)),
+        )
+        for name, field in model.model_fields.items()
+        for place in field.metadata
+        if isinstance(place, Option) and name not in without and (only is None or name in only)
     ]
 
-    def add(command: Command) -> Command:
-        for section, names, kind, text in reversed(rows):
-            field = names.split("/")[0].removeprefix("--").replace("-", "_")
-            if field in without:
-                continue
-            metavar = "FOLDER" if isinstance(kind, click.Path) else None
-            command = option(
-                section, names, type=kind, default=defaults.get(field), metavar=metavar, help=text
-            )(command)
-        return command
 
-    return add
+def _of_field(name: str, field: FieldInfo, place: Option, default: Any) -> CliOption:
+    kind = plain_type(field.annotation)
+    several = get_origin(kind) is tuple
+    if several:
+        kind = plain_type(get_args(kind)[0])
+    tables = [tuple(entry.names()) for entry in field.metadata if isinstance(entry, OneOf)]
+    return CliOption(
+        name=name,
+        kind=kind,
+        default=default,
+        help=field.description or "",
+        allowed=("values with commas between them, each " if several else "") + allowed(field),
+        place=place,
+        needs=(place.needs,) if place.needs else (),
+        choices=get_args(kind) if get_origin(kind) is Literal else next(iter(tables), None),
+        several=several,
+    )
 
 
-def algorithm_options(command: Command) -> Command:
-    """One option for each that an algorithm has of its own, read from the constructors."""
+def algorithm_options() -> list[CliOption]:
+    """An option for each that an algorithm has of its own, read from the constructors.
+
+    None, the default, leaves the choice to the algorithm.
+    """
     takers: dict[str, list[str]] = {}
     types: dict[str, type] = {}
     for algorithm in algorithms():
         for name, kind in optimizers.own_options(algorithm).items():
             takers.setdefault(name, []).append(algorithm)
             types[name] = kind
-    for name in reversed(takers):
-        text = f"--{name.replace('_', '-')}"
-        if types[name] is bool:
-            # None, which is neither of the two, leaves the choice to the algorithm.
-            text += f"/--no-{name.replace('_', '-')}"
-        everybody = len(takers[name]) == len(ALGORITHMS)
-        of = "all but ddp and powersgd" if everybody else ", ".join(takers[name])
-        meaning = f"{MEANING.get(name, '')} Of {of}.".lstrip()
-        command = option(
-            "Options of the algorithms (default: each one's own)",
-            text,
-            name,
-            type=None if types[name] is bool else types[name],
-            help=meaning,
-        )(command)
-    return command
+    words = {int: "an integer", float: "a number", str: "text", bool: ""}
+    return [
+        CliOption(
+            name=name,
+            kind=types[name],
+            default=None,
+            help=f"{MEANING.get(name) or _documented(takers[name][0], name)} Of {_all(takers[name])}.",
+            allowed=words[types[name]],
+            place=Option(OWN),
+            needs=(_DELAYED,) if name == "carry" else (),
+        )
+        for name in takers
+    ]
 
 
-def config_of(given: dict[str, Any]) -> RunConfig:
-    """From options by name: those that are no field of RunConfig are the algorithm's own."""
-    fields, own = split(given)
-    return optimizers.check(
-        RunConfig(**{**fields, "options": {**fields.get("options", {}), **own}})
-    )
+def _all(algorithms: Sequence[str]) -> str:
+    everybody = len(algorithms) == len(ALGORITHMS)
+    return "all but ddp and powersgd" if everybody else ", ".join(algorithms)
 
 
-def split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options by name.
-
-    The fields of RunConfig, and of the algorithms' own those that were given.
-    """
-    return (
-        {name: value for name, value in given.items() if name in DEFAULTS},
-        {
-            name: value
-            for name, value in given.items()
-            if name not in DEFAULTS and value is not None
-        },
-    )
+def _documented(algorithm: str, name: str) -> str:
+    """What the algorithm's docstring says of an argument."""
+    found = parse(ALGORITHMS[algorithm].__doc__ or "").params
+    texts = [p.description for p in found if p.arg_name == name and p.description]
+    return " ".join(texts[0].split()).rstrip(".") + "." if texts else ""
 
 
-def is_given(name: str) -> bool:
-    """Whether an option stands on the command line, and is not there by its default."""
-    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+def fields_of(model: type[Settings], values: Values) -> dict[str, Any]:
+    """Of options by name those that are fields of a model."""
+    return {name: value for name, value in values.items() if name in model.model_fields}
+
+
+def own_of(values: Values) -> dict[str, Any]:
+    """Of options by name those of the algorithms that were given."""
+    own = {name for algorithm in algorithms() for name in optimizers.own_options(algorithm)}
+    return {name: value for name, value in values.items() if name in own and value is not None}
+
+
+def config_of(values: Values) -> RunConfig:
+    """A run of options by name, checked as a whole."""
+    return optimizers.check(RunConfig(**fields_of(RunConfig, values), options=own_of(values)))
 
 
 def check_files(config: RunConfig, tensorboard: bool = False) -> None:
     """Fail here, before there are workers."""
-    data.load(config.data, None if config.data_dir is None else Path(config.data_dir))
+    datasets.load(config.data, None if config.data_dir is None else Path(config.data_dir))
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs TensorBoard: pip install 'distoptim[tensorboard]'")
 

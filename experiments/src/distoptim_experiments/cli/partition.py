@@ -3,52 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-import click
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from distoptim import checks
-from distoptim_experiments.cli.effects import check_effects
+from distoptim_experiments.cli.options import Given, command, options_of
+from distoptim_experiments.config import PROBLEM, RESULTS, RunConfig
 from distoptim_experiments.data import datasets
 from distoptim_experiments.data import partition as partitions
-from distoptim_experiments.report import histogram
+from distoptim_experiments.settings import Option, Settings
 
 
-@click.command
-@click.option(
-    "--data",
-    default="digits",
-    show_default=True,
-    help=f"One of {', '.join(datasets.DATASETS)}; image-folder:SIZE.",
+class PartitionOptions(Settings):
+    """What is not said of a run."""
+
+    workers: Annotated[int, Field(ge=1, description="How many."), Option(PROBLEM)] = 16
+    out: Annotated[Path, Field(description="The picture."), Option(RESULTS, metavar="FILE")] = Path(
+        "partition.png"
+    )
+
+
+@command(
+    options_of(
+        RunConfig,
+        only=("data", "data_dir", "partition", "seed"),
+        defaults={"partition": "label-skew"},
+    ),
+    options_of(PartitionOptions),
 )
-@click.option(
-    "--data-dir", type=click.Path(path_type=Path), metavar="FOLDER", help="Where its files are."
-)
-@click.option(
-    "--partition",
-    "name",
-    default="label-skew",
-    show_default=True,
-    help="iid, label-skew[:SHARE] or dirichlet[:CONCENTRATION].",
-)
-@click.option("--workers", type=int, default=16, show_default=True, help="How many.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the shuffle.")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("partition.png"),
-    show_default=True,
-    help="The picture.",
-)
-def partition(
-    *, data: str, data_dir: Path | None, name: str, workers: int, seed: int, out: Path
-) -> None:
+def partition(given: Given) -> None:
     """Show how many samples of each class every worker gets, as a table and as a picture."""
-    check_effects(click.get_current_context().params)
-    checks.integer("workers", workers, 1)
-    loaded = datasets.parse(data)(data_dir)
-    shards = partitions.partition(name, loaded.train_labels, workers=workers, seed=seed)
+    # Draws; importing it takes longer than the help.
+    from distoptim_experiments.report import histogram
+
+    given.check_effects()
+    own = given.made(PartitionOptions)
+    values = given.all
+    folder = values["data_dir"] and Path(values["data_dir"])
+    loaded = datasets.parse(values["data"])(folder)
+    shards = partitions.partition(
+        values["partition"], loaded.train_labels, workers=own.workers, seed=values["seed"]
+    )
     counted = histogram.counts(loaded.train_labels, shards, loaded.classes)
     table = Table("worker", *map(str, range(loaded.classes)), "all", box=None)
     for column in table.columns:
@@ -57,6 +54,7 @@ def partition(
         table.add_row(str(rank), *map(str, row), str(sum(row)))
     console = Console(soft_wrap=True)
     console.print(table)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    histogram.draw(counted, out, title=f"{data}, {name}, {workers} workers: samples of each class")
-    console.print(f"picture: {out}", highlight=False)
+    own.out.parent.mkdir(parents=True, exist_ok=True)
+    title = f"{values['data']}, {values['partition']}, {own.workers} workers: samples of each class"
+    histogram.draw(counted, own.out, title=title)
+    console.print(f"picture: {own.out}", highlight=False)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Annotated
 
-import click
-
-from distoptim_experiments.report import report as writing
-from distoptim_experiments.report import runs
+from cyclopts import Parameter
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="FOLDER",
-    help="Where to write.  [default: the folder of the records]",
-)
-def report(*, folder: Path, out: Path | None) -> None:
-    """Tables and figures of the runs recorded below FOLDER, as report.md and report.html."""
+def report(
+    folder: Path, /, *, out: Annotated[Path | None, Parameter(metavar="FOLDER")] = None
+) -> None:
+    """Tables and figures of the runs recorded below FOLDER, as report.md and report.html.
+
+    Args:
+        folder: Of the records.
+        out: Where to write. [default: the folder of the records]
+    """
+    # Drawing takes longer to import than the help to show.
+    from distoptim_experiments.report import report as writing
+    from distoptim_experiments.report import runs
+
     found = runs.read(folder)
     for note in found.notes:
-        click.echo(note, err=True)
+        print(note, file=sys.stderr)
     for path in writing.write(found, out or folder):
-        click.echo(f"report: {path}")
+        print(f"report: {path}")

@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
-import click
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import (
     MofNCompleteColumn,
@@ -18,66 +20,60 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from distoptim.cli import Flag, Whole
 from distoptim_experiments import records
-from distoptim_experiments.cli.effects import check_effects
-from distoptim_experiments.cli.options import check_files
+from distoptim_experiments.cli.options import check_files, worker_errors
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.grid import estimate, run, spec
 from distoptim_experiments.grid.real import Processes, Stopped, Worker
 from distoptim_experiments.training.world import Meeting, from_torchrun
 
+_SHIPPED = ", ".join(
+    sorted(
+        Path(file.name).stem
+        for file in resources.files("distoptim_experiments.grids").iterdir()
+        if file.name.endswith(".toml")
+    )
+)
 
-@click.command
-@click.argument(
-    "file",
-    metavar="FILE.toml|small|beyond|stragglers|shakespeare|paper|gpu",
-    type=click.Path(path_type=Path),
-)
-@click.option(
-    "--data-dir", type=click.Path(), metavar="FOLDER", help="Where the files of the data set are."
-)
-@click.option(
-    "--folder", type=click.Path(path_type=Path), help="Where records go.  [default: runs/NAME]"
-)
-@click.option(
-    "--processes",
-    type=int,
-    help="Runs on virtual workers at the same time.  [default: one per core]",
-)
-@click.option(
-    "--real", is_flag=True, help="Real workers, one run after the other; always so under torchrun."
-)
-@click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Instead of what the file says in [grid] or else [run], or in TABLE.KEY; may be given again.",
-)
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Show all runs, and how long those that are left would take; make none.",
-)
+
+@worker_errors()
 def reproduce(
+    file: Annotated[
+        Path, Parameter(name="GRID", help=f"A TOML file, or one that is shipped: {_SHIPPED}.")
+    ],
+    /,
     *,
-    file: Path,
-    data_dir: str | None,
-    folder: Path | None,
-    processes: int | None,
-    real: bool,
-    assignments: Sequence[str],
-    dry_run: bool,
+    data_dir: Annotated[str | None, Parameter(metavar="FOLDER")] = None,
+    folder: Annotated[Path | None, Parameter(metavar="FOLDER")] = None,
+    processes: Whole | None = None,
+    real: Flag = False,
+    assignments: Annotated[
+        tuple[str, ...],
+        Parameter(name="--set", metavar="KEY=VALUE", negative=(), show_default=False),
+    ] = (),
+    dry_run: Flag = False,
 ) -> int:
     """Run the grid in a file: choose learning rates on the validation set, then run every
     combination.
 
     Interrupted at any moment, it goes on when called again: finished runs are kept, others go on at
-        their last epoch.
+    their last epoch.
+
+    Args:
+        file: The grid.
+        data_dir: Where the files of the data set are.
+        folder: Where records go. [default: runs/NAME]
+        processes: Runs on virtual workers at the same time. [default: one per core]
+        real: Real workers, one run after the other; always so under torchrun.
+        assignments: Instead of what the file says in [grid] or else [run], or in TABLE.KEY; may be
+            given again.
+        dry_run: Show all runs, and how long those that are left would take; make none.
     """
     given = dict(spec.assignment(text) for text in assignments)
     meeting = from_torchrun()
-    check_effects({"real": real or meeting})
+    if processes and (real or meeting):
+        raise ValueError(f"--processes {processes}: has an effect only on virtual workers")
     grid = spec.read(
         file,
         overrides={**given, **({"run.data_dir": data_dir} if data_dir else {})},
@@ -100,7 +96,18 @@ def reproduce(
         if not console.quiet:
             print("Stopped; the same command goes on", file=sys.stderr)
         return 128 + stopped.signum
-    for path in () if console.quiet else folders:
+    if not console.quiet:
+        _tell_diverged(folders, console)
+    console.print(
+        f"records: {folder}; tables and figures: distoptim report {folder}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
+def _tell_diverged(folders: Sequence[Path], console: Console) -> None:
+    for path in folders:
         record = records.read(path)
         if record.summary and record.summary["diverged"]:
             console.print(
@@ -108,12 +115,6 @@ def reproduce(
                 f"{record.config['partition']}, seed {record.config['seed']}",
                 highlight=False,
             )
-    console.print(
-        f"records: {folder}; tables and figures: distoptim report {folder}",
-        soft_wrap=True,
-        highlight=False,
-    )
-    return 0
 
 
 def _runner(file: Path, configs: Sequence[RunConfig], meeting: Meeting) -> Worker:

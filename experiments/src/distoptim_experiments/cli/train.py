@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import click
+from pydantic import Field
 from rich.console import Console
 
 from distoptim_experiments import records
-from distoptim_experiments.cli.effects import check_effects
 from distoptim_experiments.cli.options import (
-    DEFAULTS,
-    Sections,
+    Given,
     algorithm_options,
     check_files,
+    command,
     config_of,
-    is_given,
+    fields_of,
     new_folder,
-    option,
-    run_options,
-    split,
+    options_of,
+    own_of,
 )
-from distoptim_experiments.config import algorithms
-from distoptim_experiments.data import datasets as data
-from distoptim_experiments.report.figure import draw
+from distoptim_experiments.config import NETWORK, RESULTS, TRAINING, RunConfig
+from distoptim_experiments.data import datasets
 from distoptim_experiments.report.progress import LiveProgress
 from distoptim_experiments.report.table import note, table
+from distoptim_experiments.settings import Option, Settings
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training import compare as comparison
 from distoptim_experiments.training.launch import Job, run_local, run_worker
 from distoptim_experiments.training.world import Meeting, from_torchrun, workers_of
 
-# Fast enough for two cores, and a link over which an all-reduce takes about as long as a training
-# step.
 DEMO = {
-    **DEFAULTS,
     "epochs": 36,
     "lr": 0.01,
     "batch_size": 48,
@@ -45,9 +40,9 @@ DEMO = {
     "log_every": 5,
     "evaluate_every": 49,
 }
+"""Fast enough for two cores, and a link over which an all-reduce takes about as long as a training
+step."""
 
-# What a checkpoint holds the results of, or holds itself, so that a change would be an error or
-# count for nothing.
 _LASTING = (
     "algorithm",
     "fragments",
@@ -64,90 +59,109 @@ _LASTING = (
     "augment",
     "seed",
 )
+"""What a checkpoint holds the results of, or holds itself, so that a change would be an error or count
+for nothing."""
 
 
-@click.command(cls=Sections)
-@option(
-    "Training",
-    "--algorithm",
-    type=click.Choice(algorithms()),
-    default=DEFAULTS["algorithm"],
-    help="Method; ddp is synchronous SGD by DistributedDataParallel, powersgd the same with compressed gradients.",
-)
-@run_options(DEFAULTS)
-@option(
-    "Results",
-    "--checkpoint-every",
-    type=int,
-    help="Steps between two checkpoints; 0: only at the end.  [default: an epoch]",
-)
-@option(
-    "Results",
-    "--resume",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Go on with the run in this folder; options given now replace its own, if it can go on with them.",
-)
-@option(
-    "Results",
-    "--auto-resume",
-    is_flag=True,
-    default=False,
-    help="Go on with the run in --folder if it has a checkpoint, else begin; for torchrun --max-restarts.",
-)
-@option("Results", "--tensorboard", is_flag=True, default=False, help="Log for TensorBoard too.")
-@option(
-    "Workers and network",
-    "--init",
-    metavar="tcp://HOST:PORT",
-    help="Be one of several processes; rank 0 listens there. Not needed under torchrun.",
-)
-@option(
-    "Workers and network", "--rank", type=int, help="With --init: this process's number, from 0."
-)
-@option(
-    "Workers and network",
-    "--world-size",
-    type=int,
-    help="With --init: how many processes there are.",
-)
-@algorithm_options
-def train(
-    *,
-    folder: Path | None,
-    resume: Path | None,
-    auto_resume: bool,
-    tensorboard: bool,
-    init: str | None,
-    rank: int | None,
-    world_size: int | None,
-    **given: Any,
-) -> int:
+class Folder(Settings):
+    """Where a command leaves what it makes."""
+
+    folder: Annotated[
+        Path | None,
+        Field(description="Where they go."),
+        Option(RESULTS, metavar="FOLDER", unset="a new folder in runs/"),
+    ] = None
+
+
+class TrainOptions(Settings):
+    """What is said of the processes of a run, and of where it begins."""
+
+    resume: Annotated[
+        Path | None,
+        Field(
+            description="Go on with the run in this folder; options given now replace its own, if it "
+            "can go on with them."
+        ),
+        Option(RESULTS, metavar="FOLDER"),
+    ] = None
+    auto_resume: Annotated[
+        bool,
+        Field(
+            description="Go on with the run in --folder if it has a checkpoint, else begin; for "
+            "torchrun --max-restarts."
+        ),
+        Option(RESULTS),
+    ] = False
+    tensorboard: Annotated[bool, Field(description="Log for TensorBoard too."), Option(RESULTS)] = (
+        False
+    )
+    init: Annotated[
+        str | None,
+        Field(
+            description="Be one of several processes; rank 0 listens there. Not needed under torchrun."
+        ),
+        Option(NETWORK, metavar="tcp://HOST:PORT"),
+    ] = None
+    rank: Annotated[
+        int | None,
+        Field(description="With --init: this process's number, from 0."),
+        Option(NETWORK),
+    ] = None
+    world_size: Annotated[
+        int | None,
+        Field(description="With --init: how many processes there are."),
+        Option(NETWORK),
+    ] = None
+
+
+class CompareOptions(Settings):
+    """What is compared."""
+
+    methods: Annotated[
+        str,
+        Field(description="What is compared, one after the other."),
+        Option(TRAINING, metavar="NAME,NAME,..."),
+    ] = ",".join(comparison.METHODS)
+
+
+@command(options_of(RunConfig), options_of(Folder), options_of(TrainOptions), algorithm_options())
+def train(given: Given) -> int:
     """Train a model with one method.
 
     Starts --workers processes on this machine, or is one worker under torchrun or with --init; with
     --island-size N there are N times as many processes, and each is one of the ranks of a worker.
     """
-    meeting = _meeting(init, rank, world_size) or from_torchrun()
-    if auto_resume:
+    own = given.made(TrainOptions)
+    folder = given.made(Folder).folder
+    resume = own.resume
+    meeting = _meeting(own.init, own.rank, own.world_size) or from_torchrun()
+    if own.auto_resume:
         resume = _found(folder, resume)
     elif resume is None:
         _check_free(folder)
-    fields = given if resume is None else _resumed(resume, folder, given)
+    fields = given.all if resume is None else _resumed(resume, folder, given)
     started = meeting and workers_of(meeting.size, fields.get("island_size", 1))
     # Records of earlier versions lack the newest options.
-    check_effects({**given, **fields, "started": started})
+    given.check_effects({**given.all, **fields, "started": started})
     if started:
         fields = {**fields, "workers": started}
     config = config_of(fields)
-    check_files(config, tensorboard)
+    check_files(config, own.tensorboard)
     job = Job(
-        config, folder or resume or new_folder(config.algorithm), resume is not None, tensorboard
+        config,
+        folder or resume or new_folder(config.algorithm),
+        resume is not None,
+        own.tensorboard,
     )
+    return _run(job, meeting)
+
+
+def _run(job: Job, meeting: Meeting | None) -> int:
+    """Start the run and say what came of it."""
     speaks = meeting is None or meeting.rank == 0
     console = Console(quiet=not speaks)
     with LiveProgress(console) as progress:
-        watch = [progress.watch(config.algorithm)] if speaks else []
+        watch = [progress.watch(job.config.algorithm)] if speaks else []
         signum = run_local(job, watch) if meeting is None else run_worker(job, meeting, watch)
     if signum and speaks:
         go_on = f"go on with: distoptim train --resume {job.folder}"
@@ -156,40 +170,43 @@ def train(
             file=sys.stderr,
         )
     elif speaks:
-        record = records.read(job.folder)
-        console.print(table([record]))
-        if record.summary and record.summary["diverged"]:
-            step, why = record.summary["step"], "no worker is finite"
-            if step >= record.start["steps"]:
-                why = "the loss is no better than that of guessing"
-            console.print(f"diverged after {step} steps: {why}", highlight=False)
+        _tell(records.read(job.folder), console)
         console.print(f"record: {job.folder / records.FILE}", soft_wrap=True, highlight=False)
     return 128 + signum if signum else 0
 
 
-@click.command(cls=Sections)
-@option(
-    "Training",
-    "--methods",
-    default=",".join(comparison.METHODS),
-    metavar="NAME,NAME,...",
-    help="What is compared, one after the other.",
+def _tell(record: records.Record, console: Console) -> None:
+    """How a run ended."""
+    console.print(table([record]))
+    if record.summary and record.summary["diverged"]:
+        step = record.summary["step"]
+        why = "no worker is finite"
+        if step >= record.start["steps"]:
+            why = "the loss is no better than that of guessing"
+        console.print(f"diverged after {step} steps: {why}", highlight=False)
+
+
+@command(
+    options_of(CompareOptions),
+    options_of(RunConfig, without=("algorithm", "checkpoint_every"), defaults=DEMO),
+    options_of(Folder),
+    algorithm_options(),
 )
-@run_options(DEMO)
-@algorithm_options
-def compare(*, methods: str, folder: Path | None, **given: Any) -> int:
+def compare(given: Given) -> int:
     """Train the same model once per method, over an emulated slow link.
 
     An option of the algorithms goes to those that take it. Prints a table, and leaves a picture and
     the records of all runs.
     """
-    check_effects(given)
-    fields, own = split(given)
-    configs = comparison.variants(
-        config_of(fields), [name.strip() for name in methods.split(",")], own
-    )
+    # It draws; importing it takes longer than the help.
+    from distoptim_experiments.report.figure import draw
+
+    given.check_effects()
+    methods = [name.strip() for name in given.made(CompareOptions).methods.split(",")]
+    config = given.made(RunConfig)
+    configs = comparison.variants(config, methods, own_of(given.all))
     check_files(configs[0])
-    folder = folder or new_folder("compare")
+    folder = given.made(Folder).folder or new_folder("compare")
     console = Console()
     with LiveProgress(console) as progress:
         signum = comparison.compare(
@@ -224,7 +241,7 @@ def _check_free(folder: Path | None) -> None:
         )
 
 
-def _resumed(resume: Path, folder: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+def _resumed(resume: Path, folder: Path | None, given: Given) -> dict[str, Any]:
     """The options of a recorded run, with what is given on the command line now."""
     checkpoint.latest(resume)
     if folder is not None and folder != resume:
@@ -232,7 +249,7 @@ def _resumed(resume: Path, folder: Path | None, given: dict[str, Any]) -> dict[s
             f"--resume {resume} with --folder {folder}: a run goes on in its own folder"
         )
     saved = records.read(resume).config
-    now = {name: value for name, value in given.items() if is_given(name)}
+    now = {**fields_of(RunConfig, given.values), **own_of(given.values)}
     saved.update(saved.pop("options"))
     for name in _LASTING:
         if name in now and not _same(name, saved.get(name), now[name]):
@@ -246,7 +263,8 @@ def _resumed(resume: Path, folder: Path | None, given: dict[str, Any]) -> dict[s
 def _same(name: str, before: Any, now: Any) -> bool:
     """Text is named by its place, which may be another one by now."""
     return bool(
-        before == now or (name == "data" and not data.is_images(before) and not data.is_images(now))
+        before == now
+        or (name == "data" and not datasets.is_images(before) and not datasets.is_images(now))
     )
 
 
