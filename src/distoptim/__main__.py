@@ -8,16 +8,14 @@ _EXTRA = ("cyclopts", "rich")
 def main() -> None:
     """Run the command line and exit with its code, or say in one line what it needs."""
     try:
-        from distoptim.cli import run
+        from distoptim import cli
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise
-        print(
-            f"Error: the command line needs {error.name}: pip install 'distoptim[cli]'",
-            file=sys.stderr,
-        )
+        needs = f"the command line needs {error.name}: pip install 'distoptim[cli]'"
+        print(f"Error: {needs}", file=sys.stderr)
         sys.exit(2)
-    run()
+    cli.main()
 
 
 if __name__ == "__main__":

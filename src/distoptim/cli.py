@@ -44,7 +44,7 @@ Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 """An option that is there or not."""
 
 
-def run() -> NoReturn:
+def main() -> NoReturn:
     """Run the command line and exit with its code.
 
     Codes: 0 done, 1 a worker failed, 2 a wrong value or file, 128 + signal when stopped by one (130

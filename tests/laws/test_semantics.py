@@ -641,7 +641,7 @@ from torch.profiler import record_function
 before = set(sys.modules)
 import distoptim
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"matplotlib", "sklearn", "click", "rich", "tensorboard", "pandas", "scipy"}))
+print(sorted(new & {"matplotlib", "sklearn", "cyclopts", "pydantic", "rich", "tensorboard", "pandas", "scipy"}))
 print(len([n for n in set(sys.modules) - before if not n.startswith("distoptim")]) < 20)
 import logging
 logging.getLogger("distoptim").error("nobody asked for this")

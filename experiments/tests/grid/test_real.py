@@ -8,14 +8,14 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
 from distoptim_experiments import records
-from distoptim_experiments.cli import cli
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.grid import run, spec
 from distoptim_experiments.grid.real import Processes, Stopped
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training.launch import Job, run_local
+
+from distoptim.cli import application
 
 GRID = """
 [run]
@@ -138,8 +138,8 @@ def test_another_number_of_processes_is_refused(file, monkeypatch):
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    result = CliRunner().invoke(cli, ["reproduce", str(file)])
-    assert str(result.exception) == f"{file}: workers=2, but torchrun has started 4 processes"
+    with pytest.raises(ValueError, match="workers=2, but torchrun has started 4 processes"):
+        application()(["reproduce", str(file)])
 
 
 @pytest.mark.parametrize("algorithm", ["ddp", "cocod-sgd"])

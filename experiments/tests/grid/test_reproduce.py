@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from distoptim_experiments import records
-from distoptim_experiments.cli import cli
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.data import cifar
 from distoptim_experiments.grid import run, spec
 from distoptim_experiments.report import report, runs
 from distoptim_experiments.training.virtual import STATE, VirtualRun
 from distoptim_experiments.training.virtual import run as run_one
+
+from distoptim.cli import application
 
 GRID = """
 [run]
@@ -318,8 +318,7 @@ def test_shipped_grids_of_cifar10_run_with_every_method_and_partition(tmp_path, 
     write_cifar10(tmp_path, 40)
     changes = ["seed=[0]", "tau=[2]", "steps=2", "model=mlp", "batch_size=2", "log_every=1"]
     changes += ["tune.lr=[0.1]", "tune.epochs=1"] if name == "gpu" else []
-    result = CliRunner().invoke(
-        cli,
+    done = application()(
         [
             "reproduce",
             name,
@@ -330,10 +329,9 @@ def test_shipped_grids_of_cifar10_run_with_every_method_and_partition(tmp_path, 
             "--processes",
             "1",
             *(word for text in changes for word in ("--set", text)),
-        ],
-        catch_exceptions=False,
+        ]
     )
-    assert result.exit_code == 0
+    assert done == 0
     made = [
         records.read(path.parent)
         for path in (tmp_path / "out" / run.FINAL).glob(f"*/{records.FILE}")
@@ -347,7 +345,7 @@ def test_shipped_grids_of_cifar10_run_with_every_method_and_partition(tmp_path, 
     assert {r.summary["step"] for r in made} == {2}
 
 
-def test_what_is_left_is_shown_and_nothing_is_run(tmp_path):
+def test_what_is_left_is_shown_and_nothing_is_run(tmp_path, capsys):
     path = written(tmp_path)
     out = tmp_path / "out"
     command = [
@@ -362,19 +360,10 @@ def test_what_is_left_is_shown_and_nothing_is_run(tmp_path):
         "--set",
         "lr=0.5",
     ]
-    assert (
-        CliRunner().invoke(cli, [*command, "--set", "tune={}"], catch_exceptions=False).exit_code
-        == 0
-    )
-    shown = (
-        CliRunner()
-        .invoke(
-            cli,
-            [*command, "--set", "tune={}", "--set", "seed=[1, 2]", "--dry-run"],
-            catch_exceptions=False,
-        )
-        .output.splitlines()
-    )
+    assert application()([*command, "--set", "tune={}"]) == 0
+    capsys.readouterr()
+    application()([*command, "--set", "tune={}", "--set", "seed=[1, 2]", "--dry-run"])
+    shown = capsys.readouterr().out.splitlines()
     # Of three settings with two seeds each those with seed 1 are done.
     assert len(shown) == 7
     assert sum(line.startswith("done  runs: ") for line in shown) == 3

@@ -9,11 +9,9 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from click.testing import CliRunner
-from distoptim_experiments.cli import cli
 from distoptim_experiments.report import front, report, runs
 
-from distoptim.cli import main
+from distoptim.cli import application, main
 from experiments.tests.report.records import METHODS, grid, lines, put
 
 
@@ -339,16 +337,14 @@ def test_real_runs_without_worker_accuracy_or_label_are_shown(tmp_path):
     assert "Left out: these records have no accuracy of single workers." in text
 
 
-def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path):
+def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path, capsys):
     put(tmp_path / "in", "a", lines())
     put(tmp_path / "in", "b", [{"kind": "start"}])
     for arguments, place in (([], "in"), (["--out", str(tmp_path / "out" / "deep")], "out/deep")):
-        done = CliRunner().invoke(
-            cli, ["report", str(tmp_path / "in"), *arguments], catch_exceptions=False
-        )
-        assert done.exit_code == 0
-        assert f"{place}/report.html" in done.output
-        assert "damaged, left out: b/record.jsonl:1: a record begins with" in done.output
+        application()(["report", str(tmp_path / "in"), *arguments])
+        out, err = capsys.readouterr()
+        assert f"{place}/report.html" in out
+        assert "damaged, left out: b/record.jsonl:1: a record begins with" in err
         assert (tmp_path / place / "report.md").exists()
 
 
