@@ -1,4 +1,4 @@
-"""Every code block of README, CONTRIBUTING and docs runs."""
+"""Every code block of README and docs runs; those of CONTRIBUTING are in test_contributing.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from distoptim_experiments.grid import spec
 import distoptim
 from distoptim.testing.processes import free_port, run
 from tests.distributed.test_islands import fsdp
-from tests.helpers import problem
-from tests.helpers.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +28,8 @@ SHORT = "--set workers=2 --set steps=1 --set seed=[0] --set tau=[2] --set 'parti
 SHELL = {
     "make demo": f"make -n demo && {PYTHON} -m distoptim compare --workers 2 --methods ddp,easgd {SMALL}",
     "make test": "make -n test",
+    ".venv/bin/python -m pytest tests/laws/test_laws.py -k bmuf -x": f"{PYTHON} -m pytest --collect-only -q tests/laws/test_laws.py -k bmuf",
+    ".venv/bin/pre-commit install": f"{PYTHON} -m pre_commit validate-config",
     "pip install .": f"{PYTHON} -m pip install --quiet --dry-run --no-deps .",
     "torchrun --nnodes=4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 train.py": f"cp {{folder}}/after.py train.py && {TORCHRUN} train.py",
     "distoptim train --init tcp://host1:29500 --world-size 4 --rank 0": f"{PYTHON} -m distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
@@ -70,7 +70,8 @@ SHELL = {
     "torchrun --nproc-per-node=4 -m distoptim train --island-size 2": f"{TORCHRUN.replace('node=2', 'node=4')} -m distoptim train --island-size 2 {SMALL}",
     "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim plan --probe probe.json",
 }
-# Pages whose blocks need several processes and have a test of their own.
+AT_ROOT = ("make", *(f"{PYTHON} -m {tool}" for tool in ("pip", "pytest", "pre_commit")))
+# Pages whose blocks need several processes, or one after another, and have tests of their own.
 DISTRIBUTED = ("README.md", "CONTRIBUTING.md", "slow-link.md", "islands.md", "cluster.md")
 
 
@@ -93,10 +94,9 @@ def test_every_block_has_a_language_that_is_run():
         assert fences.count("") * 2 == len(fences), page
 
 
-def test_grids_of_the_docs_are_whole(tmp_path):
-    grids = [block for page in PAGES for block in blocks(page, "toml")]
-    assert len(grids) == 1
-    (tmp_path / "grid.toml").write_text(grids[0])
+def test_the_grid_of_the_docs_is_whole(tmp_path):
+    (block,) = blocks(ROOT / "docs" / "reproduce.md", "toml")
+    (tmp_path / "grid.toml").write_text(block)
     grid = spec.read(tmp_path / "grid.toml")
     assert len(grid.cases()) == len(grid.trials()) == 2 * 2 * (1 + 2)
 
@@ -116,7 +116,7 @@ def test_shell_lines(page, tmp_path):
     ]:
         assert line in SHELL, f"{page.name}: nothing runs {line!r}"
         command = SHELL[line].format(folder=tmp_path, port=free_port())
-        where = ROOT if command.startswith(("make", f"{PYTHON} -m pip")) else folder
+        where = ROOT if command.startswith(AT_ROOT) else folder
         if " && " in command and command.startswith("make"):
             subprocess.run("make -n demo", shell=True, cwd=ROOT, check=True, timeout=300)
             command, where = command.split(" && ")[1], folder
@@ -220,32 +220,3 @@ def _islands_of_the_docs(rank):
 @fsdp
 def test_the_islands_of_the_docs():
     run(_islands_of_the_docs, 4)
-
-
-def test_the_algorithm_of_contributing_is_complete_and_trains(monkeypatch):
-    monkeypatch.setattr("distoptim.algorithms.ALGORITHMS", dict(distoptim.ALGORITHMS))
-    (block,) = blocks(ROOT / "CONTRIBUTING.md", "python")
-    assert len([line for line in block.splitlines() if line.strip()]) <= 20
-    exec(compile(block, "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": "elsewhere"})
-    from distoptim.algorithms import ALGORITHMS
-
-    algorithm = ALGORITHMS["partial-averaging"]
-    cluster = Cluster(
-        lambda params, **options: algorithm(params, tau=2, lr=0.05, **options),
-        [problem.start()] * problem.WORKERS,
-    )
-    start = sum(g.square().sum() for r in range(4) for g in problem.gradient(r, problem.start()))
-    spread = []
-    for _ in range(2 * 40):
-        cluster.step(problem.gradient)
-        spread.append(float((cluster.x() - cluster.x().mean(0)).norm()))
-    # A sync halves the distance to the mean.
-    assert spread[1] < spread[0]
-    end = sum(
-        g.square().sum()
-        for r in range(4)
-        for g in problem.gradient(r, [cluster.x().mean(0)[:8].view(2, 4), cluster.x().mean(0)[8:]])
-    )
-    assert end < start
-    with pytest.raises(ValueError, match="exists already"):
-        distoptim.register("partial-averaging", algorithm)
