@@ -1,29 +1,236 @@
-"""A run's record: a file of JSON lines, written as the run goes on and read for tables and figures.
+"""A run's record: a file of JSON lines, written as the run goes on and read for tables and pictures.
 
-Kinds of lines: "start" (configuration, versions, machine, time), "log" (step, epoch, seconds,
-loss), "evaluation" (step, epoch, seconds, test_loss, test_accuracy), "checkpoint", "resume", and
-"summary" at the end.
+Each kind of line is a model here; nothing else is written, and nothing else is read. Where a run's
+time went has one word for one thing, in records, in `stats()` and in reports: see `Summary`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
+from abc import ABC
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
+from pydantic_core import CoreSchema, core_schema
 
 import distoptim
+from distoptim_experiments.config import RunConfig
+from distoptim_experiments.machines import Machines
+from distoptim_experiments.settings import Settings
 
-Line = dict[str, Any]
 FILE = "record.jsonl"
 DRAFT = f"{FILE}.draft"
+S = TypeVar("S", bound=Settings)
+
+
+class AsRecorded:
+    """Annotates settings in a line: their types are checked, ranges and names are not. What was run
+    may need a model, a file or a GPU that the process which reads the record does not have."""
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Settings], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """What pydantic reads and writes the field with."""
+        return core_schema.no_info_plain_validator_function(
+            partial(_as_recorded, source),
+            serialization=core_schema.plain_serializer_function_ser_schema(source.to_dict),
+        )
+
+
+def _as_recorded(kind: type[S], values: object) -> S:
+    if isinstance(values, kind):
+        return values
+    return kind.model_construct(**dict(_types(kind).model_validate(values)))
+
+
+@cache
+def _types(kind: type[Settings]) -> type[BaseModel]:
+    """A model with the types of the fields alone."""
+    fields: dict[str, Any] = {
+        name: (field.annotation, field.get_default(call_default_factory=True))
+        for name, field in kind.model_fields.items()
+    }
+    return create_model(kind.__name__, __config__=ConfigDict(extra="forbid"), **fields)
+
+
+class _Model(BaseModel, ABC):
+    """Values that do not change; unknown names are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class Machine(_Model):
+    """The computer a run was made on, without its name."""
+
+    processor: str
+    cores: int
+    system: str
+
+
+class Surroundings(_Model):
+    """What a result depends on besides its configuration; no names of hosts, users or folders.
+
+    Attributes:
+        date: ISO 8601, UTC.
+        commit: of the source tree, with "-dirty" if it had changes; None outside of one.
+    """
+
+    date: str
+    distoptim: str
+    torch: str
+    python: str
+    commit: str | None
+    machine: Machine
+
+
+class Line(_Model, ABC):
+    """A line of a record.
+
+    Attributes:
+        kind: which model it is.
+        step: local steps made when it was written.
+    """
+
+    kind: str
+    step: int = Field(ge=0)
+
+
+class Start(Line):
+    """The first line.
+
+    Attributes:
+        label: the method's name in tables.
+        machines: the virtual machines; None for real ones.
+        steps: local steps of the whole run.
+        parameters: numbers in the model.
+    """
+
+    kind: Literal["start"] = "start"
+    step: int = 0
+    label: str
+    config: Annotated[RunConfig, AsRecorded()]
+    machines: Annotated[Machines, AsRecorded()] | None = None
+    surroundings: Surroundings
+    steps: int
+    steps_per_epoch: int
+    parameters: int
+
+
+class Resume(Line):
+    """Another process goes on, from a checkpoint."""
+
+    kind: Literal["resume"] = "resume"
+    config: Annotated[RunConfig, AsRecorded()]
+    surroundings: Surroundings
+    steps: int
+
+
+class Log(Line):
+    """The mean training loss since the last such line, in nats; NaN where none was finite."""
+
+    kind: Literal["log"] = "log"
+    epoch: float
+    seconds: float
+    loss: float
+
+
+class Evaluation(Line):
+    """How good the workers' mean is; losses in nats, accuracies as shares of 1.
+
+    Attributes:
+        worker_accuracy: the mean over single workers of their own accuracy, on fewer samples.
+    """
+
+    kind: Literal["evaluation"] = "evaluation"
+    epoch: float
+    seconds: float
+    test_loss: float
+    test_accuracy: float
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    worker_accuracy: float | None = None
+
+
+class Checkpoint(Line):
+    """A checkpoint was written, at this path in the run's folder."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    path: str
+
+
+class Summary(Line):
+    """The last line: how it ended, and where the time went.
+
+    `seconds` are those of the training steps, without evaluation and checkpoints: computation,
+    exposed communication and overhead together. All are means over the ranks.
+
+    Attributes:
+        diverged: it ended early, or no better than guessing.
+        exposed_s: seconds for which the computation waited for communication.
+        overhead_s: seconds of the rest of `average()`: forming payloads, coding, merging. None
+            where it is not measured apart: torch's DDP does that while the others wait. On virtual
+            workers it takes none of their time.
+        hidden_s: seconds of communication beside the computation. None where it is not measured.
+        bytes: payload of each worker, of all of its ranks.
+        syncs: means that were merged.
+        tau: local steps in a round at the end; None for a method without rounds.
+        staleness: mean local steps from launch to merge.
+        quarantined: payloads that were not finite and were left out.
+    """
+
+    kind: Literal["summary"] = "summary"
+    diverged: bool
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    worker_accuracy: float | None = None
+    seconds: float
+    exposed_s: float
+    overhead_s: float | None
+    hidden_s: float | None
+    bytes: int
+    syncs: int
+    tau: float | None = None
+    staleness: float | None = None
+    quarantined: float | None = None
+
+    @property
+    def computation_s(self) -> float:
+        """Seconds that are neither exposed communication nor overhead."""
+        return self.seconds - self.exposed_s - (self.overhead_s or 0.0)
+
+    @property
+    def exposed_share(self) -> float:
+        """Exposed communication, as a share of the computation."""
+        return self.exposed_s / self.computation_s
+
+    @property
+    def overhead_share(self) -> float | None:
+        """Overhead, as a share of the computation; None where it is not measured apart."""
+        return None if self.overhead_s is None else self.overhead_s / self.computation_s
+
+
+AnyLine = Annotated[
+    Start | Resume | Log | Evaluation | Checkpoint | Summary, Field(discriminator="kind")
+]
+_LINES: TypeAdapter[AnyLine] = TypeAdapter(AnyLine)
 
 
 class RecordWriter:
@@ -39,14 +246,15 @@ class RecordWriter:
     """
 
     def __init__(self, path: Path, *, after_step: int | None = None) -> None:
-        kept: list[Line] = []
+        kept: list[AnyLine] = []
         if after_step is not None and path.exists():
             kept = [
                 line
                 for line in read_lines(path)
-                if line.get("step", 0) <= after_step and line["kind"] != "summary"
+                if line.step <= after_step and not isinstance(line, Summary)
             ]
-        draft, self._path = path.with_suffix(".draft"), path
+        draft = path.with_suffix(".draft")
+        self._path = path
         try:
             draft.write_text("".join(_text(line) for line in kept))
             os.replace(draft, path)
@@ -74,11 +282,15 @@ class RecordWriter:
 class Record:
     """A run as recorded: its lines by kind. `summary` is None while it has not ended."""
 
-    config: dict[str, Any]
-    start: Line
-    logs: list[Line]
-    evaluations: list[Line]
-    summary: Line | None
+    start: Start
+    logs: list[Log]
+    evaluations: list[Evaluation]
+    summary: Summary | None
+
+    @property
+    def config(self) -> RunConfig:
+        """What was run."""
+        return self.start.config
 
 
 def file(folder: Path) -> Path:
@@ -108,19 +320,13 @@ def read(path: Path) -> Record:
     """
     path = path if path.is_file() else file(path)
     lines = list(read_lines(path))
-    if not lines or lines[0]["kind"] != "start" or not isinstance(lines[0].get("config"), dict):
-        raise ValueError(
-            f"{path}:1: a record begins with a line of kind 'start' that has a 'config'"
-        )
-    kinds: dict[str, list[Line]] = {}
-    for line in lines:
-        kinds.setdefault(line["kind"], []).append(line)
-    summaries = kinds.get("summary", [])
+    if not lines or not isinstance(lines[0], Start):
+        raise ValueError(f"{path}:1: a record begins with a line of kind 'start'")
+    summaries = [line for line in lines if isinstance(line, Summary)]
     return Record(
-        lines[0]["config"],
         lines[0],
-        kinds.get("log", []),
-        kinds.get("evaluation", []),
+        [line for line in lines if isinstance(line, Log)],
+        [line for line in lines if isinstance(line, Evaluation)],
         summaries[-1] if summaries else None,
     )
 
@@ -132,14 +338,14 @@ def finished(folder: Path) -> bool:
         ValueError: naming the file, if it is damaged.
     """
     path = file(folder)
-    return path.exists() and any(line["kind"] == "summary" for line in read_lines(path))
+    return path.exists() and any(isinstance(line, Summary) for line in read_lines(path))
 
 
-def read_lines(path: Path) -> Iterator[Line]:
+def read_lines(path: Path) -> Iterator[AnyLine]:
     """The lines of a record, without a last one that was cut off.
 
     Raises:
-        ValueError: naming file and line.
+        ValueError: naming file and line, and what is wrong there.
     """
     try:
         texts = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -149,34 +355,38 @@ def read_lines(path: Path) -> Iterator[Line]:
         if number == len(texts) and not text.endswith("\n"):
             return
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a JSON line: {error}") from error
-        if not isinstance(line, dict) or "kind" not in line:
-            raise ValueError(f"{path}:{number}: not a line of a record: it has no 'kind'")
-        yield line
+            yield _LINES.validate_json(text)
+        except ValidationError as error:
+            raise ValueError(f"{path}:{number}: not a line of a record: {_said(error)}") from None
 
 
-def surroundings() -> Line:
-    """What a result depends on besides its configuration; no names of hosts, users or folders."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        "distoptim": distoptim.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "machine": {
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
-            "system": platform.system(),
-        },
-    }
+def surroundings() -> Surroundings:
+    """Those of this process."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    return Surroundings(
+        date=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        distoptim=distoptim.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        commit=_commit(),
+        machine=Machine(
+            processor=_processor(),
+            cores=len(cores) if cores is not None else os.cpu_count() or 1,
+            system=platform.system(),
+        ),
+    )
 
 
 def _text(line: Line) -> str:
-    return json.dumps(line) + "\n"
+    return line.model_dump_json() + "\n"
+
+
+def _said(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors(include_url=False)[0]
+    # What follows the kind, which the discriminator puts first.
+    where = ".".join(map(str, first["loc"][1:]))
+    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 def _processor() -> str:

@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import signal
@@ -286,12 +285,12 @@ def test_compare_leaves_table_picture_and_records(invoke, tmp_path):
     assert [row[0] for row in table if row[0] in methods][-6:] == methods
     for name in methods:
         record = records.read(folder / name)
-        assert record.config["algorithm"] == name
-        assert record.config["options"] == (
+        assert record.config.algorithm == name
+        assert record.config.options == (
             {"alpha": 0.3} if name in ("easgd", "overlap-local-sgd") else {}
         )
-        assert [line["step"] for line in record.logs] == [1, 2, 3, 4, 5, 6]
-        assert record.summary["step"] == 6
+        assert [line.step for line in record.logs] == [1, 2, 3, 4, 5, 6]
+        assert record.summary.step == 6
 
 
 def test_a_tau_that_is_measured_is_simulated_once(invoke):
@@ -318,14 +317,12 @@ def test_train_then_resume_for_longer(invoke, tmp_path):
     code, out, err = invoke("train", "--resume", "a", "--steps", "9")
     assert (code, err) == (0, "")
     record = records.read(tmp_path / "a")
-    assert [line["step"] for line in record.logs] == list(range(1, 10))
+    assert [line.step for line in record.logs] == list(range(1, 10))
     resumed = [
-        line
-        for line in records.read_lines(tmp_path / "a" / records.FILE)
-        if line["kind"] == "resume"
+        line for line in records.read_lines(tmp_path / "a" / records.FILE) if line.kind == "resume"
     ]
-    assert resumed[0]["config"] == {**record.config, "steps": 9}
-    assert record.config["options"] == {"alpha": 0.2}
+    assert resumed[0].config == record.config.replace(steps=9)
+    assert record.config.options == {"alpha": 0.2}
 
 
 def test_train_with_flags_of_the_algorithm_a_table_of_tau_and_levels(invoke, tmp_path):
@@ -352,11 +349,11 @@ def test_train_with_flags_of_the_algorithm_a_table_of_tau_and_levels(invoke, tmp
     )
     assert (code, err) == (0, "")
     record = records.read(tmp_path / "a")
-    assert record.config["options"] == {"delay": 2, "carry": True}
+    assert record.config.options == {"delay": 2, "carry": True}
     # Launched at 4, 8, 10 and 12, of which the last is on its way; and a mean of each pair after
     # every step.
-    assert record.summary["syncs"] == 3 + 12
-    assert record.summary["stats"]["tau"] == 2
+    assert record.summary.syncs == 3 + 12
+    assert record.summary.tau == 2
     code, _, err = invoke("train", "--resume", "a", "--steps", "13", "--no-carry")
     assert (code, err) == (
         2,
@@ -387,9 +384,18 @@ def begun(tmp_path):
     )
     (tmp_path / "a" / checkpoint.FOLDER).mkdir(parents=True)
     (tmp_path / "a" / checkpoint.FOLDER / "latest").write_text("step-6")
-    (tmp_path / "a" / records.FILE).write_text(
-        json.dumps({"kind": "start", "config": config.to_dict()}) + "\n"
+    writer = records.RecordWriter(tmp_path / "a" / records.FILE)
+    writer.write(
+        records.Start(
+            label="local-sgd",
+            config=config,
+            surroundings=records.surroundings(),
+            steps=1,
+            steps_per_epoch=1,
+            parameters=1,
+        )
     )
+    writer.close()
 
 
 @pytest.mark.parametrize(
@@ -456,7 +462,7 @@ def test_a_file_where_a_folder_is_wanted_gives_one_line(invoke, tmp_path, args):
 
 def wait_for_steps(process, path):
     deadline = time.monotonic() + 300
-    while not (path.exists() and any(line["kind"] == "log" for line in records.read_lines(path))):
+    while not (path.exists() and any(line.kind == "log" for line in records.read_lines(path))):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -483,7 +489,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(invoke, tmp_path):
     step = int(checkpoint.latest(tmp_path / "a").name.removeprefix("step-"))
     code, _, err = invoke("train", "--resume", "a", "--steps", step + 3)
     assert (code, err) == (0, "")
-    assert [line["step"] for line in records.read(tmp_path / "a").logs] == list(range(1, step + 4))
+    assert [line.step for line in records.read(tmp_path / "a").logs] == list(range(1, step + 4))
 
 
 def test_torchrun(tmp_path):
@@ -514,7 +520,7 @@ def test_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("record: ") == 1
     (folder,) = (tmp_path / "runs").iterdir()
-    assert records.read(folder).start["workers"] == 2
+    assert records.read(folder).config.workers == 2
     assert len(list(checkpoint.latest(folder).glob("rank-*.pt"))) == 2
 
 
@@ -552,7 +558,7 @@ def test_two_commands_meet_by_tcp(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "overlap-local-sgd" in outputs[0][0]
     assert outputs[1][0] == ""
-    assert records.read(tmp_path / "a").summary["step"] == 4
+    assert records.read(tmp_path / "a").summary.step == 4
 
 
 @pytest.mark.parametrize(

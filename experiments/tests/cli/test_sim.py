@@ -100,7 +100,7 @@ def test_simulate_prints_a_table_and_goes_on(tmp_path):
     assert "3/3 runs" in text
     assert text.count("easgd") == 2
     options = {
-        record.config["algorithm"]: record.config["options"]
+        record.config.algorithm: record.config.options
         for record in map(records.read, tmp_path.iterdir())
     }
     assert options == {"ddp": {}, "easgd": {"alpha": 0.1, "codec": "bf16"}}

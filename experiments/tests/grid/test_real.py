@@ -70,15 +70,17 @@ def test_an_interrupted_grid_goes_on_at_its_checkpoint_and_repeats_nothing(file,
     assert not wild.exists()
 
     assert run.reproduce(grid, out, runner=Processes()) == [first, wild]
-    assert [
-        line["kind"] for line in lines(first) if line["kind"] in ("start", "resume", "summary")
-    ] == ["start", "resume", "summary"]
-    assert [line["step"] for line in records.read(first).logs] == list(range(1, 31))
-    assert (records.read(first).start["label"], records.read(first).summary["diverged"]) == (
+    assert [line.kind for line in lines(first) if line.kind in ("start", "resume", "summary")] == [
+        "start",
+        "resume",
+        "summary",
+    ]
+    assert [line.step for line in records.read(first).logs] == list(range(1, 31))
+    assert (records.read(first).start.label, records.read(first).summary.diverged) == (
         "overlap",
         False,
     )
-    assert records.read(wild).summary["diverged"]
+    assert records.read(wild).summary.diverged
     assert not list(out.rglob(checkpoint.FOLDER))
 
     before = [path.stat().st_mtime_ns for path in out.rglob(records.FILE)]
@@ -123,7 +125,7 @@ def test_under_torchrun_every_process_is_one_worker_of_every_run(file, tmp_path)
         records.read(path.parent)
         for path in (tmp_path / "runs/grid/final").glob(f"*/{records.FILE}")
     ]
-    assert sorted((r.start["label"], r.start["workers"], r.summary["step"]) for r in final) == [
+    assert sorted((r.start.label, r.config.workers, r.summary.step) for r in final) == [
         ("overlap", 2, 4),
         ("wild", 2, 4),
     ]
@@ -158,5 +160,5 @@ def test_a_run_without_finite_losses_ends_early_and_is_marked(tmp_path, algorith
     )
     assert run_local(Job(config, tmp_path)) == 0
     summary = records.read(tmp_path).summary
-    assert summary["diverged"]
-    assert summary["step"] < 10**6
+    assert summary.diverged
+    assert summary.step < 10**6

@@ -20,6 +20,7 @@ from distoptim_experiments.training.virtual import STATE, VirtualRun
 from distoptim_experiments.training.virtual import run as run_one
 
 from distoptim.cli import application
+from experiments.tests.report.records import lines, put
 
 GRID = """
 [run]
@@ -55,7 +56,7 @@ def test_a_grid_tries_learning_rates_and_runs_everything_once(tmp_path):
     told = []
     folders = run.reproduce(grid, tmp_path / "out", done=lambda *at: told.append(at), processes=1)
     made = [records.read(folder) for folder in folders]
-    assert [(r.start["label"], r.config["tau"], r.config["seed"]) for r in made] == [
+    assert [(r.start.label, r.config.tau, r.config.seed) for r in made] == [
         ("sync", 1, 0),
         ("overlap", 2, 0),
         ("overlap", 4, 0),
@@ -64,12 +65,12 @@ def test_a_grid_tries_learning_rates_and_runs_everything_once(tmp_path):
         ("overlap", 4, 1),
     ]
     # 1e6 makes every method diverge; a diverged trial is whole, and never chosen.
-    assert {r.config["lr"] for r in made} == {0.01}
+    assert {r.config.lr for r in made} == {0.01}
     trials = [
         records.read(path.parent) for path in (tmp_path / "out" / run.TRIALS).glob("*/record.jsonl")
     ]
     assert (
-        sorted((r.config["lr"], r.summary["diverged"]) for r in trials)
+        sorted((r.config.lr, r.summary.diverged) for r in trials)
         == [(0.01, False)] * 3 + [(1e6, True)] * 3
     )
     before = [(folder / records.FILE).stat().st_mtime_ns for folder in folders]
@@ -114,13 +115,13 @@ def test_a_list_under_machines_is_an_axis_of_the_grid(tmp_path):
     folders = run.reproduce(grid, tmp_path / "out", done=lambda *at: told.append(at), processes=1)
     starts = [records.read(folder).start for folder in folders]
     assert len(set(folders)) == len(folders) == 4 * 6
-    assert [(s["machines"]["slowdown"], s["machines"]["step_ms"]) for s in starts[::6]] == [
+    assert [(s.machines.slowdown, s.machines.step_ms) for s in starts[::6]] == [
         ("none", 10.0),
         ("none", 20.0),
         ("pareto", 10.0),
         ("pareto", 20.0),
     ]
-    assert {s["machines"]["latency_ms"] for s in starts} == {20.0}
+    assert {s.machines.latency_ms for s in starts} == {20.0}
     assert [at for at in told if at[0] == "learning rates"][-1] == ("learning rates", 6, 6)
     assert told[-1] == ("runs", 24, 24)
 
@@ -137,13 +138,10 @@ def test_rates_for_text_are_chosen_by_loss(tmp_path):
         score = {
             "validation_loss": 2 + case.config.lr,
             "validation_accuracy": case.config.lr,
-            "diverged": False,
         }
-        writer = records.RecordWriter(tmp_path / f"{i}.jsonl")
-        writer.write({"kind": "start", "config": case.config.to_dict()})
-        writer.write({"kind": "summary", **score})
-        writer.close()
-    rates = run.choose([(case, tmp_path / f"{i}.jsonl") for i, case in enumerate(trials)])
+        first, *_, last = lines(lr=case.config.lr, model="gpt-small")
+        put(tmp_path, f"{i}", [first, last | score])
+    rates = run.choose([(case, tmp_path / f"{i}") for i, case in enumerate(trials)])
     assert set(rates.values()) == {0.01}
     assert len(rates) == 3
 
@@ -184,12 +182,9 @@ def test_a_run_goes_on_at_its_last_epoch_as_if_it_had_never_stopped(
     monkeypatch.setattr(VirtualRun, "_step", lambda self: made.append(1) or step(self))
     run_one(config, machines, tmp_path / "parts", threads=1)
     whole, parts = records.read(tmp_path / "whole"), records.read(tmp_path / "parts")
-    assert len(made) == parts.start["steps_per_epoch"]
+    assert len(made) == parts.start.steps_per_epoch
     assert (parts.logs, parts.evaluations) == (whole.logs, whole.evaluations)
-    drop = ("stats",)
-    assert {k: v for k, v in parts.summary.items() if k not in drop} == {
-        k: v for k, v in whole.summary.items() if k not in drop
-    }
+    assert parts.summary == whole.summary
     assert not (tmp_path / "parts" / STATE).exists()
 
 
@@ -336,13 +331,13 @@ def test_shipped_grids_of_cifar10_run_with_every_method_and_partition(tmp_path, 
         records.read(path.parent)
         for path in (tmp_path / "out" / run.FINAL).glob(f"*/{records.FILE}")
     ]
-    assert {(r.start["label"], r.config["partition"]) for r in made} == {
+    assert {(r.start.label, r.config.partition) for r in made} == {
         (label, partition)
         for partition in ("iid", "label-skew")
         for label in ("sync", "Local SGD", "BMUF", "CoCoD-SGD", "EAMSGD", "Overlap-Local-SGD")
     }
     assert len(made) == 12
-    assert {r.summary["step"] for r in made} == {2}
+    assert {r.summary.step for r in made} == {2}
 
 
 def test_what_is_left_is_shown_and_nothing_is_run(tmp_path, capsys):

@@ -35,10 +35,9 @@ def test_a_run_is_deterministic_and_its_time_virtual(tmp_path):
     for threads in (1, 2):
         run(CONFIG, MACHINES, tmp_path / str(threads), threads=threads)
         record = records.read(tmp_path / str(threads))
-        summary = {k: v for k, v in record.summary.items() if k != "stats"}
-        lines.append((record.logs, record.evaluations, summary))
+        lines.append((record.logs, record.evaluations, record.summary))
     assert lines[0] == lines[1]
-    assert lines[0][2]["seconds"] > 12 * 0.03
+    assert lines[0][2].seconds > 12 * 0.03
 
 
 def test_a_failed_run_leaves_no_record(tmp_path, monkeypatch):
@@ -56,9 +55,7 @@ def test_synchronous_is_large_batch_sgd(tmp_path):
         tmp_path / "b",
     )
     a, b = records.read(tmp_path / "a"), records.read(tmp_path / "b")
-    assert [line["loss"] for line in a.logs] == pytest.approx(
-        [line["loss"] for line in b.logs], rel=1e-4
-    )
+    assert [line.loss for line in a.logs] == pytest.approx([line.loss for line in b.logs], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +89,8 @@ def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):
     for name, changed in variants.items():
         run(config.replace(**changed), slow, tmp_path / name)
         summary = records.read(tmp_path / name).summary
-        exposed[name], syncs[name] = summary["exposed_s"], summary["syncs"]
-        tau[name] = summary["stats"]["tau"]
+        exposed[name], syncs[name] = summary.exposed_s, summary.syncs
+        tau[name] = summary.tau
     assert exposed["hidden"] < exposed["fixed"] / 3
     assert syncs["post"] in (21, 22)
     assert (tau["fixed"], tau["table"]) == (1, 4)

@@ -31,7 +31,6 @@ def lines(
         "kind": "start",
         "step": 0,
         "label": label,
-        "date": f"2026-11-24T10:0{seed}:00.000+00:00",
         "config": {
             "algorithm": METHODS[label],
             "tau": tau,
@@ -45,12 +44,17 @@ def lines(
             **config,
         },
         "machines": {"step_ms": 30.0, "slowdown": slowdown, "trace": None},
-        "distoptim": "0.1.0",
-        "torch": "2.13.0",
-        "python": "3.11",
-        "commit": "0123456789ab",
-        "workers": 16,
-        "machine": {"cores": 2, "processor": "some <CPU>", "system": "Linux"},
+        "surroundings": {
+            "date": f"2026-11-24T10:0{seed}:00.000+00:00",
+            "distoptim": "0.1.0",
+            "torch": "2.13.0",
+            "python": "3.11",
+            "commit": "0123456789ab",
+            "machine": {"cores": 2, "processor": "some <CPU>", "system": "Linux"},
+        },
+        "steps": 200,
+        "steps_per_epoch": 40,
+        "parameters": 1000,
     }
     last = 2 if diverged else 20
     seconds, exposed = seconds * last / 20, exposed * last / 20
@@ -77,8 +81,8 @@ def lines(
         "diverged": diverged,
         "seconds": seconds,
         "exposed_s": exposed,
-        "computation_s": seconds - exposed,
-        "exposed_share": exposed / (seconds - exposed),
+        "overhead_s": 0.0,
+        "hidden_s": 0.0,
         "bytes": 1000,
         "syncs": 9,
     }

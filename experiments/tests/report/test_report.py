@@ -85,7 +85,7 @@ def test_learning_rates_with_the_best_and_the_one_used(made):
 
 def test_what_is_left_out_is_named(made):
     text = made[0][0].split("## What was left out")[1].split("##")[0]
-    assert "final/broken/record.jsonl:1: not a JSON line" in text
+    assert "final/broken/record.jsonl:1: not a line of a record: Invalid JSON" in text
     assert "2 unfinished, left out: final/cut-short, final/on-its-way." in text
     assert "84 final runs (6 diverged); 3 runs to choose learning rates." in made[0][0]
 
@@ -269,7 +269,7 @@ def test_runs_of_different_configurations_are_not_mixed(tmp_path):
         for seed in (0, 1):
             put(tmp_path, f"{lr}-{seed}", lines(lr=lr, seed=seed))
     again = lines(lr=0.2, seed=1, accuracy=0.5)
-    again[0]["date"] = "2026-11-25"
+    again[0]["surroundings"]["date"] = "2026-11-25"
     put(tmp_path, "again", again)
     found = runs.read(tmp_path)
     assert [run.label for run in found.ended] == ["Local SGD, lr 0.1"] * 2 + [
@@ -326,14 +326,14 @@ def test_slow_downs_of_real_workers_are_stragglers(tmp_path):
     assert "pareto" in (tmp_path / "report-pictures" / "stragglers.svg").read_text()
 
 
-def test_real_runs_without_worker_accuracy_or_label_are_shown(tmp_path):
+def test_real_runs_without_worker_accuracy_are_shown(tmp_path):
     made = lines()
     for line in made:
-        for name in ("label", "machines", "worker_accuracy", "diverged"):
+        for name in ("machines", "worker_accuracy"):
             line.pop(name, None)
     put(tmp_path, "a", made)
     text = report.write(runs.read(tmp_path), tmp_path)[0].read_text()
-    assert row(text, "local-sgd") == ["**90.00**"]
+    assert row(text, "Local SGD") == ["**90.00**"]
     assert "Left out: these records have no accuracy of single workers." in text
 
 
@@ -344,7 +344,7 @@ def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path, capsys):
         application()(["report", str(tmp_path / "in"), *arguments])
         out, err = capsys.readouterr()
         assert f"{place}/report.html" in out
-        assert "damaged, left out: b/record.jsonl:1: a record begins with" in err
+        assert "damaged, left out: b/record.jsonl:1: not a line of a record" in err
         assert (tmp_path / place / "report.md").exists()
 
 
@@ -358,20 +358,20 @@ def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path, capsys):
             "no finished run there; 1 unfinished, left out: a",
         ),
         (
-            lambda folder: put(folder, "a", [{"kind": "start", "config": {}}]),
-            "a/record.jsonl: no algorithm, tau, seed, lr",
+            lambda folder: put(folder, "a", [lines()[0] | {"config": {"tau": "x"}}]),
+            "a/record.jsonl:1: not a line of a record: config.tau: Input should be a valid integer",
         ),
         (
             lambda folder: put(folder, "a", [lines()[0], {"kind": "log", "step": 1}]),
-            "a/record.jsonl: no epoch, seconds, l",
+            "a/record.jsonl:2: not a line of a record: epoch: Field required",
         ),
         (
             lambda folder: put(folder, "a", [lines()[0], {**lines()[-1], "seconds": None}]),
-            "a/record.jsonl: no seconds in",
+            "a/record.jsonl:2: not a line of a record: seconds: Input should be a valid number",
         ),
-        (lambda folder: put(folder, "a", [{"kind": "start"}]), "a/record.jsonl:1: a record begins"),
+        (lambda folder: put(folder, "a", lines()[1:]), "a/record.jsonl:1: a record begins"),
         (
-            lambda folder: put(folder, "", [{"kind": "start"}]).rename(folder / "a.record.jsonl"),
+            lambda folder: put(folder, "", lines()[1:]).rename(folder / "a.record.jsonl"),
             "a.record.jsonl:1: a rec",
         ),
         (

@@ -27,7 +27,7 @@ def on_first_log(action):
     done = []
 
     def observe(line):
-        if line["kind"] == "log" and not done:
+        if line.kind == "log" and not done:
             done.append(line)
             action()
 

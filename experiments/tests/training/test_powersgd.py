@@ -32,7 +32,7 @@ def seen(rank, approximation_rank):
     torch.manual_seed(1 + rank)
     for _ in range(FULL_STEPS + 2):
         method.step(torch.randn(8, M), torch.randint(N, (8,)))
-        counted.append(method.traffic()["bytes"])
+        counted.append(method.costs().bytes)
     dist.all_reduce = reduce
     return counted, sent[0], model.weight.detach()
 

@@ -63,10 +63,10 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_at_its_last_step(tmp_path
     )
     assert done.returncode == 0, done.stderr
     record = records.read(tmp_path / "run")
-    assert record.summary["step"] == 11
+    assert record.summary.step == 11
     lines = (tmp_path / "run" / records.FILE).read_text()
     assert lines.count('"resume"') == 1, lines
-    assert [line["step"] for line in record.logs] == list(range(1, 12))
+    assert [line.step for line in record.logs] == list(range(1, 12))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--folder", "a", "--resume", "b"]])

@@ -45,7 +45,7 @@ def slept(rank, folder, kind):
 def test_workers_sleep_what_their_streams_say(tmp_path, kind, stream):
     for rank, calls in enumerate(run(slept, 2, tmp_path, kind)):
         assert calls == [stream.seconds(rank, step) for step in range(6)]
-    assert records.read(tmp_path).config["slowdown"] == kind
+    assert records.read(tmp_path).config.slowdown == kind
 
 
 def test_the_mean_is_what_was_asked_for():

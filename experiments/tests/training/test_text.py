@@ -212,10 +212,10 @@ def test_virtual_workers_learn_the_text(folder, dtype):
     VirtualRun(
         config_of(folder, steps=40, log_every=5, batch_size=8, dtype=dtype), Machines(), threads=1
     ).train(lines.append)
-    losses = [line["loss"] for line in lines if line["kind"] == "log"]
+    losses = [line.loss for line in lines if line.kind == "log"]
     assert losses[0] > 4
     assert losses[-1] < 2.5
-    assert lines[-1]["test_loss"] < 2.5
+    assert lines[-1].test_loss < 2.5
 
 
 def train(config, folder, world, *, resume=False):
@@ -242,7 +242,7 @@ def test_a_resumed_run_is_bit_equal_and_virtual_workers_agree(folder, tmp_path, 
     lines = []
     VirtualRun(config_of(folder, algorithm=algorithm), Machines(), threads=1).train(lines.append)
     summary = records.read(tmp_path / "whole").summary
-    assert summary["test_loss"] == pytest.approx(lines[-1]["test_loss"], rel=1e-4)
+    assert summary.test_loss == pytest.approx(lines[-1].test_loss, rel=1e-4)
 
 
 def test_the_command_trains_a_gpt(folder, tmp_path):
@@ -276,4 +276,4 @@ def test_the_command_trains_a_gpt(folder, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert records.read(tmp_path / "run").config["optimizer"] == "adamw"
+    assert records.read(tmp_path / "run").config.optimizer == "adamw"

@@ -109,10 +109,10 @@ def reproduce(
 def _tell_diverged(folders: Sequence[Path], console: Console) -> None:
     for path in folders:
         record = records.read(path)
-        if record.summary and record.summary["diverged"]:
+        if record.summary and record.summary.diverged:
             console.print(
-                f"diverged: {record.start['label']}, tau {record.config['tau']}, "
-                f"{record.config['partition']}, seed {record.config['seed']}",
+                f"diverged: {record.start.label}, tau {record.config.tau}, "
+                f"{record.config.partition}, seed {record.config.seed}",
                 highlight=False,
             )
 

@@ -178,10 +178,10 @@ def _run(job: Job, meeting: Meeting | None) -> int:
 def _tell(record: records.Record, console: Console) -> None:
     """How a run ended."""
     console.print(table([record]))
-    if record.summary and record.summary["diverged"]:
-        step = record.summary["step"]
+    if record.summary and record.summary.diverged:
+        step = record.summary.step
         why = "no worker is finite"
-        if step >= record.start["steps"]:
+        if step >= record.start.steps:
             why = "the loss is no better than that of guessing"
         console.print(f"diverged after {step} steps: {why}", highlight=False)
 
@@ -248,7 +248,7 @@ def _resumed(resume: Path, folder: Path | None, given: Given) -> dict[str, Any]:
         raise ValueError(
             f"--resume {resume} with --folder {folder}: a run goes on in its own folder"
         )
-    saved = records.read(resume).config
+    saved = records.read(resume).config.to_dict()
     now = {**fields_of(RunConfig, given.values), **own_of(given.values)}
     saved.update(saved.pop("options"))
     for name in _LASTING:

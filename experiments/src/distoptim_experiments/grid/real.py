@@ -36,8 +36,9 @@ def _share(finished: int, total: int, done: Done) -> Observer:
 
     def observe(line: records.Line) -> None:
         nonlocal steps
-        steps = line.get("steps", steps)
-        done(finished + min(0.99, line["step"] / steps), total)
+        if isinstance(line, records.Start | records.Resume):
+            steps = line.steps
+        done(finished + min(0.99, line.step / steps), total)
 
     return observe
 

@@ -176,8 +176,13 @@ def choose(trials: Sequence[tuple[Case, Path]]) -> dict[Setting, float]:
 def _validation(folder: Path) -> float:
     """The higher the better."""
     record = records.read(folder)
-    if record.summary is None or record.summary["diverged"]:
+    if record.summary is None or record.summary.diverged:
         return -math.inf
-    if record.config["model"] in TEXT_MODELS:
-        return -float(record.summary["validation_loss"])
-    return float(record.summary["validation_accuracy"])
+    if record.config.model in TEXT_MODELS:
+        return -_known(record.summary.validation_loss)
+    return _known(record.summary.validation_accuracy)
+
+
+def _known(score: float | None) -> float:
+    """Of a trial, which always has a validation set."""
+    return -math.inf if score is None else score

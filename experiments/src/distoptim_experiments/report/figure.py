@@ -12,14 +12,18 @@ from distoptim_experiments.records import Record
 # with.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#8C8C8C")
 MARKERS = "osD^vPX*"
-_GAP = 0.062
+PARTS = {
+    "computation": ("", ""),
+    "overhead": ("white", "...."),
+    "exposed communication": ("white", "////"),
+}
+"""Of a bar of time: face colour, where it is not the method's, and hatch."""
 
 
 def draw(runs: Sequence[Record], path: Path) -> None:
     """Write the picture of finished runs as PNG.
 
-    Left, the loss of rank 0's batches, smoothed; right, seconds of computation and of exposed
-    communication.
+    Left, the loss of rank 0's batches, smoothed; right, where the seconds went.
 
     Args:
         runs: in the order in which they are to be shown, synchronous SGD first.
@@ -56,22 +60,23 @@ def draw(runs: Sequence[Record], path: Path) -> None:
 
 
 def _losses(axes: Any, runs: Sequence[Record]) -> None:
-    ends = []
     for i, run in enumerate(runs):
-        seconds = [line["seconds"] for line in run.logs]
-        loss = smooth([line["loss"] for line in run.logs])
-        axes.plot(seconds, loss, color=_colour(i), linewidth=1.8, solid_joinstyle="round")
+        seconds = [line.seconds for line in run.logs]
         axes.plot(
-            seconds[-1],
-            loss[-1],
+            seconds,
+            smooth([line.loss for line in run.logs]),
             _marker(i),
-            color=_colour(i),
+            linestyle="-",
+            markevery=[-1],
             markersize=8,
             markeredgecolor="white",
+            color=_colour(i),
+            linewidth=1.8,
+            solid_joinstyle="round",
+            label=run.config.algorithm,
         )
-        ends.append((seconds[-1], loss[-1]))
     axes.set_yscale("log")
-    axes.set_xlim(0, max(x for x, _ in ends) * 1.03)
+    axes.set_xlim(left=0)
     axes.set_title("Training loss", pad=30)
     axes.text(
         0,
@@ -84,53 +89,29 @@ def _losses(axes: Any, runs: Sequence[Record]) -> None:
     axes.set_xlabel("training time, seconds")
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
-    _label_ends(axes, runs, ends)
-
-
-def _label_ends(axes: Any, runs: Sequence[Record], ends: Sequence[tuple[float, float]]) -> None:
-    """Names in a column right of the plot, at the height of their lines' ends as far as they do not touch."""
-    to_axes = axes.transData + axes.transAxes.inverted()
-    places = spread([float(to_axes.transform(end)[1]) for end in ends], gap=_GAP)
-    for i, (run, y) in enumerate(zip(runs, places, strict=True)):
-        axes.plot(
-            1.035,
-            y,
-            _marker(i),
-            color=_colour(i),
-            markersize=8,
-            markeredgecolor="white",
-            transform=axes.transAxes,
-            clip_on=False,
-        )
-        axes.text(
-            1.06,
-            y,
-            run.config["algorithm"],
-            color=_colour(i),
-            va="center",
-            transform=axes.transAxes,
-        )
+    axes.legend(loc="upper right", frameon=False, fontsize=10)
 
 
 def _bars(axes: Any, runs: Sequence[Record]) -> None:
     summaries = [run.summary for run in runs if run.summary is not None]
-    longest = max(s["seconds"] for s in summaries)
+    longest = max(s.seconds for s in summaries)
     for y, s in enumerate(summaries):
-        axes.barh(
-            y, s["computation_s"], color=_colour(y), edgecolor=_colour(y), linewidth=1.2, height=0.6
-        )
-        axes.barh(
-            y,
-            s["exposed_s"],
-            left=s["computation_s"],
-            color="white",
-            edgecolor=_colour(y),
-            hatch="////",
-            linewidth=1.2,
-            height=0.6,
-        )
-        axes.text(s["seconds"] + longest * 0.02, y, f"{s['exposed_share']:.0%}", va="center")
-    axes.set_yticks(range(len(runs)), [run.config["algorithm"] for run in runs])
+        left = 0.0
+        seconds = (s.computation_s, s.overhead_s or 0.0, s.exposed_s)
+        for value, (face, hatch) in zip(seconds, PARTS.values(), strict=True):
+            axes.barh(
+                y,
+                value,
+                left=left,
+                color=face or _colour(y),
+                edgecolor=_colour(y),
+                hatch=hatch,
+                linewidth=1.2,
+                height=0.6,
+            )
+            left += value
+        axes.text(s.seconds + longest * 0.02, y, f"{s.exposed_share:.0%}", va="center")
+    axes.set_yticks(range(len(runs)), [run.config.algorithm for run in runs])
     for i, label in enumerate(axes.get_yticklabels()):
         label.set_color(_colour(i))
     axes.tick_params(axis="y", length=0)
@@ -148,12 +129,12 @@ def _legend(axes: Any) -> None:
     grey = "0.45"
     axes.legend(
         handles=[
-            Patch(facecolor=grey, edgecolor=grey, label="computation"),
-            Patch(facecolor="white", edgecolor=grey, hatch="////", label="exposed communication"),
+            Patch(facecolor=face or grey, edgecolor=grey, hatch=hatch, label=label)
+            for label, (face, hatch) in PARTS.items()
         ],
         loc="lower left",
         bbox_to_anchor=(-0.01, 0.985),
-        ncols=2,
+        ncols=3,
         frameon=False,
         borderpad=0,
         columnspacing=1.5,
@@ -170,44 +151,6 @@ def smooth(values: Sequence[float], weight: float = 0.3) -> list[float]:
     return out
 
 
-def spread(heights: Sequence[float], *, gap: float) -> list[float]:
-    """Move heights apart until neighbours are at least `gap` apart, in the same order, around where
-    they were.
-
-    All end up in [0, 1] if there is room for them there.
-    """
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    clusters: list[list[int]] = []
-    for i in order:
-        clusters.append([i])
-        # A cluster that touches the one below joins it, both centred on their members' mean.
-        while (
-            len(clusters) > 1
-            and _bottom(clusters[-1], heights, gap) - _top(clusters[-2], heights, gap) < gap
-        ):
-            last = clusters.pop()
-            clusters[-1] += last
-    out = list(heights)
-    floor = 0.0
-    for cluster in clusters:
-        for k, i in enumerate(cluster):
-            out[i] = floor = max(floor, _bottom(cluster, heights, gap) + k * gap)
-            floor += gap
-    ceiling = 1.0
-    for i in reversed(order):
-        out[i] = min(out[i], ceiling)
-        ceiling = out[i] - gap
-    return out
-
-
-def _bottom(cluster: Sequence[int], heights: Sequence[float], gap: float) -> float:
-    return sum(heights[i] for i in cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
-
-
-def _top(cluster: Sequence[int], heights: Sequence[float], gap: float) -> float:
-    return _bottom(cluster, heights, gap) + gap * (len(cluster) - 1)
-
-
 def _colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
@@ -217,15 +160,15 @@ def _marker(i: int) -> str:
 
 
 def _caption(run: Record) -> str:
-    c, start = run.config, run.start
-    machine = start["machine"]
+    c = run.config
+    machine = run.start.surroundings.machine
     link = []
-    if c["latency_ms"] is not None:
-        link.append(f"{c['latency_ms']:g} ms")
-    if c["bandwidth_gbit_s"] is not None:
-        link.append(f"{c['bandwidth_gbit_s']:g} Gbit/s")
+    if c.latency_ms is not None:
+        link.append(f"{c.latency_ms:g} ms")
+    if c.bandwidth_gbit_s is not None:
+        link.append(f"{c.bandwidth_gbit_s:g} Gbit/s")
     over = f" over an emulated link of {' and '.join(link)}" if link else ""
     return (
-        f"{c['model']} on {c['data']}, {start['workers']} workers{over}; batch {c['batch_size']} each, "
-        f"tau {c['tau']}, learning rate {c['lr']:g}. {machine['cores']} cores of {machine['processor']}."
+        f"{c.model} on {c.data}, {c.workers} workers{over}; batch {c.batch_size} each, "
+        f"tau {c.tau}, learning rate {c.lr:g}. {machine.cores} cores of {machine.processor}."
     )

@@ -78,7 +78,7 @@ def points(runs: Sequence[Run]) -> list[Point]:
     for (name, tau), group in grid.by(runs, lambda run: (run.label, run.tau)).items():
         errors = [100 * (1 - v) for run in group if (v := run.value("test_accuracy")) is not None]
         if errors and not any(run.diverged for run in group):
-            seconds = statistics.fmean(run.summary["seconds"] for run in group)
+            seconds = statistics.fmean(run.summary.seconds for run in group)
             out.append(
                 Point(
                     name,

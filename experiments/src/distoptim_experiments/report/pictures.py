@@ -45,13 +45,13 @@ def losses(runs: Sequence[Run], against: str, label: str) -> str:
 def _curve(axis: Any, group: Sequence[Run], against: str) -> None:
     sound = [run for run in group if not run.diverged]
     steps = grid.by(
-        [line for run in sound or group for line in run.record.logs if math.isfinite(line["loss"])],
-        lambda line: line["step"],
+        [line for run in sound or group for line in run.record.logs if math.isfinite(line.loss)],
+        lambda line: line.step,
     )
     points = [
         (
-            statistics.fmean(line[against] for line in lines),
-            statistics.fmean(line["loss"] for line in lines),
+            statistics.fmean(getattr(line, against) for line in lines),
+            statistics.fmean(line.loss for line in lines),
         )
         for _, lines in sorted(steps.items())
         if len(lines) == len(sound or lines)
@@ -111,7 +111,7 @@ def _per_step(group: Sequence[Run], name: str) -> float:
     """Over the runs that did not diverge, if there are some: the others ended early."""
     counted = [run for run in group if not run.diverged] or group
     return (
-        statistics.fmean(1e3 * r.summary[name] / max(1, r.summary["step"]) for r in counted)
+        statistics.fmean(1e3 * getattr(r.summary, name) / max(1, r.summary.step) for r in counted)
         if counted
         else math.nan
     )

@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from distoptim_experiments.records import Line
+from distoptim_experiments.records import Evaluation, Line, Log, Resume, Start
 from distoptim_experiments.training.loop import Observer
 
 
@@ -41,11 +41,11 @@ class LiveProgress(Progress):
         task = self.add_task(name, total=None, loss="", accuracy="")
 
         def observe(line: Line) -> None:
-            if line["kind"] in ("start", "resume"):
-                self.update(task, total=line["steps"], completed=line["step"])
-            elif line["kind"] == "log":
-                self.update(task, completed=line["step"], loss=f"{line['loss']:.4f}")
-            elif line["kind"] == "evaluation":
-                self.update(task, completed=line["step"], accuracy=f"{line['test_accuracy']:.1%}")
+            if isinstance(line, Start | Resume):
+                self.update(task, total=line.steps, completed=line.step)
+            elif isinstance(line, Log):
+                self.update(task, completed=line.step, loss=f"{line.loss:.4f}")
+            elif isinstance(line, Evaluation):
+                self.update(task, completed=line.step, accuracy=f"{line.test_accuracy:.1%}")
 
         return observe

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distoptim_experiments.models.registry import TEXT_MODELS
+from distoptim_experiments.records import Surroundings
 from distoptim_experiments.report import front, page, pictures, tables
 from distoptim_experiments.report import runs as grid
 from distoptim_experiments.report.page import Picture, Section
@@ -105,7 +106,7 @@ def _overview(found: Runs) -> list[str]:
     options = {
         run.label: ", ".join(f"{name} {value}" for name, value in chosen.items())
         for run in found.final or found.ended
-        if (chosen := run.record.config.get("options"))
+        if (chosen := run.record.config.options)
     }
     said = "; ".join(f"{label}: {text}" for label, text in options.items())
     return [
@@ -154,9 +155,7 @@ def _spread(runs: Sequence[Run], what: str) -> str:
 
 def _score(runs: Sequence[Run]) -> str:
     """What tells good models from bad ones."""
-    return (
-        "loss" if all(run.record.config.get("model") in TEXT_MODELS for run in runs) else "accuracy"
-    )
+    return "loss" if all(run.record.config.model in TEXT_MODELS for run in runs) else "accuracy"
 
 
 def _quality(runs: Sequence[Run]) -> Section:
@@ -253,12 +252,11 @@ def _stragglers(runs: Sequence[Run]) -> Section:
 
 
 def _surroundings(runs: Sequence[Run]) -> list[str]:
-    starts = [run.record.start for run in runs]
-    dates = sorted({str(start.get("date", "?"))[:16].replace("T", " ") for start in starts})
+    starts = [run.record.start.surroundings for run in runs]
+    dates = sorted({start.date[:16].replace("T", " ") for start in starts})
     times = f"at {dates[0]}" if len(dates) == 1 else f"between {dates[0]} and {dates[-1]}"
     machines = {
-        f"{m.get('cores', '?')} cores of {m.get('processor', '?')}, {m.get('system', '?')}"
-        for m in (start.get("machine", {}) for start in starts)
+        f"{m.cores} cores of {m.processor}, {m.system}" for m in (start.machine for start in starts)
     }
     lines = [
         f"Started {times} (UTC), with distoptim {_all(starts, 'distoptim')} (commit {_all(starts, 'commit')}), "
@@ -272,10 +270,10 @@ def _surroundings(runs: Sequence[Run]) -> list[str]:
     if not all(run.virtual for run in runs):
         lines.append(
             "Seconds of real workers are those of their training steps, without evaluation; exposed "
-            "communication includes the merging of what arrived."
+            "communication is what they waited for it."
         )
     return lines
 
 
-def _all(starts: Iterable[dict[str, object]], name: str) -> str:
-    return ", ".join(sorted({str(start.get(name)) for start in starts}))
+def _all(starts: Iterable[Surroundings], name: str) -> str:
+    return ", ".join(sorted({str(getattr(start, name)) for start in starts}))

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from distoptim_experiments import records
-from distoptim_experiments.config import POWERSGD, SYNCHRONOUS, RunConfig
-from distoptim_experiments.records import Line, Record
+from distoptim_experiments.config import POWERSGD, SYNCHRONOUS
+from distoptim_experiments.records import Record, Summary
 from distoptim_experiments.report.figure import COLOURS
 from distoptim_experiments.training.compare import METHODS
 
 TRIALS = "trials"
 T = TypeVar("T")
-_NEEDED = {
-    "start": ("algorithm", "tau", "seed", "lr"),
-    "log": ("step", "epoch", "seconds", "loss"),
-    "summary": ("step", "seconds", "computation_s", "exposed_s"),
-}
 
 
 @dataclass(frozen=True)
@@ -39,60 +33,56 @@ class Run:
 
     label: str
     record: Record
-    summary: Line
+    summary: Summary
     tuning: bool = False
     style: int = 0
 
     @property
     def method(self) -> str:
         """The method's name as recorded."""
-        return str(self.record.start.get("label") or self.record.config["algorithm"])
+        return self.record.start.label
 
     @property
     def tau(self) -> int:
         """Local steps in a round."""
-        return int(self.record.config["tau"])
+        return int(self.record.config.tau)
 
     @property
     def partition(self) -> str:
         """How the training set was cut."""
-        return str(self.record.config.get("partition", "iid"))
+        return str(self.record.config.partition)
 
     @property
     def synchronous(self) -> bool:
         """Has no tau."""
-        return bool(self.record.config["algorithm"] in (SYNCHRONOUS, POWERSGD))
+        return bool(self.record.config.algorithm in (SYNCHRONOUS, POWERSGD))
 
     @property
     def virtual(self) -> bool:
         """Made on virtual workers: its seconds are simulated."""
-        return bool(self.record.start.get("machines"))
+        return self.record.start.machines is not None
 
     @property
     def experiment(self) -> str:
         """What only runs that have it in common can be compared."""
         config = self.record.config
-        return f"{config.get('model')} on {config.get('data')}, {'virtual' if self.virtual else 'real'} workers"
+        return f"{config.model} on {config.data}, {'virtual' if self.virtual else 'real'} workers"
 
     @property
     def slowdown(self) -> str:
         """Random slow-downs of the machines, or "none"."""
-        machines = self.record.start.get("machines") or self.record.config
-        return "trace" if machines.get("trace") else str(machines.get("slowdown", "none"))
+        machines = self.record.start.machines or self.record.config
+        return "trace" if getattr(machines, "trace", None) else str(machines.slowdown)
 
     @property
     def diverged(self) -> bool:
         """As recorded; where that is missing, a test loss that is not finite."""
-        return bool(
-            self.summary.get("diverged", not math.isfinite(self.summary.get("test_loss", math.nan)))
-        )
+        return self.summary.diverged
 
     def value(self, name: str) -> float | None:
         """A figure of the summary, or of the last evaluation; None if there is none."""
-        for line in (self.summary, *reversed(self.record.evaluations)):
-            if line.get(name) is not None:
-                return float(line[name])
-        return None
+        value = getattr(self.summary, name)
+        return None if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -192,25 +182,9 @@ def at(runs: Iterable[Run], tau: int) -> list[Run]:
 
 def _read(place: Path) -> Run | None:
     record = records.read(place)
-    found = {
-        "start": [record.config],
-        "log": record.logs,
-        "summary": [record.summary] if record.summary else [],
-    }
-    for kind, names in _NEEDED.items():
-        missing = [
-            name
-            for name in names
-            if not all(
-                isinstance(line.get(name), str if name == "algorithm" else int | float)
-                for line in found[kind]
-            )
-        ]
-        if missing:
-            raise ValueError(f"{records.file(place)}: no {', '.join(missing)} in its {kind}")
     if record.summary is None:
         return None
-    tuning = record.start.get("stage", "tune" if place.parent.name == TRIALS else "final") == "tune"
+    tuning = place.parent.name == TRIALS
     run = Run("", record, record.summary, tuning)
     return replace(run, label=run.method)
 
@@ -220,9 +194,10 @@ def setting(run: Run) -> dict[str, str]:
 
     A field that an older record lacks had its default.
     """
-    config = {**RunConfig().to_dict(), **run.record.config}
+    config = run.record.config.to_dict()
     config = {name: value for name, value in config.items() if name not in ("seed", "options")}
-    parts = (config, run.record.config.get("options") or {}, run.record.start.get("machines") or {})
+    machines = run.record.start.machines
+    parts = (config, run.record.config.options, machines.to_dict() if machines else {})
     return {
         name: f"{value:g}" if isinstance(value, float) else str(value)
         for part in parts
@@ -233,8 +208,8 @@ def setting(run: Run) -> dict[str, str]:
 def _newest(runs: Sequence[Run]) -> list[Run]:
     """One run per configuration and seed."""
     kept = {
-        (run.label, run.tuning, run.record.config["seed"], *sorted(setting(run).items())): run
-        for run in sorted(runs, key=lambda run: str(run.record.start.get("date")))
+        (run.label, run.tuning, run.record.config.seed, *sorted(setting(run).items())): run
+        for run in sorted(runs, key=lambda run: run.record.start.surroundings.date)
     }
     return list(kept.values())
 
@@ -267,7 +242,7 @@ def _styled(runs: Sequence[Run]) -> list[Run]:
     Others, and variants, get what is left, black at last.
     """
     numbers: dict[str, int] = {}
-    final = [(run.label, run.record.config["algorithm"]) for run in runs if not run.tuning]
+    final = [(run.label, run.record.config.algorithm) for run in runs if not run.tuning]
     for label, name in final:
         if name in METHODS and METHODS.index(name) not in numbers.values():
             numbers.setdefault(label, METHODS.index(name))
@@ -288,11 +263,11 @@ def _styled(runs: Sequence[Run]) -> list[Run]:
 
 
 def _order(run: Run) -> tuple[int, str, int, str, int]:
-    name = run.record.config["algorithm"]
+    name = run.record.config.algorithm
     return (
         METHODS.index(name) if name in METHODS else len(METHODS),
         run.label,
         run.tau,
         run.partition,
-        run.record.config["seed"],
+        run.record.config.seed,
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
+from distoptim_experiments.config import RunConfig
 from distoptim_experiments.records import Record
+
+NONE = "-"
 
 
 def table(runs: Sequence[Record]) -> Table:
@@ -15,47 +18,73 @@ def table(runs: Sequence[Record]) -> Table:
 
     With tau where the runs differ in it, and with the seed likewise.
     """
-    told = [key for key in ("tau", "seed") if len({r.config.get(key) for r in runs}) > 1]
+    told = [key for key in ("tau", "seed") if len({getattr(r.config, key) for r in runs}) > 1]
     out = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     out.add_column("method", no_wrap=True, vertical="bottom")
     for heading in (
         *told,
         "test\naccuracy",
         "test\nloss",
-        "training\nseconds",
-        "exposed, %\nof comput.",
-        "MB sent\nper worker",
+        "seconds",
+        "exposed\n/comput.",
+        "overhead\n/comput.",
+        "MB per\nworker",
         "syncs",
     ):
         out.add_column(heading, justify="right", vertical="bottom")
     for run in runs:
-        s = run.summary
-        assert s is not None
         out.add_row(
-            run.config["algorithm"],
-            *(str(run.config.get(key)) for key in told),
-            f"{s.get('test_accuracy', math.nan):.2%}",
-            f"{s.get('test_loss', math.nan):.3f}",
-            f"{s['seconds']:.1f}",
-            f"{s['exposed_share']:.1%}",
-            f"{s['bytes'] / 1e6:.1f}",
-            str(s["syncs"]),
+            run.config.algorithm,
+            *(str(getattr(run.config, key)) for key in told),
+            *_figures(run),
         )
     return out
 
 
+def _figures(run: Record) -> list[str]:
+    s = run.summary
+    if s is None:
+        raise ValueError(f"{run.start.label}: the run has not ended")
+    return [
+        _text(s.test_accuracy, ".2%"),
+        _text(s.test_loss, ".3f"),
+        _text(s.seconds, ".1f"),
+        _text(s.exposed_share, ".1%"),
+        _text(s.overhead_share, ".1%"),
+        _text(s.bytes / 1e6, ".1f"),
+        str(s.syncs),
+    ]
+
+
+def _text(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
+
+
 def note(runs: Sequence[Record]) -> str:
     """What must be known to compare the methods fairly."""
-    lr = runs[0].config["lr"]
-    effective = {
-        "overlap-local-sgd": "0.69 times that in Overlap-Local-SGD (its pull)",
-        "bmuf": f"{runs[0].config['workers']} times in BMUF (its block momentum)",
-    }
-    said = " and ".join(
-        effective[r.config["algorithm"]]
-        for r in reversed(runs)
-        if r.config["algorithm"] in effective
-    )
-    return f"All learning rates are {lr:g}, " + (
-        f"but the effective one is {said}." if said else "as given."
-    )
+    told = []
+    for run in reversed(runs):
+        factor = _effective(run.config)
+        if factor is not None:
+            name, why = _NAMES[run.config.algorithm]
+            told.append(f"{factor:.2g} times in {name} ({why})")
+    lr = f"All learning rates are {runs[0].config.lr:g}, "
+    return lr + (f"but the effective one is {' and '.join(told)}." if told else "as given.")
+
+
+_NAMES = {
+    "overlap-local-sgd": ("Overlap-Local-SGD", "its pull"),
+    "bmuf": ("BMUF", "its block momentum"),
+}
+
+
+def _effective(config: RunConfig) -> float | None:
+    """The workers' mean moves at so many times the learning rate; None if at the rate as given."""
+    options: dict[str, Any] = config.options
+    if config.algorithm == "overlap-local-sgd" and "delay" not in options:
+        alpha = options.get("alpha", 0.6)
+        return float((1 - alpha) / (1 - alpha * options.get("outer_momentum", 0.7)))
+    if config.algorithm == "bmuf":
+        momentum = options.get("block_momentum", 1 - 1 / config.workers)
+        return float(options.get("block_lr", 1.0) / (1 - momentum))
+    return None

@@ -127,7 +127,7 @@ def scores(runs: Sequence[Run], name: str) -> list[Table]:
 def seeds(runs: Sequence[Run]) -> int | None:
     """How many seeds every setting was run with; None if that differs."""
     groups = grid.by(
-        runs, lambda run: (run.label, run.tau, run.partition, run.tuning, run.record.config["lr"])
+        runs, lambda run: (run.label, run.tau, run.partition, run.tuning, run.record.config.lr)
     )
     counts = {len(group) for group in groups.values()}
     return counts.pop() if len(counts) == 1 else None
@@ -149,18 +149,16 @@ def learning_rates(tuning: Sequence[Run], final: Sequence[Run], name: str) -> li
     tables, counted = [], seeds(tuning) is None
     for partition in grid.partitions(tuning):
         group = [run for run in tuning if run.partition == partition]
-        tried = sorted({run.record.config["lr"] for run in group})
+        tried = sorted({run.record.config.lr for run in group})
         rows = []
         for (label, tau, synchronous), row in grid.by(
             group, lambda r: (r.label, r.tau, r.synchronous)
         ).items():
-            spreads = [
-                spread([r for r in row if r.record.config["lr"] == lr], name) for lr in tried
-            ]
+            spreads = [spread([r for r in row if r.record.config.lr == lr], name) for lr in tried]
             best = max(s.rank for s in spreads)
             used = sorted(
                 {
-                    r.record.config["lr"]
+                    r.record.config.lr
                     for r in final
                     if (r.partition, r.tau, r.method) == (partition, tau, label)
                 }

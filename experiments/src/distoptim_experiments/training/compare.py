@@ -59,7 +59,9 @@ def read(folder: Path) -> list[records.Record]:
         ValueError: a damaged record, or none at all.
     """
     found = [records.read(path) for path in folder.glob(f"*/{records.FILE}")]
-    ended = sorted((r for r in found if r.summary is not None), key=lambda r: r.start["date"])
+    ended = sorted(
+        (r for r in found if r.summary is not None), key=lambda r: r.start.surroundings.date
+    )
     if not ended:
         raise ValueError(f"{folder}: no finished run there")
     return ended

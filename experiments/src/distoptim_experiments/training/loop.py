@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +25,17 @@ Observer = Callable[[records.Line], None]
 
 
 @dataclass
-class Totals:
-    """What this worker has spent in training steps.
-
-    Seconds, the part of them that waited, bytes, syncs.
-    """
-
-    seconds: float = 0.0
-    exposed_s: float = 0.0
-    bytes: int = 0
-    syncs: int = 0
-
-
-@dataclass
 class Place:
     """Where a run is.
 
-    The local step, the losses since the last log line, and what was spent before this process.
+    The local step, the losses since the last log line, the seconds of the training steps, and what
+    communication had cost before this process.
     """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
-    before: Totals = field(default_factory=Totals)
-    now: Totals = field(default_factory=Totals)
+    seconds: float = 0.0
+    before: methods.Costs = field(default_factory=methods.Costs)
 
 
 class Run:
@@ -177,12 +165,11 @@ class Run:
         begin = time.perf_counter()
         self._delay()
         self._schedule.set(self._method.optimizer, place.step, self.config.peak_lr)
-        loss, exposed_s = self._method.step(*next(self._batches))
+        loss = self._method.step(*next(self._batches))
         seconds = time.perf_counter() - begin
         place.step += 1
         place.losses.append(loss)
-        place.now.seconds += seconds
-        place.now.exposed_s += exposed_s
+        place.seconds += seconds
         return seconds
 
     def _delay(self) -> None:
@@ -197,34 +184,30 @@ class Run:
         if late_s:
             time.sleep(late_s)
 
-    def _totals(self) -> Totals:
+    def _costs(self) -> methods.Costs:
         """Since the start of the run, over all processes that made it."""
-        before, now, traffic = self._place.before, self._place.now, self._method.traffic()
-        return Totals(
-            before.seconds + now.seconds,
-            before.exposed_s + now.exposed_s,
-            before.bytes + traffic["bytes"],
-            before.syncs + traffic["syncs"],
-        )
+        return self._place.before + self._method.costs()
 
-    def _tell(self, kind: str, **values: Any) -> None:
+    def _tell(self, kind: type[records.Line], **values: Any) -> None:
         if self.world.rank == 0:
-            line = {"kind": kind, "step": self._place.step, **values}
+            line = kind(step=self._place.step, **values)
             for observer in self._observers:
                 observer(line)
 
     def _introduce(self) -> None:
         if self._place.step:
             self._tell(
-                "resume", **records.surroundings(), steps=self.steps, config=self.config.to_dict()
+                records.Resume,
+                config=self.config,
+                surroundings=records.surroundings(),
+                steps=self.steps,
             )
         else:
             self._tell(
-                "start",
+                records.Start,
                 label=self.label,
-                config=self.config.to_dict(),
-                **records.surroundings(),
-                workers=self.world.workers,
+                config=self.config,
+                surroundings=records.surroundings(),
                 steps=self.steps,
                 steps_per_epoch=self.steps_per_epoch,
                 parameters=sum(p.numel() for p in self.model.parameters()),
@@ -233,9 +216,9 @@ class Run:
     def _log(self) -> None:
         losses = self._place.losses
         self._tell(
-            "log",
+            records.Log,
             epoch=self._place.step / self.steps_per_epoch,
-            seconds=self._totals().seconds,
+            seconds=self._place.seconds,
             loss=methods.mean_loss(losses),
         )
         losses.clear()
@@ -250,9 +233,9 @@ class Run:
                     "worker_accuracy": sum(workers) / len(workers),
                 }
                 self._tell(
-                    "evaluation",
+                    records.Evaluation,
                     epoch=self._place.step / self.steps_per_epoch,
-                    seconds=self._totals().seconds,
+                    seconds=self._place.seconds,
                     **score,
                 )
                 self._score = score
@@ -261,25 +244,24 @@ class Run:
     def _summarise(self) -> None:
         """Seconds are means over the ranks, bytes are each worker's, of all its ranks.
 
-        Syncs and stats are rank 0's.
+        Syncs and what is told of rounds are rank 0's.
         """
-        totals = self.world.gather(vars(self._totals()))
-        mean = {key: sum(t[key] for t in totals) / len(totals) for key in ("seconds", "exposed_s")}
+        costs = self.world.gather({"seconds": self._place.seconds, **asdict(self._costs())})
         if self.world.rank == 0:
-            computation = mean["seconds"] - mean["exposed_s"]
             diverged = methods.diverged(
                 self._score, self._data.classes, whole=self._place.step >= self.steps
             )
             self._tell(
-                "summary",
+                records.Summary,
                 **self._score,
                 diverged=diverged,
-                **mean,
-                computation_s=computation,
-                exposed_share=mean["exposed_s"] / computation,
-                syncs=totals[0]["syncs"],
-                bytes=sum(t["bytes"] for t in totals[: self.world.island_size]),
-                stats=self._method.stats(),
+                **{
+                    name: _mean([cost[name] for cost in costs])
+                    for name in ("seconds", "exposed_s", "overhead_s", "hidden_s")
+                },
+                syncs=costs[0]["syncs"],
+                bytes=sum(cost["bytes"] for cost in costs[: self.world.island_size]),
+                **self._method.stats(),
             )
 
     def _save(self) -> None:
@@ -294,17 +276,26 @@ class Run:
                 "batches": self._batches.state_dict(),
                 "rng": torch.get_rng_state(),
                 "losses": place.losses,
-                "totals": vars(self._totals()),
+                "seconds": place.seconds,
+                "costs": asdict(self._costs()),
             },
         )
-        self._tell("checkpoint", path=str(path.relative_to(self.folder)))
+        self._tell(records.Checkpoint, path=str(path.relative_to(self.folder)))
 
     def _load(self) -> None:
         state, mine = checkpoint.load(self.folder, world=self.world)
         islands.load_state_dict(self.model, self._method.optimizer, self.config, state)
-        self._place.step, self._place.before = state["step"], Totals(**state["totals"])
+        self._place.step = state["step"]
+        self._place.seconds = state["seconds"]
+        self._place.before = methods.Costs(**state["costs"])
         torch.set_rng_state(state["rng"])
         if mine:
             self._batches.load_state_dict(state["batches"])
             self._method.load_state_dict(state["method"])
             self._place.losses = state["losses"]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where it is not measured."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None

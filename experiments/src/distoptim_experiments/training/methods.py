@@ -11,6 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,30 +32,51 @@ NO_BUFFER_SYNC: dict[str, Any] = {
 }
 
 
-class Method(ABC):
-    """What the training loop asks for.
+@dataclass(frozen=True)
+class Costs:
+    """What communication has cost this worker; see `records.Summary`."""
 
-    `step` returns the loss of this worker's batch, and the seconds of `time.perf_counter` for which
-    its computation stood still for communication.
-    """
+    exposed_s: float = 0.0
+    overhead_s: float | None = 0.0
+    hidden_s: float | None = 0.0
+    bytes: int = 0
+    syncs: int = 0
+
+    def __add__(self, other: Costs) -> Costs:
+        """Both together; what one of them did not measure is unknown."""
+        return Costs(
+            self.exposed_s + other.exposed_s,
+            _sum(self.overhead_s, other.overhead_s),
+            _sum(self.hidden_s, other.hidden_s),
+            self.bytes + other.bytes,
+            self.syncs + other.syncs,
+        )
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
+
+
+class Method(ABC):
+    """What the training loop asks for."""
 
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
-    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Train on one batch."""
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """Train on one batch; returns its loss."""
 
     @abstractmethod
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model is the workers' mean; entering is collective."""
 
     @abstractmethod
-    def traffic(self) -> dict[str, int]:
-        """Payload bytes this worker sent, and syncs, so far."""
+    def costs(self) -> Costs:
+        """What communication has cost this worker since this object was made."""
 
-    def stats(self) -> dict[str, float] | None:
-        """What the optimizer measured itself, if it does."""
-        return None
+    def stats(self) -> dict[str, float]:
+        """What it tells of its rounds, where it has some: tau, staleness, quarantined."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What this worker needs to go on, besides model and optimizer."""
@@ -68,10 +90,7 @@ class Method(ABC):
 
 
 class Averaging(Method):
-    """An algorithm of `distoptim`.
-
-    Exposed communication is the time inside `optimizer.average()`: the waits, and the merging too,
-    so it is an upper bound of what `optimizer.stats()["exposed_s"]` counts.
+    """An algorithm of `distoptim`, which measures its costs itself.
 
     Args:
         model: what is trained in place.
@@ -95,28 +114,34 @@ class Averaging(Method):
         self.optimizer = self._averaging = optimizer
         self._model, self._module, self._dtype = model, module or model, DTYPES[config.dtype]
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    def step(self, images: Tensor, labels: Tensor) -> float:
         """Forward, backward, local step, average."""
         loss = batch_loss(self._module, images, labels, self._dtype)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        before = time.perf_counter()
         self._averaging.average(loss=loss)
-        return loss.item(), time.perf_counter() - before
+        return float(loss.item())
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Mean parameters and batch-norm statistics."""
         return self._averaging.averaged(self._model)
 
-    def traffic(self) -> dict[str, int]:
+    def costs(self) -> Costs:
         """From the optimizer's own counters."""
         stats = self._averaging.stats()
-        return {"bytes": int(stats["bytes"]), "syncs": int(stats["syncs"])}
+        return Costs(
+            stats["exposed_s"],
+            stats["overhead_s"],
+            stats["hidden_s"],
+            int(stats["bytes"]),
+            int(stats["syncs"]),
+        )
 
     def stats(self) -> dict[str, float]:
-        """Its counters."""
-        return self._averaging.stats()
+        """From the optimizer's own counters."""
+        stats = self._averaging.stats()
+        return {name: stats[name] for name in ("tau", "staleness", "quarantined")}
 
     def close(self) -> None:
         """Close the optimizer."""
@@ -128,7 +153,7 @@ class Synchronous(Method):
 
     Exposed communication is the time from the moment this worker's last gradient is computed, which
     a hook on every parameter notes, to the end of `backward()`: there DDP waits for what its
-    buckets have not hidden. The
+    buckets have not hidden. What they have hidden, and what DDP itself works, is not measured. The
     forward pass does not communicate: batch-norm statistics stay local, as with the other methods,
     and are averaged for evaluation.
     """
@@ -141,20 +166,21 @@ class Synchronous(Method):
         self._last_gradient = 0.0
         for p in self._params:
             p.register_hook(self._note)  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._exposed_s = 0.0
         self._syncs = 0
 
     def _note(self, gradient: Tensor) -> None:
         self._last_gradient = time.perf_counter()
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    def step(self, images: Tensor, labels: Tensor) -> float:
         """Forward, backward with the gradients' mean, step."""
         loss = batch_loss(self._ddp, images, labels, self._dtype)
         loss.backward()
-        exposed = time.perf_counter() - self._last_gradient
+        self._exposed_s += time.perf_counter() - self._last_gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._syncs += 1
-        return loss.item(), exposed
+        return float(loss.item())
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -170,12 +196,12 @@ class Synchronous(Method):
             for b, value in zip(buffers, local, strict=True):
                 b.copy_(value)
 
-    def traffic(self) -> dict[str, int]:
+    def costs(self) -> Costs:
         """A gradient for every parameter at every step."""
-        return {
-            "bytes": self._syncs * sum(p.numel() * p.element_size() for p in self._params),
-            "syncs": self._syncs,
-        }
+        return Costs(self._exposed_s, None, None, self._bytes(), self._syncs)
+
+    def _bytes(self) -> int:
+        return self._syncs * sum(p.numel() * p.element_size() for p in self._params)
 
 
 def build(model: nn.Module, config: RunConfig) -> Method:

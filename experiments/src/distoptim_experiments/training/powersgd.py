@@ -34,7 +34,8 @@ class PowerSGD(Synchronous):
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         super().__init__(model, config, bucket_cap_mb=ONE_BUCKET_MB)
-        self._bytes, self._arranged = 0, False
+        self._sent_bytes = 0
+        self._arranged = False
         self._state = PowerSGDState(
             None,
             matrix_approximation_rank=int(config.options.get("approximation_rank", 1)),
@@ -43,7 +44,7 @@ class PowerSGD(Synchronous):
         )
         self._ddp.register_comm_hook(self._state, self._send)
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    def step(self, images: Tensor, labels: Tensor) -> float:
         """As synchronous SGD; the first step of a process is preceded by a backward pass that only
         arranges the bucket.
 
@@ -75,12 +76,12 @@ class PowerSGD(Synchronous):
             )
         future = powerSGD_hook(state, bucket)
         sent = gradient.numel() if whole else state.total_numel_after_compression - before
-        self._bytes += sent * gradient.element_size()
+        self._sent_bytes += sent * gradient.element_size()
         return future
 
-    def traffic(self) -> dict[str, int]:
+    def _bytes(self) -> int:
         """What the hook handed to all-reduce."""
-        return {**super().traffic(), "bytes": self._bytes}
+        return self._sent_bytes
 
     def state_dict(self) -> dict[str, Any]:
         """What the hook remembers: errors, P and Q by bucket, and how many steps were made."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from distoptim_experiments.records import Line
+from distoptim_experiments.records import Evaluation, Line, Log, Summary
 
 
 class TensorBoard:
@@ -22,11 +22,11 @@ class TensorBoard:
     def __call__(self, line: Line) -> None:
         """Write what is a number over the steps."""
         names = {
-            "log": ("loss",),
-            "evaluation": ("test_loss", "test_accuracy"),
-            "summary": ("exposed_share",),
+            Log: ("loss",),
+            Evaluation: ("test_loss", "test_accuracy"),
+            Summary: ("exposed_share",),
         }
-        for name in names.get(line["kind"], ()):
-            self._writer.add_scalar(name, line[name], line["step"])
-        if line["kind"] == "summary":
+        for name in names.get(type(line), ()):
+            self._writer.add_scalar(name, getattr(line, name), line.step)
+        if isinstance(line, Summary):
             self._writer.close()

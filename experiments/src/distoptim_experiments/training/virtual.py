@@ -122,7 +122,7 @@ class VirtualRun:
             steps=self.steps, steps_per_epoch=self.steps_per_epoch
         )
         self._losses: list[float] = []
-        self._score: dict[str, float] = {}
+        self._score: dict[str, Any] = {}
 
     def train(
         self,
@@ -145,11 +145,11 @@ class VirtualRun:
         while cluster.steps < self.steps and self._step():
             step, at = cluster.steps, self._place()
             if step % self.config.log_every == 0 or step == self.steps:
-                observer({"kind": "log", **at, "loss": methods.mean_loss(self._losses)})
+                observer(records.Log(**at, loss=methods.mean_loss(self._losses)))
                 self._losses.clear()
             if step % every == 0 or step == self.steps:
                 self._score = self._evaluate()
-                observer({"kind": "evaluation", **at, **self._score})
+                observer(records.Evaluation(**at, **self._score))
             if step % self.steps_per_epoch == 0 and step < self.steps:
                 save(self.state_dict())
         observer(self._summary())
@@ -181,7 +181,7 @@ class VirtualRun:
         self._losses += losses
         return methods.goes_on(losses)
 
-    def _place(self) -> records.Line:
+    def _place(self) -> dict[str, Any]:
         step = self.cluster.steps
         return {
             "step": step,
@@ -189,47 +189,44 @@ class VirtualRun:
             "seconds": self.cluster.seconds(),
         }
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, Any]:
         workers = [methods.worker_accuracy(model, self._data) for model in self.cluster.models]
         return {
             **methods.score(self.cluster.mean_model(), self._data),
             "worker_accuracy": sum(workers) / len(workers),
         }
 
-    def _start(self, label: str | None) -> records.Line:
+    def _start(self, label: str | None) -> records.Start:
         """Without the folder of the data, which is another one elsewhere."""
-        return {
-            "kind": "start",
-            "step": 0,
-            "label": label or self.config.algorithm,
-            "config": self.config.replace(data_dir=None).to_dict(),
-            "machines": self.machines.to_dict(),
-            **records.surroundings(),
-            "workers": self.config.workers,
-            "steps": self.steps,
-            "steps_per_epoch": self.steps_per_epoch,
-            "parameters": sum(p.numel() for p in self.cluster.models[0].parameters()),
-        }
+        return records.Start(
+            label=label or self.config.algorithm,
+            config=self.config.replace(data_dir=None),
+            machines=self.machines,
+            surroundings=records.surroundings(),
+            steps=self.steps,
+            steps_per_epoch=self.steps_per_epoch,
+            parameters=sum(p.numel() for p in self.cluster.models[0].parameters()),
+        )
 
-    def _summary(self) -> records.Line:
+    def _summary(self) -> records.Summary:
         stats = self.cluster.stats()
-        computation = stats["seconds"] - stats["exposed_s"]
+        rounds: dict[str, Any] = {name: stats[name] for name in ("tau", "staleness", "quarantined")}
         diverged = methods.diverged(
             self._score, self._data.classes, whole=self.cluster.steps >= self.steps
         )
-        return {
-            "kind": "summary",
-            "step": self.cluster.steps,
+        return records.Summary(
+            step=self.cluster.steps,
             **self._score,
-            "diverged": diverged,
-            "seconds": stats["seconds"],
-            "exposed_s": stats["exposed_s"],
-            "computation_s": computation,
-            "exposed_share": stats["exposed_s"] / computation,
-            "bytes": int(stats["bytes"]),
-            "syncs": int(stats["syncs"]),
-            "stats": stats,
-        }
+            diverged=diverged,
+            seconds=stats["seconds"],
+            exposed_s=stats["exposed_s"],
+            # What the optimizer measures is this computer's time; no virtual worker's clock moves.
+            overhead_s=0.0,
+            hidden_s=stats["hidden_s"],
+            bytes=int(stats["bytes"]),
+            syncs=int(stats["syncs"]),
+            **({} if self.config.synchronous else rounds),
+        )
 
     def _optimizer(
         self, params: Iterable[Tensor], communicator: Communicator
