@@ -135,7 +135,7 @@ class Fragment:
 
 def _dense_stride(x: Tensor) -> tuple[int, ...]:
     """The stride of x where it covers its memory without gaps or overlap, else the contiguous one."""
-    dims = sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=lambda d: x.stride(d))
+    dims = sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=x.stride)
     expected = 1
     for d in dims:
         if x.stride(d) != expected:

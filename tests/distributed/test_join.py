@@ -138,7 +138,7 @@ def test_with_another_number_of_workers_samples_are_counted_anew():
 def test_an_exception_starts_no_collective():
     p = torch.nn.Parameter(torch.zeros(2))
     optimizer = toy.alone(LocalSGD, [p], tau=2, lr=0.1)
-    optimizer._communicator.all_reduce = None
+    optimizer.engine.communicator.all_reduce = None
     with pytest.raises(KeyError), optimizer.join():
         raise KeyError
     assert optimizer.stats()["steps"] == 0

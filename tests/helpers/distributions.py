@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def install(folder: Path, wheels: Iterable[Path], wanted: str) -> Path:
     (site,) = folder.glob("lib/python*/site-packages")
     pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install"]
     options = ["--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, *options, *wheels], check=True, timeout=300)
+    subprocess.run([*pip, *options, *wheels], env=bare(), check=True, timeout=300)
     for package in needed(wanted, [str(site), *sys.path]):
         for file in package.files or ():
             top = site / file.parts[0]
@@ -66,6 +67,11 @@ def install(folder: Path, wheels: Iterable[Path], wanted: str) -> Path:
             if file.parts[0] != ".." and not top.exists():
                 top.symlink_to(package.locate_file(file.parts[0]))
     return folder / "bin"
+
+
+def bare() -> dict[str, str]:
+    """Our environment variables, but for the path that leads to the sources."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def needed(wanted: str, path: list[str]) -> list[metadata.Distribution]:

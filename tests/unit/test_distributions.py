@@ -28,7 +28,7 @@ def output(*command, cwd=None, environment=None, code=0):
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=environment or {k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        env=environment or distributions.bare(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -19,6 +19,7 @@ def distoptim(*arguments, check=0, **options):
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
         **options,
     )
     assert done.returncode == check, done.stderr

@@ -352,4 +352,4 @@ def check_files(config: RunConfig, tensorboard: bool = False) -> None:
 
 def new_folder(name: str) -> Path:
     """A name for a folder in runs/ that begins with the time; it is not made."""
-    return Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
+    return Path("runs") / f"{datetime.now().astimezone():%Y-%m-%d-%H%M%S}-{name}"
