@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
 from distoptim_experiments.settings import Settings
 
@@ -32,7 +33,7 @@ class Schedule(Settings):
     steps: int
     warmup: int = 0
     workers: int = 1
-    milestones: tuple[int, ...] = ()
+    milestones: Annotated[tuple[int, ...], Field(strict=False)] = ()
     decay: float = 0.1
 
     def set(self, optimizer: torch.optim.Optimizer, step: int, peak: float) -> None:

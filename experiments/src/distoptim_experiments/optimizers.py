@@ -39,7 +39,9 @@ def own_options(algorithm: str) -> dict[str, type]:
         return {"approximation_rank": int}
     found = {}
     for p in inspect.signature(constructor(algorithm)).parameters.values():
-        name = getattr(p.annotation, "__name__", str(p.annotation)).split(" ")[0]
+        # Who writes no type may have said it by the default.
+        said = type(p.default) if p.annotation is p.empty else p.annotation
+        name = getattr(said, "__name__", str(said)).split(" ")[0]
         if p.kind is p.KEYWORD_ONLY and p.name not in ("tau", "gmf") and name in _TYPES:
             found[p.name] = _TYPES[name]
     every = dict(_EVERY)

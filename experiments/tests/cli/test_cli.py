@@ -14,6 +14,7 @@ from distoptim_experiments.config import RunConfig, algorithms
 from distoptim_experiments.machines import Machines
 from distoptim_experiments.settings import NoOption, Option
 from distoptim_experiments.training import checkpoint
+from distoptim_experiments.training.launch import WorkerError
 
 import distoptim
 from distoptim import __main__ as console
@@ -156,7 +157,7 @@ def test_an_algorithm_of_somebody_else_has_its_options(monkeypatch):
             strength: how hard it pulls.
         """
 
-        def __init__(self, params, *, tau, strength: float = 0.5, **rest):
+        def __init__(self, params, *, tau, strength=0.5, **rest):
             super().__init__(params, tau=tau, **rest)
 
     monkeypatch.setitem(ALGORITHMS, "mine", Mine)
@@ -560,6 +561,15 @@ def test_two_commands_meet_by_tcp(tmp_path):
     assert "overlap-local-sgd" in outputs[0][0]
     assert outputs[1][0] == ""
     assert records.read(tmp_path / "a").summary.step == 4
+
+
+def test_a_worker_that_failed_gives_one_line_and_another_code(invoke, monkeypatch):
+    def fails(*_):
+        raise WorkerError("worker 1 died: SIGKILL")
+
+    monkeypatch.setattr("distoptim_experiments.cli.train.run_local", fails)
+    code, _, err = invoke("train", *TINY)
+    assert (code, err) == (1, "Error: worker 1 died: SIGKILL\n")
 
 
 @pytest.mark.parametrize(

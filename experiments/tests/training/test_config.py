@@ -1,14 +1,21 @@
 import json
+import sys
 
 import pytest
 import torch
-from distoptim_experiments import optimizers
+from distoptim_experiments import lr_schedule, optimizers
 from distoptim_experiments.config import RunConfig, algorithms, compared
+from distoptim_experiments.machines import Machines
 from distoptim_experiments.optimizers import check
 
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm import SingleWorker
 from distoptim.periods import AdaComm, PostLocal, Schedule
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @pytest.mark.parametrize(
@@ -132,6 +139,52 @@ def test_taus_and_groups_are_read_from_text():
     assert optimizers.period_of(config) == PostLocal(start=3, tau=Schedule({0: 2, 6: 4}))
     assert optimizers.period_of(RunConfig(adacomm=7)) == AdaComm(4, interval=7)
     assert RunConfig(tau=8, levels="2:2,4:4", workers=8).levels == "2:2,4:4"
+
+
+CHANGED = {
+    RunConfig: {
+        "algorithm": "diloco",
+        "tau_at": "9:2",
+        "options": {"outer_lr": 0.7, "delay": 1, "carry": True, "codec": "int8"},
+        "nesterov": False,
+        "clip_norm": 1.5,
+        "milestones": [3, 4.5],
+        "steps": 7,
+        "data_dir": '/a b/"c"',
+    },
+    Machines: {"slowdown": "pareto", "bandwidth_gbit_s": 2, "island": 2, "island_latency_ms": 0.5},
+    lr_schedule.Schedule: {"kind": "steps", "steps": 9, "milestones": [3, 6]},
+}
+
+
+@pytest.mark.parametrize("model", CHANGED)
+def test_a_model_comes_back_from_toml(model):
+    made = model(**CHANGED[model])
+    table = {name: value for name, value in made.to_dict().items() if value is not None}
+    text = "\n".join(f"{name} = {toml(value)}" for name, value in table.items())
+    again = model(**tomllib.loads(text))
+    assert again == made
+    # 2 stays 2, and 2.0 stays 2.0: names of finished runs are made of that.
+    assert repr(again) == repr(made)
+
+
+def toml(value):
+    """As TOML writes it; of its values JSON writes all but tables alike."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {toml(x)}' for key, x in value.items())}}}"
+    return json.dumps(value)
+
+
+def test_what_is_changed_is_checked_again():
+    assert RunConfig(tau=8).replace(lr=0.5) == RunConfig(tau=8, lr=0.5)
+    with pytest.raises(ValueError, match="tau=0: allowed is an integer, 1 or more"):
+        RunConfig().replace(tau=0)
+    with pytest.raises(ValueError, match="taux: nothing of that name is known; allowed are algo"):
+        RunConfig(taux=3)
+    with pytest.raises(ValueError, match="milestones=3: allowed is a list, each of which is a num"):
+        RunConfig(milestones=3)
+    with pytest.raises(ValueError, match="kind: missing"):
+        lr_schedule.Schedule(steps=3)
 
 
 def test_in_a_comparison_methods_without_rounds_are_told_nothing_about_them():
