@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from distoptim_experiments.machines import PARETO_SHAPE, pareto
 from distoptim_experiments.studies.stragglers import WORKERS, Curve, draw, study
 
-from distoptim.simulator import Pareto, ShiftedExponential
+from distoptim.simulator import ShiftedExponential
 
 TAU = 8
 PANELS = {
     "half fixed, half exponential (mean 1 s)": ShiftedExponential(0.5, 0.5),
-    "Pareto, shape 2.5 (mean 1 s)": Pareto(0.6, 2.5),
+    f"Pareto, shape {PARETO_SHAPE} (mean 1 s)": pareto(1.0, seed=0),
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from distoptim_experiments.machines import PARETO_SHAPE
 from distoptim_experiments.models.registry import TEXT_MODELS
 from distoptim_experiments.records import Surroundings
 from distoptim_experiments.report import front, page, pictures, tables
@@ -39,7 +40,7 @@ _FIELDS = {
 }
 _SLOWDOWNS = {
     "exponential": "Exponential: half of a step is fixed, half an exponential delay, with the same mean.",
-    "pareto": "Pareto: a heavy tail of shape 2.5, with the same mean.",
+    "pareto": f"Pareto: a heavy tail of shape {PARETO_SHAPE}, with the same mean.",
     "trace": "Trace: recorded step times.",
 }
 
