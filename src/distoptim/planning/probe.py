@@ -6,19 +6,16 @@ Run it under torchrun, one process per worker.
 from __future__ import annotations
 
 import importlib
+import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from distoptim import checks
-
-SMALL, LARGE = 1, 4 * 2**20
-"""Elements of the two all-reduces: one shows the latency, both together the rate."""
+from distoptim.comm import measured, world_size
 
 
 @dataclass(frozen=True)
@@ -74,18 +71,14 @@ def probe_under_torchrun(target: str, *, steps: int, backend: str | None = None)
         ValueError: torchrun has not started this process, it started only one, or there is no such
             function.
     """
-    if not dist.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ValueError(
             "start it with torchrun: torchrun --nproc-per-node=... -m distoptim probe ..."
         )
     prepare = load(target)
-    dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
-    if dist.get_world_size() < 2:
-        raise ValueError("one worker has no link: allowed are 2 or more")
-    measured = probe(prepare, steps=steps)
-    first = dist.get_rank() == 0
-    dist.destroy_process_group()
-    return measured if first else None
+    with measured.joined(backend) as rank:
+        found = probe(prepare, steps=steps)
+    return found if rank == 0 else None
 
 
 def probe(prepare: Callable[[], Any], *, steps: int = 20, repeats: int = 5) -> Measured:
@@ -108,13 +101,9 @@ def probe(prepare: Callable[[], Any], *, steps: int = 20, repeats: int = 5) -> M
         sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0
     )
     device = next(model.parameters()).device if model is not None else torch.device("cpu")
-    step_s = torch.tensor([_step_s(step, steps, device)], device=device)
-    dist.all_reduce(step_s, op=dist.ReduceOp.MAX)
-    small, large = (_all_reduce_s(numel, repeats, device) for numel in (SMALL, LARGE))
-    n = dist.get_world_size()
-    latency_s = small / (2 * (n - 1))
-    bits = 2 * (n - 1) / n * (LARGE - SMALL) * 4 * 8
-    return Measured(step_s.item(), params, n, latency_s, bits / max(large - small, 1e-9) / 1e9)
+    step_s = measured.slowest(_step_s(step, steps, device), device)
+    link = measured.measure(repeats=repeats, device=device)
+    return Measured(step_s, params, world_size(), link.latency_s, link.bandwidth_gbit_s)
 
 
 def _step_s(step: Callable[[], object], steps: int, device: torch.device) -> float:
@@ -122,27 +111,7 @@ def _step_s(step: Callable[[], object], steps: int, device: torch.device) -> flo
         step()
     seconds = []
     for _ in range(steps):
-        start = _now(device)
+        start = measured.now(device)
         step()
-        seconds.append(_now(device) - start)
+        seconds.append(measured.now(device) - start)
     return statistics.median(seconds)
-
-
-def _all_reduce_s(numel: int, repeats: int, device: torch.device) -> float:
-    """Median seconds of a mean of `numel` floats, the same number on all workers."""
-    buffer = torch.ones(numel, device=device)
-    seconds = []
-    for _ in range(repeats + 1):
-        dist.barrier()
-        start = _now(device)
-        dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
-        seconds.append(_now(device) - start)
-    median = torch.tensor([statistics.median(seconds[1:])], device=device)
-    dist.all_reduce(median, op=dist.ReduceOp.MAX)
-    return median.item()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from distoptim.comm import Link, emulate
-from distoptim.planning.probe import LARGE, load, probe
+from distoptim.comm.measured import LARGE
+from distoptim.planning.probe import load, probe
 from distoptim.testing.processes import run
 
 

@@ -1,0 +1,74 @@
+"""The link there is, timed: for the planner, by the workers that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from distoptim.comm.link import Link
+
+SMALL = 1
+LARGE = 4 * 2**20
+"""Elements of the two all-reduces: one shows the latency, both together the rate."""
+
+
+@contextlib.contextmanager
+def joined(backend: str | None = None) -> Iterator[int]:
+    """Be in the process group of the workers that torchrun started; yields the rank.
+
+    Args:
+        backend: of torch.distributed; default nccl with a GPU, else gloo.
+
+    Raises:
+        ValueError: there is only one worker.
+    """
+    dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    if dist.get_world_size() < 2:
+        raise ValueError("one worker has no link: allowed are 2 or more")
+    yield dist.get_rank()
+    # Not where an exception passes: it ends the process, and the peers need not hear of it twice.
+    dist.destroy_process_group()
+
+
+def slowest(value: float, device: torch.device) -> float:
+    """The largest of the workers' values; collective."""
+    largest = torch.tensor([value], device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def measure(*, repeats: int, device: torch.device) -> Link:
+    """Latency and rate, in the formula of `Link.all_reduce_s`; collective.
+
+    Args:
+        repeats: of each all-reduce, after one for warming up; the median counts.
+        device: where the buffers are.
+    """
+    small = _all_reduce_s(SMALL, repeats, device)
+    large = _all_reduce_s(LARGE, repeats, device)
+    n = dist.get_world_size()
+    bits = 2 * (n - 1) / n * (LARGE - SMALL) * 4 * 8
+    return Link(small / (2 * (n - 1)), bits / max(large - small, 1e-9) / 1e9)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the host's clock, when the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _all_reduce_s(numel: int, repeats: int, device: torch.device) -> float:
+    buffer = torch.ones(numel, device=device)
+    seconds = []
+    for _ in range(repeats + 1):
+        dist.barrier()
+        start = now(device)
+        dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
+        seconds.append(now(device) - start)
+    return slowest(statistics.median(seconds[1:]), device)
