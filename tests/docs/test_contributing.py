@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import threading
 from pathlib import Path
 
@@ -141,3 +142,9 @@ def test_study(tmp_path):
     grid = spec.read(tmp_path / "study.toml")
     assert grid.title == "study"
     assert len(grid.cases()) == 2 * 2 * 2
+
+
+def test_the_picture_is_of_this_house():
+    """After a change of who imports whom, or of a room's first line: python docs/draw_house.py."""
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_house.py"))["draw"]()
+    assert (ROOT / "docs" / "house.svg").read_text() == drawn
