@@ -102,13 +102,12 @@ class CliOption:
 
     def parameter(self, group: Group) -> inspect.Parameter:
         """For cyclopts."""
-        shown = self.default not in (None, "", (), False)
-        unset = (
-            f"  [default: {self.place.unset}]" if self.default is None and self.place.unset else ""
-        )
+        # 0 is worth showing, and equal to False.
+        shown = self.default is not False and self.default not in (None, "", ())
+        unset = self.place.unset if self.default is None else None
         made = Parameter(
             name=self.flag,
-            help=self.help + unset,
+            help=f"{self.help} [default: {unset}]" if unset else self.help,
             group=group,
             # Of a method cyclopts would expect that it belongs to the value's type.
             converter=None

@@ -163,7 +163,8 @@ def _show(stages: Sequence[run.Stage], processes: int, console: Console) -> None
     virtual = False
     for stage in stages:
         for case, path in stage.places():
-            config, finished = case.config, records.finished(path)
+            config = case.config
+            finished = records.finished(path)
             left += [] if finished else [config]
             console.print(
                 f"{'done' if finished else 'to do'}  {stage.name}: {case.label}, tau {config.tau}, "
