@@ -392,6 +392,7 @@ def average_together(
     optimizers: Sequence[AveragingOptimizer],
     *,
     losses: Sequence[Tensor | float] | None = None,
+    samples: Sequence[float | None] | None = None,
     before_launch: Callable[[], object] | None = None,
 ) -> None:
     """`average()` of several virtual workers of one process, in lockstep.
@@ -401,6 +402,7 @@ def average_together(
     Args:
         optimizers: of all workers, without levels.
         losses: of this step, worker by worker, for a period that follows them.
+        samples: of this step, worker by worker.
         before_launch: called between merges and launches.
 
     Raises:
@@ -409,4 +411,7 @@ def average_together(
     engines = [optimizer.engine for optimizer in optimizers]
     for engine, loss in zip(engines, losses or (), strict=False):
         engine.clock.report(loss)
+    for engine, count in zip(engines, samples or (), strict=False):
+        if count is not None:
+            engine.weights.report(count)
     tick_together(engines, before_launch=before_launch)

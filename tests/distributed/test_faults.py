@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from distoptim import ALGORITHMS, CommunicationError
+from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import WorkerFailure, free_port, run
 from tests.distributed.test_process_group import parameters, train
 
@@ -32,15 +33,12 @@ def _survive(rank, victim, signal_number, name, timeout_s):
     train(optimizer, params, 2 * TAU, rank)
     if rank == victim:
         os.kill(os.getpid(), signal_number)
-    anchors = [
-        sync.state.anchor.tensor for sync in optimizer.engine.syncs if hasattr(sync.state, "anchor")
-    ]
     with pytest.raises(CommunicationError) as caught:
         train(optimizer, params, 3 * TAU, rank)
     # It stays failed, and what there is can be saved.
     with pytest.raises(CommunicationError):
         optimizer.average()
-    assert all(torch.isfinite(x).all() for x in [*params, *anchors])
+    assert all(torch.isfinite(x).all() for x in [*params, *inspect(optimizer).shared()])
     file = io.BytesIO()
     torch.save({"model": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
     optimizer.close()
@@ -111,6 +109,7 @@ WAYS = {"gloo": ["exit", "destroy", "close and destroy", "raise"], "emulated": [
 
 PROGRAM = """
 import json, os, sys, torch, torch._dynamo, torch.distributed as dist, distoptim
+from distoptim.testing.inspection import inspect
 backend, ports = sys.argv[1], json.loads(sys.argv[2])
 
 def fork(way, rank):
@@ -141,7 +140,7 @@ if me:
         params[0].grad = torch.ones_like(params[0])
         optimizer.step()
         optimizer.average()
-    assert optimizer.engine.syncs[0].pending is not None
+    assert inspect(optimizer).in_flight
     if "close" in way:
         optimizer.close()
     if "destroy" in way:

@@ -9,10 +9,12 @@ import torch
 
 import distoptim
 from distoptim import LocalSGD
+from distoptim.comm import SingleWorker
 from distoptim.periods import PostLocal, Schedule
 from distoptim.testing import processes as workers
+from distoptim.testing.inspection import inspect
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 
 STEPS = (3, 5, 9)
 
@@ -80,12 +82,10 @@ def local_sgd_by_hand():
 def test_payloads_weigh_their_samples():
     """x <- sum n_i x_i / sum n_i over the round's samples, here 2 and 3 local steps of 1, 2, 3, 4 samples."""
     make = partial(LocalSGD, tau=2, lr=0.1)
-    group = Cluster(make, [toy.start()] * toy.WORKERS)
-    reference = Cluster(partial(LocalSGD, tau=100, lr=0.1), [toy.start()] * toy.WORKERS)
+    group = Lockstep(make, [toy.start()] * toy.WORKERS)
+    reference = Lockstep(partial(LocalSGD, tau=100, lr=0.1), [toy.start()] * toy.WORKERS)
     for _ in range(2):
-        for rank, optimizer in enumerate(group.optimizers):
-            optimizer.engine.weights.report(rank + 1)
-        group.step(toy.gradient)
+        group.step(toy.gradient, samples=[1, 2, 3, 4])
         reference.step(toy.gradient)
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     expected = (weights[:, None] * reference.x()).sum(0) / weights.sum()
@@ -96,21 +96,17 @@ def test_payloads_weigh_their_samples():
 @pytest.mark.parametrize("name", distoptim.ALGORITHMS)
 def test_equal_samples_are_no_samples(name):
     make = partial(distoptim.ALGORITHMS[name], tau=toy.TAU, **toy.OPTIONS)
-    plain, weighted = (Cluster(make, [toy.start()] * toy.WORKERS) for _ in range(2))
+    plain, weighted = (Lockstep(make, [toy.start()] * toy.WORKERS) for _ in range(2))
     for _ in range(3 * toy.TAU):
         plain.step(toy.gradient)
-        for optimizer in weighted.optimizers:
-            optimizer.engine.weights.report(32)
-        weighted.step(toy.gradient)
+        weighted.step(toy.gradient, samples=[32] * toy.WORKERS)
     torch.testing.assert_close(weighted.x(), plain.x(), rtol=0, atol=1e-12)
 
 
 def test_a_worker_without_samples_counts_nothing():
-    group = Cluster(partial(LocalSGD, tau=1, lr=0.1), [toy.start()] * toy.WORKERS)
-    for rank, optimizer in enumerate(group.optimizers):
-        optimizer.engine.weights.report(float(rank == 2))
+    group = Lockstep(partial(LocalSGD, tau=1, lr=0.1), [toy.start()] * toy.WORKERS)
     expected = [p - 0.1 * g for p, g in zip(toy.start(), toy.gradient(2, toy.start()), strict=True)]
-    group.step(toy.gradient)
+    group.step(toy.gradient, samples=[0.0, 0.0, 1.0, 0.0])
     torch.testing.assert_close(
         group.x()[0], torch.cat([p.reshape(-1) for p in expected]), rtol=0, atol=1e-12
     )
@@ -118,27 +114,28 @@ def test_a_worker_without_samples_counts_nothing():
 
 def test_with_another_number_of_workers_samples_are_counted_anew():
     make = partial(LocalSGD, tau=2, lr=0.1)
-    group, smaller = Cluster(make, [toy.start()] * toy.WORKERS), Cluster(make, [toy.start()] * 2)
+    group, smaller = Lockstep(make, [toy.start()] * toy.WORKERS), Lockstep(make, [toy.start()] * 2)
     for cluster, steps in ((group, 3), (smaller, 2)):
         for optimizer in smaller.optimizers if cluster is smaller else ():
             optimizer.load_state_dict(group.optimizers[0].state_dict())
         for _ in range(steps):
-            for rank, optimizer in enumerate(cluster.optimizers):
-                optimizer.engine.weights.report(10 - rank)
-            cluster.step(toy.gradient)
+            cluster.step(toy.gradient, samples=[10, 9, 8, 7][: len(cluster.optimizers)])
     # The weights are the samples of two local steps, 20 and 18, not those less what was made
     # before.
-    assert smaller.optimizers[0].engine.syncs[0].samples == 20
-    plain = Cluster(partial(LocalSGD, tau=9, lr=0.1), [toy.start()] * 2).run(2, toy.gradient)[-1]
+    assert inspect(smaller.optimizers[0]).fragments[0].samples == 20
+    plain = Lockstep(partial(LocalSGD, tau=9, lr=0.1), [toy.start()] * 2).run(2, toy.gradient)[-1]
     torch.testing.assert_close(
         smaller.x()[0], (20 * plain[0] + 18 * plain[1]) / 38, rtol=0, atol=1e-12
     )
 
 
 def test_an_exception_starts_no_collective():
+    class Silent(SingleWorker):
+        def all_reduce(self, buffer):
+            raise AssertionError("a collective in an exception")
+
     p = torch.nn.Parameter(torch.zeros(2))
-    optimizer = toy.alone(LocalSGD, [p], tau=2, lr=0.1)
-    optimizer.engine.communicator.all_reduce = None
+    optimizer = LocalSGD([p], tau=2, lr=0.1, communicator=Silent())
     with pytest.raises(KeyError), optimizer.join():
         raise KeyError
     assert optimizer.stats()["steps"] == 0
@@ -169,7 +166,6 @@ def test_samples_on_some_steps_only_are_refused_after_a_resume():
 
 
 def test_samples_on_some_workers_only_are_refused_by_the_others():
-    group = Cluster(partial(LocalSGD, tau=1, lr=0.1), [toy.start()] * toy.WORKERS)
-    group.optimizers[0].engine.weights.report(32)
+    group = Lockstep(partial(LocalSGD, tau=1, lr=0.1), [toy.start()] * toy.WORKERS)
     with pytest.raises(ValueError, match="another worker calls average"):
-        group.step(toy.gradient)
+        group.step(toy.gradient, samples=[32, None, None, None])

@@ -6,7 +6,7 @@ Over real gloo processes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distoptim
-from distoptim import rule
 from distoptim.comm import Handle, ProcessGroupCommunicator, connect
 from distoptim.periods import PostLocal, Schedule
+from distoptim.testing.inspection import inspect
+from distoptim.testing.lockstep import Lockstep
 from distoptim.testing.processes import run
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 
 TAU, STEPS, STOPS = 4, 12, (5, 8, 10)
 MAKERS = toy.variants(tau=TAU, fragments=(2,))
@@ -66,27 +66,12 @@ class Recorder(ProcessGroupCommunicator):
         return super().all_reduce(buffer)
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All of them, flat, in a fixed order."""
-    if isinstance(value, Tensor):
-        yield value.detach().reshape(-1).double()
-    elif isinstance(value, int | float):
-        yield torch.tensor([value], dtype=torch.float64)
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            yield from tensors(value[key])
-
-
 def memory(optimizer: Any, *, own: bool) -> Tensor:
     """The algorithm's states: the workers' own parts of them, or the rest."""
-    saved = [rule.save(sync.state) for sync in optimizer.engine.syncs]
-    parts = [
-        tensors({name: value for name, value in state.items() if (name in OWN) == own})
-        for state in saved
-    ]
-    return torch.cat(
-        [torch.zeros(0, dtype=torch.float64), *(part for found in parts for part in found)]
-    )
+    view = inspect(optimizer)
+    assert all(name in OWN for part in view.fragments for name in part.own)
+    found = view.own() if own else view.shared()
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *(x.double() for x in found)])
 
 
 class Worker:
@@ -139,7 +124,8 @@ class Worker:
                     file,
                 )
                 saved[step] = file.getvalue()
-        optimizer.engine.settle()
+        # Saving waits for what is in flight, which the next optimizer's groups would meet.
+        optimizer.state_dict()
         sent = torch.cat([torch.zeros(0), *self.communicator.sent])
         return {
             "x": torch.stack(found.pop("x")),
@@ -197,17 +183,15 @@ def by_definition(make: Any, levels: dict[int, list[list[int]]]) -> Tensor:
 
     The test averages the groups' parameters before `average()`.
     """
-    workers = Cluster(make, [toy.start()] * toy.WORKERS)
-    fragments = [
-        [sync.fragment for sync in optimizer.engine.syncs] for optimizer in workers.optimizers
-    ]
+    workers = Lockstep(make, [toy.start()] * toy.WORKERS)
+    fragments = [view.fragments for view in workers.views()]
     out = []
     for step in range(1, STEPS + 1):
         workers.local_step(toy.gradient)
         for period, groups in levels.items():
             for ranks in groups:
                 for same in zip(*(fragments[rank] for rank in ranks), strict=True):
-                    if (step - same[0].offset_at(TAU)) % period == 0:
+                    if (step - same[0].offset) % period == 0:
                         for params in zip(*(fragment.params for fragment in same), strict=True):
                             mean = torch.stack([p.detach() for p in params]).mean(0)
                             with torch.no_grad():

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distoptim import ALGORITHMS, EASGD, CoCoDSGD, LocalSGD, OverlapLocalSGD, QuarantineWarning
 from distoptim.comm import Link, ProcessGroupCommunicator, emulate
+from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
 
 TAU = 3
@@ -46,8 +47,9 @@ def _start(rank):
         out[name] = (
             [float(p.mean()) for p in params],
             [
-                sync.buffer.tensor[:-1].mean().item() if sync.pending else None
-                for sync in optimizer.engine.syncs
+                view.buffer[:-1].mean().item()
+                for view in inspect(optimizer).fragments
+                if view.in_flight
             ],
         )
         optimizer.close()
@@ -56,8 +58,11 @@ def _start(rank):
 
 def test_everybody_starts_from_rank_0s_parameters():
     for rank, result in enumerate(run(_start, 3)):
-        for name, (start, _) in result.items():
+        for name, (start, sent) in result.items():
             assert start == [0, 0], (rank, name)
+            assert all(mean == 0 for mean in sent), (rank, name)
+        # Where rounds overlap, the start counts as sent.
+        assert result["overlap-local-sgd"][1] == [0]
 
 
 MISMATCHES = {
@@ -248,8 +253,7 @@ def _flush(rank):
         optimizer = make(params, lr=0.1, communicator=communicator, tau=TAU)
         train(optimizer, params, TAU + 1, rank)
         optimizer.flush()
-        x, state = float(params[0][0]), optimizer.engine.syncs[0].state
-        anchor = state.anchor.tensor.clone() if hasattr(state, "anchor") else None
+        x, anchor = float(params[0][0]), inspect(optimizer).anchors()
         train(optimizer, params, 2 * TAU, rank)
         out[name] = x, anchor, float(params[0][0]), optimizer.stats()["syncs"]
     communicator.close()

@@ -11,7 +11,7 @@ import torch
 
 import distoptim
 from distoptim import ALGORITHMS
-from distoptim.algorithms.anchor import Anchored
+from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
 from tests.distributed.test_process_group import parameters, train
 
@@ -31,17 +31,9 @@ def _saved(optimizer, params):
 
 def _memory(optimizer):
     """What all workers must share: anchors, outer states, the references of codes."""
-    out = []
-    for sync in optimizer.engine.syncs:
-        if isinstance(sync.state, Anchored):
-            out.append(sync.state.anchor.tensor)
-            if sync.state.outer is not None:
-                out += [
-                    value for state in sync.state.outer.state.values() for value in state.values()
-                ]
-        if sync.compressed is not None:
-            out.append(sync.compressed.reference)
-    return [x.clone() for x in out if isinstance(x, torch.Tensor)]
+    view = inspect(optimizer)
+    coders = [part.coded for part in view.fragments if part.coded is not None]
+    return view.shared() + [coder.reference.clone() for coder in coders]
 
 
 def _apart(rank, name):
@@ -67,8 +59,8 @@ def _apart(rank, name):
     loaded = {
         "x": [p.detach().clone() for p in params],
         "memory": _memory(optimizer),
-        "step": optimizer.engine.step,
-        "anchored": isinstance(optimizer.engine.syncs[0].state, Anchored),
+        "step": inspect(optimizer).step,
+        "anchored": inspect(optimizer).anchors() is not None,
     }
     train(optimizer, params, 3 * TAU, rank)
     optimizer.flush()

@@ -13,8 +13,8 @@ from distoptim_experiments.grid import spec
 
 import distoptim
 from distoptim.comm import codecs
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import problem
-from tests.helpers.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -47,7 +47,7 @@ def error(cluster):
 def train(make, *, dtype=torch.float64):
     """How far the workers are from their mean after each local step; and they learn."""
     start = [p.to(dtype) for p in problem.start()]
-    cluster = Cluster(make, [start] * problem.WORKERS)
+    cluster = Lockstep(make, [start] * problem.WORKERS)
     before = error(cluster)
     spread = []
     for _ in range(80):
@@ -114,7 +114,7 @@ def test_communicator():
     def make(params, **options):
         return distoptim.LocalSGD(params, lr=0.05, tau=4, **options)
 
-    virtual = Cluster(make, [problem.start()] * problem.WORKERS)
+    virtual = Lockstep(make, [problem.start()] * problem.WORKERS)
     for _ in range(40):
         virtual.step(problem.gradient)
     for rank in range(problem.WORKERS):

@@ -18,8 +18,8 @@ import torch
 import distoptim
 from distoptim import ALGORITHMS
 from distoptim.periods import PostLocal, Schedule
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 from tests.laws.trajectories import FLOAT64, WORKERS, Problem, digest, environment, problem
 
 FOLDER = Path(__file__).parents[1] / "reference" / "checkpoints"
@@ -67,7 +67,7 @@ KINDS: dict[str, tuple[Problem, Make]] = {
 def write(folder: Path, name: str) -> None:
     """One file for all workers."""
     of, make = KINDS[name]
-    cluster = Cluster(make, [of.start] * WORKERS)
+    cluster = Lockstep(make, [of.start] * WORKERS)
     cluster.run(SAVED_AT, of.gradient)
     file = io.BytesIO()
     # As bytes, since what a state dict holds moves on with the cluster.
@@ -103,14 +103,14 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
-def load(name: str, saved: dict[str, Any]) -> Cluster:
+def load(name: str, saved: dict[str, Any]) -> Lockstep:
     """A new cluster that has loaded what the old one saved.
 
     Raises:
         ValueError: this version does not read it.
     """
     of, make = KINDS[name]
-    cluster = Cluster(make, [[torch.zeros_like(p) for p in of.start]] * WORKERS)
+    cluster = Lockstep(make, [[torch.zeros_like(p) for p in of.start]] * WORKERS)
     for params, optimizer, worker in zip(
         cluster.params, cluster.optimizers, saved["workers"], strict=True
     ):

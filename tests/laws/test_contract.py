@@ -12,8 +12,9 @@ import torch
 
 import distoptim
 from distoptim.periods import AdaComm, HideCommunication, PostLocal, Schedule
+from distoptim.testing.inspection import inspect
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 
 MAKERS = toy.variants()
 
@@ -24,7 +25,7 @@ def make(request):
 
 
 def cluster(make, dtype=torch.float64):
-    return Cluster(make, [toy.start(dtype)] * toy.WORKERS)
+    return Lockstep(make, [toy.start(dtype)] * toy.WORKERS)
 
 
 def test_consensus_is_a_fixed_point(make):
@@ -58,7 +59,7 @@ def test_anchors_are_bit_equal_on_all_ranks(make):
 
 def test_all_start_from_rank_0(make):
     starts = [[p + rank for p in toy.start()] for rank in range(toy.WORKERS)]
-    workers = Cluster(make, starts)
+    workers = Lockstep(make, starts)
     for x in workers.x():
         assert torch.equal(x, torch.cat([p.reshape(-1) for p in starts[0]]))
 
@@ -75,7 +76,7 @@ def test_dtype_is_kept(make, dtype):
     assert not torch.equal(x, start)
     # Half precision is averaged in single.
     assert all(
-        sync.buffer.tensor.dtype == torch.float32 for sync in workers.optimizers[0].engine.syncs
+        view.buffer.dtype == torch.float32 for view in inspect(workers.optimizers[0]).fragments
     )
 
 
@@ -87,7 +88,7 @@ def test_deterministic(make):
 
 def resumed(make, workers):
     """A fresh cluster that goes on from what `workers` put into files."""
-    fresh = Cluster(make, [[torch.zeros_like(p) for p in workers.params[0]]] * toy.WORKERS)
+    fresh = Lockstep(make, [[torch.zeros_like(p) for p in workers.params[0]]] * toy.WORKERS)
     for optimizer, params, new_optimizer, new_params in zip(
         workers.optimizers, workers.params, fresh.optimizers, fresh.params, strict=True
     ):
@@ -152,13 +153,13 @@ def test_what_all_algorithms_take_resumes_in_flight_bit_equally(name, option):
 
     def go(workers, stop):
         out = []
-        for step in range(workers.optimizers[0].engine.step, stop):
-            for rank, optimizer in enumerate(workers.optimizers):
-                samples = 1.0 + rank * (step % 3) if option == "samples" else None
-                optimizer.engine.clock.report(2.0**-step)
-                if samples is not None:
-                    optimizer.engine.weights.report(samples)
-            workers.step(toy.gradient)
+        for step in range(inspect(workers.optimizers[0]).step, stop):
+            samples = [1.0 + rank * (step % 3) for rank in range(toy.WORKERS)]
+            workers.step(
+                toy.gradient,
+                losses=[2.0**-step] * toy.WORKERS,
+                samples=samples if option == "samples" else None,
+            )
             out.append(workers.x())
         return out
 
@@ -195,36 +196,37 @@ def test_counters_are_exact(make):
     """One launch a round and fragment, each of the parameters and one element more for the worker's weight."""
     workers = cluster(make)
     optimizer = workers.optimizers[0]
-    engine = optimizer.engine
+    delay = inspect(optimizer).delay
     for step in range(1, 3 * toy.TAU + 1):
         workers.step(toy.gradient)
         launches = merges = nbytes = 0
-        for sync in engine.syncs:
-            first = sync.fragment.offset_at(toy.TAU) or toy.TAU
+        views = inspect(optimizer).fragments
+        for view in views:
+            first = view.offset or toy.TAU
             launched = list(range(first, step + 1, toy.TAU))
             launches += len(launched)
-            nbytes += len(launched) * (sync.fragment.numel + 1) * 8
+            nbytes += len(launched) * (view.numel + 1) * 8
             # At delay = tau the start counts as sent before.
-            known = [first - toy.TAU] if engine.clock.delay == toy.TAU else []
-            merges += sum(t + engine.clock.delay <= step for t in known + launched)
+            known = [first - toy.TAU] if delay == toy.TAU else []
+            merges += sum(t + delay <= step for t in known + launched)
         stats = optimizer.stats()
         assert (stats["steps"], stats["syncs"], stats["bytes"]) == (step, merges, nbytes)
-        assert stats["staleness"] == (engine.clock.delay if merges else 0)
-    assert launches == 3 * len(engine.syncs)
+        assert stats["staleness"] == (delay if merges else 0)
+    assert launches == 3 * len(views)
 
 
 @pytest.mark.parametrize("delay", [0, 1, toy.TAU])
 def test_fragments_are_launched_at_their_own_steps(delay):
     from distoptim import LocalSGD
 
-    workers = Cluster(
+    workers = Lockstep(
         lambda params, **o: LocalSGD(params, tau=toy.TAU, delay=delay, fragments=3, **o),
         [toy.start()] * toy.WORKERS,
     )
     launched = {0: [], 1: [], 2: []}
     for step in range(1, 3 * toy.TAU + 1):
         workers.step(toy.gradient)
-        for i, sync in enumerate(workers.optimizers[0].engine.syncs):
-            if sync.launched == step:
+        for i, view in enumerate(inspect(workers.optimizers[0]).fragments):
+            if view.launched == step:
                 launched[i].append(step)
     assert launched == {0: [3, 6, 9], 1: [1, 4, 7], 2: [2, 5, 8]}

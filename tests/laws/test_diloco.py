@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from distoptim import BMUF, CO2, DiLoCo, EagerDiLoCo, LocalSGD, SlowMo, StreamingDiLoCo
+from distoptim.simulator import VirtualCommunicator
+from distoptim.testing.inspection import inspect
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 
 TAU, ROUNDS, LR = 3, 6, 0.1
 
 
 def cluster(make, *, size=toy.WORKERS, **options):
-    return Cluster(partial(make, tau=TAU, lr=LR, **options), [toy.start()] * size)
+    return Lockstep(partial(make, tau=TAU, lr=LR, **options), [toy.start()] * size)
 
 
 def close(a, b):
@@ -102,7 +104,7 @@ def test_streaming_diloco_is_the_papers_loop(delay, mine):
 
     Parameters 0 and 2 at steps 3, 6, ..., parameter 1 at steps 1, 4, ...
     """
-    workers = Cluster(
+    workers = Lockstep(
         lambda params, **o: StreamingDiLoCo(
             params,
             tau=TAU,
@@ -245,69 +247,58 @@ def test_the_carry_rule_keeps_the_workers_mean(make, delay):
     "name", [name for name in toy.variants() if "diloco" in name or "co2" in name]
 )
 def test_the_outer_state_is_bit_equal_on_all_ranks(name):
-    workers = Cluster(toy.variants()[name], [toy.start(torch.float32)] * toy.WORKERS)
+    workers = Lockstep(toy.variants()[name], [toy.start(torch.float32)] * toy.WORKERS)
     for _ in range(3 * toy.TAU):
         workers.step(toy.gradient)
-        first, *others = [
-            [shared(sync.state) for sync in o.engine.syncs] for o in workers.optimizers
-        ]
+        first, *others = [view.shared() for view in workers.views()]
         for other in others:
-            for a, b in zip(first, other, strict=True):
-                assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def shared(state):
-    """Anchor, momentum, and the outer optimizer's tensors."""
-    out = [state.anchor.tensor]
-    if hasattr(state, "momentum"):
-        out += [state.momentum.tensor, torch.tensor([state.moved, state.farthest])]
-    if state.outer is not None:
-        memory = state.outer.state_dict()["state"].values()
-        out += [v for of_one in memory for v in of_one.values() if isinstance(v, torch.Tensor)]
-    return out
+            assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+    momentum = ("momentum", "moved", "farthest") if name.startswith("co2") else ()
+    shared = inspect(workers.optimizers[0]).fragments[0].shared
+    assert shared.keys() == {"anchor", "outer", "lr", *momentum}
 
 
 def test_fragments_are_launched_and_merged_in_one_order_on_all_ranks():
     """Three fragments, four steps in a round, two steps to travel: up to two in flight."""
-    workers = Cluster(
+    workers = Lockstep(
         partial(StreamingDiLoCo, tau=4, delay=2, lr=LR, fragments=3), [toy.start()] * toy.WORKERS
     )
     orders, most = [], 0
     for _ in range(12):
         workers.step(toy.gradient)
-        orders.append([[sync.index for sync in o.engine._in_flight] for o in workers.optimizers])
+        orders.append([view.in_flight for view in workers.views()])
         most = max(most, len(orders[-1][0]))
     assert most == 2
     assert all(order == ranks[0] for ranks in orders for order in ranks)
-    launched = [[sync.launched for sync in o.engine.syncs] for o in workers.optimizers]
+    launched = [[part.launched for part in view.fragments] for view in workers.views()]
     assert launched == [[12, 9, 10]] * toy.WORKERS
 
 
 def test_messages_of_one_step_leave_in_one_order_on_all_ranks():
     """Parameters of two dtypes are one fragment in two messages, launched at the same step."""
     mixed = [p.float() if i == 1 else p for i, p in enumerate(toy.start())]
-    workers = Cluster(partial(StreamingDiLoCo, tau=2, delay=1, lr=LR), [mixed] * toy.WORKERS)
-    left = [[] for _ in workers.optimizers]
-    for order, o in zip(left, workers.optimizers, strict=True):
+    left = [[] for _ in range(toy.WORKERS)]
 
-        def launch(buffer, *args, order=order, launch=o.engine.communicator.all_reduce, **options):
-            order.append(buffer.dtype)
-            return launch(buffer, *args, **options)
+    class Recorder(VirtualCommunicator):
+        def all_reduce(self, buffer):
+            left[self.rank].append(buffer.dtype)
+            return super().all_reduce(buffer)
 
-        o.engine.communicator.all_reduce = launch
+    make = partial(StreamingDiLoCo, tau=2, delay=1, lr=LR)
+    workers = Lockstep(make, [mixed] * toy.WORKERS, communicator=Recorder)
     workers.run(4, toy.gradient)
     assert left == [[torch.float64, torch.float32] * 2] * toy.WORKERS
 
 
 def test_a_tau_that_the_fragments_do_not_divide_keeps_every_period_exact():
-    workers = Cluster(
+    workers = Lockstep(
         partial(StreamingDiLoCo, tau=4, lr=LR, fragments=3), [toy.start()] * toy.WORKERS
     )
     launches = [[], [], []]
     for step in range(1, 13):
         workers.step(toy.gradient)
-        for i, sync in enumerate(workers.optimizers[0].engine.syncs):
-            if sync.launched == step:
+        for i, view in enumerate(inspect(workers.optimizers[0]).fragments):
+            if view.launched == step:
                 launches[i].append(step)
     assert launches == [[4, 8, 12], [1, 5, 9], [2, 6, 10]]
 
@@ -315,9 +306,9 @@ def test_a_tau_that_the_fragments_do_not_divide_keeps_every_period_exact():
 def test_workers_with_other_outer_optimizers_are_refused():
     """The functions differ in every process; what they make is compared."""
     facts = [
-        toy.alone(
-            DiLoCo, [torch.nn.Parameter(torch.zeros(2))], tau=TAU, outer=factory
-        ).engine.rule.facts()["outer_settings"]
+        inspect(
+            toy.alone(DiLoCo, [torch.nn.Parameter(torch.zeros(2))], tau=TAU, outer=factory)
+        ).rule.facts()["outer_settings"]
         for factory in (
             lambda a: torch.optim.Adam(a, lr=0.1),
             partial(torch.optim.Adam, lr=0.1),

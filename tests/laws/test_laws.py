@@ -20,15 +20,15 @@ from distoptim import (
     SlowMo,
     StreamingDiLoCo,
 )
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import problem, toy
-from tests.helpers.cluster import Cluster
 
 TAU = 4
 ROUNDS = 5
 
 
 def cluster(make, *, tau=TAU, **options):
-    return Cluster(
+    return Lockstep(
         partial(make, tau=tau, **{**toy.OPTIONS, **options}), [toy.start()] * toy.WORKERS
     )
 
@@ -244,7 +244,7 @@ def test_the_mean_of_local_sgd_is_that_of_gradient_descent_at_any_delay(delay, f
             for g in zip(*(toy.gradient(r, params) for r in range(toy.WORKERS)), strict=True)
         ]
 
-    single = Cluster(partial(LocalSGD, tau=1, **toy.OPTIONS), [toy.start()]).run(
+    single = Lockstep(partial(LocalSGD, tau=1, **toy.OPTIONS), [toy.start()]).run(
         ROUNDS * TAU, mean_gradient
     )
     close(x.mean(1), single[:, 0])
@@ -358,7 +358,7 @@ CARRYING = {
 
 
 def scheduled(make, lrs):
-    workers = Cluster(partial(make, tau=TAU, lr=lrs[0]), [problem.start()] * problem.WORKERS)
+    workers = Lockstep(partial(make, tau=TAU, lr=lrs[0]), [problem.start()] * problem.WORKERS)
     out = []
     for lr in lrs:
         for optimizer in workers.optimizers:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.cluster import Cluster
+from distoptim.testing.lockstep import Lockstep
 from tests.laws import checkpoints
 from tests.laws.trajectories import digest, environment
 
@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def loaded(name: str, saved: dict[str, Any]) -> Cluster | str:
+def loaded(name: str, saved: dict[str, Any]) -> Lockstep | str:
     """What goes on, or why not."""
     try:
         return checkpoints.load(name, saved)

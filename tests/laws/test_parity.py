@@ -8,9 +8,9 @@ import torch
 
 from distoptim import BMUF, EASGD, CoCoDSGD, LocalSGD, OverlapLocalSGD, SlowMo
 from distoptim.comm import ProcessGroupCommunicator
+from distoptim.testing.lockstep import Lockstep
 from distoptim.testing.processes import run
 from tests.helpers import problem
-from tests.helpers.cluster import Cluster
 
 FILES = {
     name: np.load(problem.REFERENCE / f"{name}.npz") for name in ("original_lsq", "tau_timing_lsq")
@@ -70,7 +70,7 @@ def build(key, params, **options):
 
 @pytest.mark.parametrize(("name", "key"), CASES)
 def test_lockstep_equals_reference(name, key):
-    cluster = Cluster(
+    cluster = Lockstep(
         lambda params, **options: build(key, params, **options), [problem.start()] * problem.WORKERS
     )
     trajectory = [cluster.x()]

@@ -17,8 +17,9 @@ from distoptim.periods import AdaComm, HideCommunication, PostLocal, Schedule
 from distoptim.simulator import Cluster as Virtual
 from distoptim.simulator import Constant
 from distoptim.testing import processes as workers_
+from distoptim.testing.inspection import inspect
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 from tests.laws.test_contract import COPIES
 
 TABLE = Schedule({0: 2, 5: 4, 12: 3})
@@ -36,7 +37,7 @@ MAKERS = {
 
 
 def cluster(make, tau, **options):
-    return Cluster(partial(make, tau=tau, **options), [toy.start()] * toy.WORKERS)
+    return Lockstep(partial(make, tau=tau, **options), [toy.start()] * toy.WORKERS)
 
 
 def taus(workers, steps, gradient=toy.gradient):
@@ -77,7 +78,7 @@ def test_post_local_is_synchronous_and_then_begins_from_the_shared_parameters(ma
     torch.testing.assert_close(x, synchronous, rtol=0, atol=1e-12)
     assert all(torch.equal(x[-1, 0], other) for other in x[-1])
     # From here on: the algorithm started at these parameters, with the inner momentum there is.
-    fresh = Cluster(partial(make, tau=3), [[p.detach() for p in workers.params[0]]] * toy.WORKERS)
+    fresh = Lockstep(partial(make, tau=3), [[p.detach() for p in workers.params[0]]] * toy.WORKERS)
     for new, old in zip(fresh.optimizers, workers.optimizers, strict=True):
         new.inner.load_state_dict(copy.deepcopy(old.inner.state_dict()))
     assert torch.equal(workers.run(7, toy.gradient), fresh.run(7, toy.gradient))
@@ -88,10 +89,10 @@ def test_post_local_is_synchronous_and_then_begins_from_the_shared_parameters(ma
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_a_copy_goes_on_bit_equally(make, period, how):
     make = partial(make, tau=period)
-    expected = Cluster(make, [toy.start()] * toy.WORKERS).run(16, toy.gradient)
-    workers = Cluster(make, [toy.start()] * toy.WORKERS)
+    expected = Lockstep(make, [toy.start()] * toy.WORKERS).run(16, toy.gradient)
+    workers = Lockstep(make, [toy.start()] * toy.WORKERS)
     for step in (1, 4, 5, 7):
-        workers.run(step - workers.optimizers[0].engine.step, toy.gradient)
+        workers.run(step - inspect(workers.optimizers[0]).step, toy.gradient)
         rest = COPIES[how](make, workers).run(16 - step, toy.gradient)
         assert torch.equal(rest, expected[step:]), f"saved after step {step}"
 
@@ -245,10 +246,10 @@ def test_the_mean_loss_of_the_workers_counts():
     workers = cluster(LocalSGD, AdaComm(4, interval=4), lr=0.1)
     for step in range(12):
         assert {o.stats()["tau"] for o in workers.optimizers} == {4}
-        for rank, optimizer in enumerate(workers.optimizers):
-            optimizer.engine.clock.report((rank + 1) * (4.0 if step < 4 else 1.0))
-        workers.average()
-    assert {o.engine.clock.memory["loss0"] for o in workers.optimizers} == {10.0}
+        loss = 4.0 if step < 4 else 1.0
+        workers.average(losses=[(rank + 1) * loss for rank in range(toy.WORKERS)])
+    clocks = [o.state_dict()["distoptim"]["clock"] for o in workers.optimizers]
+    assert {clock["memory"]["loss0"] for clock in clocks} == {10.0}
     assert {o.stats()["tau"] for o in workers.optimizers} == {2}
 
 
@@ -307,5 +308,6 @@ def test_a_mapping_is_a_schedule():
                 seen.append(optimizer.stats()["tau"])
             assert seen[0] == 2
             assert seen[-1] == 4
-        assert short.engine.clock.period == plain.engine.clock.period
+        periods = [o.state_dict()["distoptim"]["clock"]["period"] for o in (plain, short)]
+        assert periods == [repr(Schedule(taus))] * 2
         short.load_state_dict(plain.state_dict())

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from distoptim import EASGD, QuarantineWarning
+from distoptim.testing.inspection import inspect
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 from tests.laws.test_semantics import parameters, set_gradients, train
 
 MAKERS = toy.variants(fragments=(1,))
@@ -30,7 +31,7 @@ def make(request):
 
 def cluster(make):
     """One local step before it happens."""
-    workers = Cluster(make, [toy.start()] * toy.WORKERS)
+    workers = Lockstep(make, [toy.start()] * toy.WORKERS)
     workers.run(AT - 1, toy.gradient)
     return workers
 
@@ -77,21 +78,17 @@ def test_it_goes_back_to_the_anchor(make):
         workers.step(
             sick(math.nan), before_launch=lambda: before.append(workers.anchors()[SICK].clone())
         )
-    engine = workers.optimizers[SICK].engine
+    view = inspect(workers.optimizers[SICK])
     expected = before[0]
-    if engine.clock.delay == 0 and make.func is not EASGD:
+    if view.delay == 0 and make.func is not EASGD:
         # Where the mean of the others has pulled it meanwhile.
         expected = expected.lerp(
-            workers.anchors()[SICK], getattr(engine.rule, "alpha", 1.0)
+            workers.anchors()[SICK], getattr(view.rule, "alpha", 1.0)
         )  # CO2 adopts the anchor
-    if engine.clock.delay and hasattr(engine.syncs[0].state, "own"):
+    own = view.fragments[0].own.get("own")
+    if view.delay and own is not None:
         # Eager DiLoCo: less its share of what its own momentum does without it.
-        expected = expected - (
-            engine.syncs[0].state.own.tensor
-            * engine.rule.outer.lr
-            * engine.rule.outer.momentum
-            / toy.WORKERS
-        )
+        expected = expected - (own * view.rule.outer.lr * view.rule.outer.momentum / toy.WORKERS)
     torch.testing.assert_close(workers.x()[SICK], expected, rtol=0, atol=1e-12)
 
 
@@ -116,7 +113,7 @@ def test_the_others_go_on_as_if_it_had_sent_their_mean(make):
     fall_ill(workers)
     expected.step(toy.gradient, before_launch=substitute)
     torch.testing.assert_close(workers.x()[HEALTHY], expected.x()[HEALTHY], rtol=0, atol=1e-12)
-    steps = toy.TAU + workers.optimizers[0].engine.clock.delay - 1
+    steps = toy.TAU + inspect(workers.optimizers[0]).delay - 1
     torch.testing.assert_close(
         workers.run(steps, toy.gradient)[:, HEALTHY],
         expected.run(steps, toy.gradient)[:, HEALTHY],
@@ -144,7 +141,7 @@ def test_easgd_sums_over_the_healthy(delay):
 
 
 def test_only_the_sick_fragment_is_replaced():
-    workers = Cluster(
+    workers = Lockstep(
         toy.variants(fragments=(3,))["overlap-local-sgd-delay3-fragments3"],
         [toy.start()] * toy.WORKERS,
     )
@@ -166,24 +163,23 @@ def test_when_nobody_is_finite(name):
     params = parameters(2)
     optimizer = toy.alone(make, params)
     train(optimizer, params, AT - 1)
-    sync = optimizer.engine.syncs[0]
-    delay = optimizer.engine.clock.delay
-    anchored = hasattr(sync.state, "anchor")
+    delay = inspect(optimizer).delay
+    anchored = inspect(optimizer).anchors() is not None
     set_gradients(params, math.nan)
     optimizer.step()
     # At a delay the merge of the round before comes first: it is the last that moves the anchor.
     with pytest.warns(QuarantineWarning):  # noqa: PT031  # only one of the two raises at once
         if delay == 0:
-            before = sync.state.anchor.tensor.clone() if anchored else None
+            before = inspect(optimizer).anchors()
             with pytest.raises(FloatingPointError, match="no worker has finite values"):
                 optimizer.average()
         else:
             optimizer.average()
-            before = sync.state.anchor.tensor.clone() if anchored else None
+            before = inspect(optimizer).anchors()
             with pytest.raises(FloatingPointError, match="no worker has finite values"):
                 train(optimizer, params, delay)
     if anchored:
-        assert torch.equal(sync.state.anchor.tensor, before)
+        assert torch.equal(inspect(optimizer).anchors(), before)
         assert torch.isfinite(before).all()
     optimizer.state_dict()
     if anchored or delay:

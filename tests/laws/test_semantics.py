@@ -27,8 +27,9 @@ from distoptim import (
     SlowMo,
 )
 from distoptim.comm import SingleWorker
+from distoptim.testing.inspection import inspect
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 from tests.helpers.toy import alone
 
 TAU = 3
@@ -56,7 +57,7 @@ def train(optimizer, params, steps):
 @pytest.mark.parametrize("fused", [False, True])
 def test_grad_scaler_skips_steps_but_not_the_phase(fused):
     """Two workers, one of which overflows: unfused, the scaler does not even call its step()."""
-    workers = Cluster(
+    workers = Lockstep(
         lambda params, **o: LocalSGD(torch.optim.SGD(params, lr=0.1, fused=fused), tau=TAU, **o),
         [parameters(2) for _ in range(2)],
     )
@@ -164,7 +165,7 @@ class Odd(torch.nn.Module):
 @pytest.mark.parametrize("fragments", [1, 3])
 def test_parameters_of_all_kinds(name, fragments):
     modules = [Odd() for _ in range(2)]
-    cluster = Cluster(
+    cluster = Lockstep(
         partial(ALGORITHMS[name], tau=TAU, lr=0.01, fragments=fragments),
         [list(module.parameters()) for module in modules],
     )
@@ -178,7 +179,7 @@ def test_parameters_of_all_kinds(name, fragments):
         cluster.average()
     for optimizer in cluster.optimizers:
         # Tied once, frozen not at all, unused all the same.
-        assert sum(len(sync.fragment.params) for sync in optimizer.engine.syncs) == 10
+        assert sum(len(view.params) for view in inspect(optimizer).fragments) == 10
     # All elements got the same gradients, so all of one fragment moved by the same amount.
     moved = {n: start[n] - p.detach() for n, p in modules[0].named_parameters()}
     expected = moved["scalar"]
@@ -202,8 +203,8 @@ def test_bfloat16_parameters_have_float32_anchors():
     params = [torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
     optimizer = alone(OverlapLocalSGD, params, tau=1, lr=0.001)
     train(optimizer, params, 3)
-    sync = optimizer.engine.syncs[0]
-    assert sync.state.anchor.tensor.dtype == sync.buffer.tensor.dtype == torch.float32
+    (view,) = inspect(optimizer).fragments
+    assert view.anchor.dtype == view.buffer.dtype == torch.float32
     assert params[0].dtype == torch.bfloat16
 
 
@@ -219,9 +220,9 @@ def test_momentum_is_rescaled_per_param_group(change):
     def split(keep, lr, params, **o):
         return OverlapLocalSGD(params[keep], lr=lr, tau=TAU, **o)
 
-    both = Cluster(make, [toy.start()] * 2)
+    both = Lockstep(make, [toy.start()] * 2)
     first, second = (
-        Cluster(partial(split, keep, lr), [toy.start()] * 2)
+        Lockstep(partial(split, keep, lr), [toy.start()] * 2)
         for keep, lr in ((slice(0, 1), 0.1), (slice(1, 3), 0.2))
     )
     for step in range(4 * TAU):
@@ -360,7 +361,7 @@ def test_arguments_of_the_original_code():
         nesterov=True,
         weight_decay=1e-4,
     )
-    assert optimizer.engine.rule.outer.momentum == 0.3
+    assert inspect(optimizer).rule.facts()["outer_momentum"] == 0.3
 
 
 def test_average_in_step():
@@ -407,14 +408,14 @@ def test_flush_begins_a_new_round(name, at):
     optimizer = alone(ALGORITHMS[name], params, tau=TAU, lr=0.1)
     train(optimizer, params, at)
     optimizer.flush()
-    sync = optimizer.engine.syncs[0]
-    assert sync.pending is None
-    assert sync.next_launch == at + TAU
+    (view,) = inspect(optimizer).fragments
+    assert not view.in_flight
+    assert view.next_launch == at + TAU
     merged = optimizer.stats()["syncs"]
     optimizer.flush()
     assert optimizer.stats()["syncs"] == merged, "nothing is left to average"
     train(optimizer, params, TAU)
-    assert sync.launched == at + TAU
+    assert inspect(optimizer).fragments[0].launched == at + TAU
 
 
 def test_averaged_puts_everything_back_after_an_exception():
@@ -424,7 +425,9 @@ def test_averaged_puts_everything_back_after_an_exception():
         module(torch.randn(4, 2)).sum().backward()
         optimizer.step()
         optimizer.average()
-    pending = optimizer.engine.syncs[0].pending
+    (view,) = inspect(optimizer).fragments
+    assert view.due == 2 * TAU
+    mean = view.buffer.clone()
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(KeyError), optimizer.averaged(module):  # noqa: PT012  # the block is what is tested
         with torch.no_grad():
@@ -434,7 +437,9 @@ def test_averaged_puts_everything_back_after_an_exception():
         raise KeyError
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert optimizer.engine.syncs[0].pending is pending
+    (view,) = inspect(optimizer).fragments
+    assert view.due == 2 * TAU
+    assert torch.equal(view.buffer, mean)
 
 
 def test_nothing_is_trained_inside_averaged():
@@ -575,11 +580,11 @@ def test_resume_at_another_tau(name, fragments, tau):
     new = alone(ALGORITHMS[name], params, tau=tau, lr=0.1, momentum=0.9, fragments=fragments)
     new.load_state_dict(saved)
     assert all(torch.equal(a, b) for a, b in zip(params, old_params, strict=True))
-    for mine, theirs in zip(new.engine.syncs, old.engine.syncs, strict=True):
-        assert mine.pending is None
-        assert mine.next_launch == TAU + 1 + (mine.fragment.offset_at(tau) or tau)
-        if hasattr(mine.state, "anchor"):
-            assert torch.equal(mine.state.anchor.tensor, theirs.state.anchor.tensor)
+    for mine, theirs in zip(inspect(new).fragments, inspect(old).fragments, strict=True):
+        assert not mine.in_flight
+        assert mine.next_launch == TAU + 1 + (mine.offset or tau)
+        if theirs.anchor is not None:
+            assert torch.equal(mine.anchor, theirs.anchor)
     train(new, params, 2 * tau)
     assert new.stats()["syncs"] > 0
 
@@ -588,10 +593,10 @@ def test_resume_at_another_tau(name, fragments, tau):
 def test_resume_at_another_number_of_workers(name):
     """Everybody starts from the anchor, where there is one, also those who were not there before."""
     make = partial(ALGORITHMS[name], tau=TAU, lr=0.1)
-    four = Cluster(make, [toy.start()] * 4)
+    four = Lockstep(make, [toy.start()] * 4)
     four.run(TAU + 1, toy.gradient)
     saved = save_and_load(four.optimizers[1].state_dict())
-    six = Cluster(make, [toy.start()] * 6)
+    six = Lockstep(make, [toy.start()] * 6)
     for optimizer in six.optimizers:
         optimizer.load_state_dict(saved)
     if four.has_anchor():
@@ -604,7 +609,7 @@ def test_resume_at_another_number_of_workers(name):
         assert all(torch.equal(six.anchors()[0], other) for other in six.anchors()), (
             "they share nothing"
         )
-    assert six.optimizers[0].engine.syncs[0].launched == TAU + 1 + 2 * TAU
+    assert inspect(six.optimizers[0]).fragments[0].launched == TAU + 1 + 2 * TAU
 
 
 def test_the_outer_hyperparameters_are_the_constructors():
@@ -612,7 +617,7 @@ def test_the_outer_hyperparameters_are_the_constructors():
     saved = save_and_load(trained(OverlapLocalSGD, outer_momentum=0.7)[0].state_dict())
     optimizer, params = trained(OverlapLocalSGD, outer_momentum=0.2)
     optimizer.load_state_dict(saved)
-    assert optimizer.engine.syncs[0].state.outer.param_groups[0]["momentum"] == 0.2
+    assert inspect(optimizer).fragments[0].outer.param_groups[0]["momentum"] == 0.2
     train(optimizer, params, 2 * TAU)
 
 

@@ -27,7 +27,8 @@ from distoptim.comm.handles import Stages, TwoStageHandle
 from distoptim.periods import HideCommunication, PostLocal
 from distoptim.simulator import VirtualCommunicator
 from distoptim.testing import processes as workers
-from tests.helpers.cluster import Cluster
+from distoptim.testing.inspection import inspect
+from distoptim.testing.lockstep import Lockstep
 from tests.unit.comm.test_codecs import ALGORITHMS, START, cluster, gradient, numbers
 
 NUMEL = sum(p.numel() for p in START)
@@ -41,6 +42,11 @@ def sent_per_mean(name: str | None, m: int, numel: int = NUMEL) -> float:
     part = -(-blocks // m)
     whole, share = (-(-codec.nbytes(n * BLOCK) // 4) * 4 for n in (blocks, part))
     return (m - 1) * min(4 + whole, 4 + 2 * share)
+
+
+def coders_of(run: Lockstep) -> list[Any]:
+    """Rank -> the coded mean of its first fragment."""
+    return [view.fragments[0].coded for view in run.views()]
 
 
 class Counting(VirtualCommunicator):
@@ -66,9 +72,9 @@ class Counting(VirtualCommunicator):
 @pytest.mark.parametrize("m", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", ["bf16", "int8", "e3m0+ef", "2bit+ef"])
 def test_bytes_on_the_wire(monkeypatch: pytest.MonkeyPatch, name: str, m: int) -> None:
-    monkeypatch.setattr("tests.helpers.cluster.VirtualCommunicator", Counting)
     monkeypatch.setattr(Counting, "sent", 0)
-    run = cluster(distoptim.LocalSGD, size=m, tau=1, codec=name)
+    make = partial(distoptim.LocalSGD, lr=0.05, tau=1, codec=name)
+    run = Lockstep(make, [START] * m, communicator=Counting)
     run.run(3, gradient)
     assert Counting.sent == 3 * sent_per_mean(name, m)
     assert Counting.sent < 3 * sent_per_mean(None, m)
@@ -85,10 +91,10 @@ def test_large_models_send_as_many_bytes_as_their_all_reduce_would_with_so_many_
         10**6,
     )
     for m in (2, 3, 4, 8):
-        run = Cluster(
+        run = Lockstep(
             partial(distoptim.LocalSGD, lr=0.1, tau=1, codec=name), [[torch.zeros(numel)]] * m
         )
-        coder = run.optimizers[0].engine.syncs[0].compressed
+        coder = coders_of(run)[0]
         assert coder.nbytes == pytest.approx(bits / 8 * numel, rel=3e-3)
         assert coder.nbytes * 2 * (m - 1) / m == pytest.approx(sent_per_mean(name, m, numel))
 
@@ -99,10 +105,10 @@ def test_parts_may_be_empty(numel: int) -> None:
 
     Two stages in parts of 2, of which the last three are empty.
     """
-    run = Cluster(
+    run = Lockstep(
         partial(distoptim.LocalSGD, lr=0.1, tau=1, codec="int8"), [[torch.zeros(numel)]] * 8
     )
-    assert run.optimizers[0].engine.syncs[0].compressed.two_stages == (numel > 300)
+    assert coders_of(run)[0].two_stages == (numel > 300)
     target = numbers(numel)
     x = run.run(40, lambda rank, params: [params[0] - target - (rank - 3.5)])[-1]
     assert all(torch.equal(x[0], other) for other in x)
@@ -114,7 +120,7 @@ def test_parts_may_be_empty(numel: int) -> None:
 def test_two_stages_lose_nothing_in_the_sum(name: str, weight: float) -> None:
     """Sum of means + what the parts' owners keep + mean of what the workers keep = sum of the payloads' means."""
     run = cluster(distoptim.LocalSGD, tau=1, codec=f"{name}+ef")
-    coders = [o.engine.syncs[0].compressed for o in run.optimizers]
+    coders = coders_of(run)
     given, got = torch.zeros(NUMEL), torch.zeros(NUMEL)
     for i in range(20):
         buffers = [torch.zeros(NUMEL + 1) for _ in coders]
@@ -141,10 +147,8 @@ def test_samples_as_weights_scale_out() -> None:
     """A power of two as everybody's weight changes no bit, with what is kept of earlier means too."""
     plain, weighted = (cluster(ALGORITHMS["local"], codec="2bit+ef") for _ in range(2))
     for _ in range(12):
-        for optimizer in weighted.optimizers:
-            optimizer.engine.weights.report(16.0 / 3)
         plain.step(gradient)
-        weighted.step(gradient)
+        weighted.step(gradient, samples=[16.0 / 3] * 4)
     torch.testing.assert_close(plain.x(), weighted.x(), rtol=1e-5, atol=1e-5)
 
 
@@ -324,7 +328,7 @@ def test_virtual_runs_resume_in_flight_with_codes_at_the_same_time() -> None:
     expected = make()
     for _ in range(8):
         expected.step(loss)
-    assert sum(sync.pending is not None for sync in expected.optimizers[0].engine.syncs) == 2
+    assert len(inspect(expected.optimizers[0]).in_flight) == 2
     resumed = make()
     resumed.load_state_dict(copy.deepcopy(expected.state_dict()))
     for _ in range(9):
@@ -385,7 +389,7 @@ def whole_path(rank: int) -> dict[str, Any]:
     params = fresh()
     optimizer = distoptim.StreamingDiLoCo(params, **STREAMING)
     steps(optimizer, params, rank, 16)
-    out["in flight"] = sum(sync.pending is not None for sync in optimizer.engine.syncs)
+    out["in flight"] = len(inspect(optimizer).in_flight)
     saved, at = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
     steps(optimizer, params, rank, 8)
     with optimizer.averaged():
@@ -449,14 +453,12 @@ def count_what_gloo_gets() -> list[int]:
 @pytest.mark.parametrize("backend", ["gloo", "emulated"])
 def test_four_real_workers(backend: str) -> None:
     results = workers.run(whole_path, 4, backend=backend)
-    streaming = Cluster(partial(distoptim.StreamingDiLoCo, **STREAMING), [START] * 4).run(
+    streaming = Lockstep(partial(distoptim.StreamingDiLoCo, **STREAMING), [START] * 4).run(
         24, gradient
     )[-1]
-    sampled = Cluster(partial(distoptim.BMUF, **FULL), [START] * 4)
+    sampled = Lockstep(partial(distoptim.BMUF, **FULL), [START] * 4)
     for _ in range(8):
-        for rank, optimizer in enumerate(sampled.optimizers):
-            optimizer.engine.weights.report(rank + 1.0)
-        sampled.step(gradient)
+        sampled.step(gradient, samples=[1.0, 2.0, 3.0, 4.0])
     for rank, result in enumerate(results):
         assert result["bytes"] == 3 * sent_per_mean("int8", 4)
         assert result["in flight"] >= 2

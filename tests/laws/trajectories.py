@@ -23,8 +23,8 @@ from torch import Tensor
 
 from distoptim import ALGORITHMS, QuarantineWarning
 from distoptim.periods import AdaComm, HideCommunication, PostLocal, Schedule
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 
 RECORD = Path(__file__).parents[1] / "reference" / "trajectories.npz"
 WORKERS, STEPS = 4, 40
@@ -35,15 +35,7 @@ TABLE = Schedule({0: 2, 5: 4, 12: 3, 25: 5})
 THREE = ("overlap-local-sgd", "diloco", "local-sgd")
 
 Make = Callable[..., Any]
-Hook = Callable[[Cluster, int], object]
-
-
-def report(optimizer: Any, loss: float | None, samples: float | None) -> None:
-    """What `average(loss=loss, samples=samples)` is told, before the cluster's own `average()`."""
-    if samples is not None:
-        optimizer.engine.weights.report(samples)
-    if loss is not None:
-        optimizer.engine.clock.report(loss)
+Hook = Callable[[Lockstep, int], object]
 
 
 # Problems
@@ -103,6 +95,7 @@ def go(
     before: Hook = lambda cluster, step: None,
     after: Hook = lambda cluster, step: None,
     gradient: Callable[..., list[Tensor]] | None = None,
+    **told: Callable[[int], list[float]],
 ) -> Tensor:
     """[STEPS, WORKERS, dimension]: x after every step.
 
@@ -111,12 +104,16 @@ def go(
         before: called with the cluster and the number of each step, from 1, before it.
         after: likewise, behind the step's `average()`.
         gradient: of step, rank and parameters; default the problem's.
+        told: what `average()` is, `losses` or `samples`: of the step, rank by rank.
     """
-    cluster = Cluster(make, [of.start] * WORKERS)
+    cluster = Lockstep(make, [of.start] * WORKERS)
     out = []
     for step in range(1, STEPS + 1):
         before(cluster, step)
-        cluster.step(of.gradient if gradient is None else partial(gradient, step))
+        cluster.step(
+            of.gradient if gradient is None else partial(gradient, step),
+            **{name: of_step(step) for name, of_step in told.items()},
+        )
         after(cluster, step)
         out.append(cluster.x())
     return torch.stack(out)
@@ -125,7 +122,7 @@ def go(
 def with_lr(table: Mapping[int, float]) -> Hook:
     """Sets these learning rates at these steps."""
 
-    def set_lr(cluster: Cluster, step: int) -> None:
+    def set_lr(cluster: Lockstep, step: int) -> None:
         for optimizer in cluster.optimizers if step in table else ():
             for group in optimizer.param_groups:
                 group["lr"] = table[step]
@@ -133,24 +130,14 @@ def with_lr(table: Mapping[int, float]) -> Hook:
     return set_lr
 
 
-def with_samples(cluster: Cluster, step: int) -> None:
+def samples(step: int) -> list[float]:
     """Other numbers on every worker and at every step, now and then 0."""
-    for rank, optimizer in enumerate(cluster.optimizers):
-        report(optimizer, None, float((3 * rank + step) % 5))
+    return [float((3 * rank + step) % 5) for rank in range(WORKERS)]
 
 
-def with_loss(cluster: Cluster, step: int) -> None:
-    """One that falls and then is stuck."""
-    for rank, optimizer in enumerate(cluster.optimizers):
-        report(optimizer, (1 + 0.25 * rank) * max(0.85**step, 0.1), None)
-
-
-def both(*hooks: Hook) -> Hook:
-    def all_of_them(cluster: Cluster, step: int) -> None:
-        for hook in hooks:
-            hook(cluster, step)
-
-    return all_of_them
+def losses(step: int) -> list[float]:
+    """Such as fall and then are stuck."""
+    return [(1 + 0.25 * rank) * max(0.85**step, 0.1) for rank in range(WORKERS)]
 
 
 def quarantined(make: Make, at: int, of: Problem = FLOAT64) -> Tensor:
@@ -221,9 +208,9 @@ def resumed(
     make: Make, then: Make, *, at: int = 17, workers: int = WORKERS, of: Problem = FLOAT64
 ) -> Tensor:
     """Saved by so many workers after a step and loaded into another cluster; workers that are not there are 0."""
-    first = Cluster(make, [of.start] * workers)
+    first = Lockstep(make, [of.start] * workers)
     x = first.run(at, of.gradient)
-    second = Cluster(then, [[torch.zeros_like(p) for p in of.start]] * WORKERS)
+    second = Lockstep(then, [[torch.zeros_like(p) for p in of.start]] * WORKERS)
     for rank, (optimizer, params) in enumerate(zip(second.optimizers, second.params, strict=True)):
         with torch.no_grad():
             torch._foreach_copy_(list(params), [p.detach() for p in first.params[rank % workers]])
@@ -373,7 +360,7 @@ def _coded() -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
                 partial(go, partial(make, codec=codec, fragments=3), FLOAT32),
             )
         make = partial(make, codec="int8+ef")
-        yield "int8+ef", f"samples {name}", partial(go, make, CODED, before=with_samples)
+        yield "int8+ef", f"samples {name}", partial(go, make, CODED, samples=samples)
         yield "int8+ef", f"sick {name}", partial(quarantined, make, 18, CODED)
         yield "int8+ef", f"half precision {name}", partial(go, make, BFLOAT16)
 
@@ -400,12 +387,12 @@ def _periods() -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
         yield (
             "exact",
             f"adacomm {name}",
-            partial(go, partial(make, tau=AdaComm(4, interval=4)), before=with_loss),
+            partial(go, partial(make, tau=AdaComm(4, interval=4)), losses=losses),
         )
         yield (
             "exact",
             f"samples {name}",
-            partial(go, partial(make, tau=3, fragments=2), before=with_samples),
+            partial(go, partial(make, tau=3, fragments=2), samples=samples),
         )
     for name in THREE:
         make = partial(ALGORITHMS[name], **toy.OPTIONS)
@@ -415,7 +402,8 @@ def _periods() -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
             partial(
                 go,
                 partial(make, tau=AdaComm(3, interval=3, follow_lr=True)),
-                before=both(with_loss, with_lr({1: 0.02, 5: 0.1, 20: 0.01})),
+                losses=losses,
+                before=with_lr({1: 0.02, 5: 0.1, 20: 0.01}),
             ),
         )
         yield (
@@ -424,7 +412,8 @@ def _periods() -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
             partial(
                 go,
                 partial(make, tau=PostLocal(start=6, tau=AdaComm(4, interval=2))),
-                before=both(with_loss, with_samples),
+                losses=losses,
+                samples=samples,
             ),
         )
         yield (
@@ -434,7 +423,7 @@ def _periods() -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
                 go,
                 partial(make, tau=AdaComm(6, interval=6), codec="int8+ef"),
                 CODED,
-                before=with_loss,
+                losses=losses,
             ),
         )
         yield (

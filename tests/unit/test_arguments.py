@@ -23,6 +23,7 @@ from distoptim import (
     StreamingDiLoCo,
 )
 from distoptim.comm import Link, SingleWorker, emulate
+from distoptim.testing.inspection import inspect
 from tests.helpers.toy import alone
 
 ODD = st.sampled_from(
@@ -280,7 +281,7 @@ def test_fragments_that_do_not_cut_the_parameters(parts):
 def test_fragments_as_modules():
     model = torch.nn.Sequential(*(torch.nn.Linear(1, k) for k in (1, 2, 3)))
     optimizer = alone(StreamingDiLoCo, model.parameters(), tau=4, fragments=[model[0::2], model[1]])
-    assert [sync.fragment.numel for sync in optimizer.engine.syncs] == [2 + 6, 4]
+    assert [f.numel for f in inspect(optimizer).fragments] == [2 + 6, 4]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ def test_fragments_as_modules():
 def test_fragments_by_pattern(pattern, sizes):
     params = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 2, 3, 4, 5)]
     optimizer = alone(LocalSGD, params, tau=4, fragments=2, pattern=pattern)
-    assert [sync.fragment.numel for sync in optimizer.engine.syncs] == sizes
+    assert [f.numel for f in inspect(optimizer).fragments] == sizes
 
 
 def test_patterns_that_do_not_exist_or_do_not_fit():
@@ -302,10 +303,8 @@ def test_patterns_that_do_not_exist_or_do_not_fit():
 
 def test_fragments_by_hand():
     a, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 3))
-    optimizer = alone(LocalSGD, [a, b], tau=4, fragments=[[b], [a]])
-    assert [
-        (sync.fragment.numel, sync.fragment.offset_at(5)) for sync in optimizer.engine.syncs
-    ] == [(3, 0), (2, 2)]
+    optimizer = alone(LocalSGD, [a, b], tau=5, fragments=[[b], [a]])
+    assert [(f.numel, f.offset) for f in inspect(optimizer).fragments] == [(3, 0), (2, 2)]
 
 
 @pytest.mark.parametrize(

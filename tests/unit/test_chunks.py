@@ -14,8 +14,8 @@ from distoptim import CO2
 from distoptim import chunks as module
 from distoptim.algorithms import co2
 from distoptim.chunks import chunked
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 
 MAKERS = toy.variants(fragments=(1,))
 
@@ -72,7 +72,7 @@ def test_what_is_small_is_whole():
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_algorithm_sees_the_chunked(name, dtype, request):
     def trajectory():
-        workers = Cluster(MAKERS[name], [toy.start(dtype)] * toy.WORKERS)
+        workers = Lockstep(MAKERS[name], [toy.start(dtype)] * toy.WORKERS)
         return workers.run(4 * toy.TAU, toy.gradient)
 
     whole = trajectory()
@@ -93,6 +93,6 @@ def test_co2_moves_alike_whatever_the_number_of_threads(monkeypatch, dtype):
         monkeypatch.setattr(file, "CHUNK", 2)
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        workers = Cluster(partial(CO2, lr=0.1, tau=2), [toy.start(dtype)] * toy.WORKERS)
+        workers = Lockstep(partial(CO2, lr=0.1, tau=2), [toy.start(dtype)] * toy.WORKERS)
         found.append(workers.run(12, toy.gradient))
     assert torch.equal(*found)

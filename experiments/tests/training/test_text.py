@@ -15,6 +15,7 @@ from distoptim_experiments.training.loop import Run
 from distoptim_experiments.training.virtual import VirtualRun
 from distoptim_experiments.training.world import StopSignals, World
 
+from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
 
 WINDOW = torch.Size([text.CONTEXT])
@@ -112,7 +113,7 @@ def test_fragments_can_be_asked_for(folder):
         Machines(),
         threads=1,
     )
-    assert len(made.cluster.optimizers[0].engine.syncs) == 2
+    assert len(inspect(made.cluster.optimizers[0]).fragments) == 2
 
 
 @pytest.mark.parametrize(("name", "layers", "width"), [("gpt", 4, 128), ("gpt-small", 2, 64)])

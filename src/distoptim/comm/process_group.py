@@ -45,7 +45,7 @@ def connect(group: dist.ProcessGroup | None = None, timeout_s: float = 1800.0) -
         "one worker: there is nobody to average with (is torch.distributed initialised, before the "
         "optimizer is made?)",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,  # the line that makes the optimizer: below it are two constructors and settings
     )
     return SingleWorker()
 

@@ -17,8 +17,9 @@ import distoptim
 from distoptim.comm import Communicator, Handle
 from distoptim.comm.codecs import CODECS, Codec, ErrorFeedback, find
 from distoptim.testing import processes as workers
+from distoptim.testing.inspection import inspect
+from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.helpers.cluster import Cluster
 
 
 def numbers(numel: int, seed: int = 0) -> Tensor:
@@ -67,8 +68,8 @@ def through(codec: Codec, x: Tensor) -> Tensor:
     return out
 
 
-def cluster(make: Any, size: int = 4, **options: Any) -> Cluster:
-    return Cluster(partial(make, lr=0.05, momentum=0.5, **options), [START] * size)
+def cluster(make: Any, size: int = 4, **options: Any) -> Lockstep:
+    return Lockstep(partial(make, lr=0.05, momentum=0.5, **options), [START] * size)
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -132,7 +133,7 @@ def test_stats_count_the_code(name: str, algorithm: str) -> None:
     codec = find(name)
     codec = codec.codec if isinstance(codec, ErrorFeedback) else codec
     assert codec is not None
-    launched = [s.fragment.numel for s in run.optimizers[0].engine.syncs if s.launched > 0]
+    launched = [f.numel for f in inspect(run.optimizers[0]).fragments if f.launched > 0]
     assert len(launched) == 1 + (algorithm == "overlap")
     expected = 0
     for numel in launched:
@@ -149,17 +150,15 @@ def test_anchors_stay_equal_and_runs_end_near_the_uncoded(algorithm: str, name: 
     limit = {"bf16": 0.01, "int8": 0.02, "e3m0+ef": 0.25, "2bit+ef": 0.35}[name]
     x, y = coded.run(60, gradient)[-15:].mean((0, 1)), plain.run(60, gradient)[-15:].mean((0, 1))
     assert 0 < (x - y).norm() < limit * y.norm()
-    engines = [o.engine for o in coded.optimizers]
-    for syncs in zip(*(e.syncs for e in engines), strict=True):
-        assert all(
-            torch.equal(s.compressed.reference, syncs[0].compressed.reference) for s in syncs
-        )
+    for first, *others in zip(*(view.fragments for view in coded.views()), strict=True):
+        for other in others:
+            assert torch.equal(other.coded.reference, first.coded.reference)
 
 
 @pytest.mark.parametrize("name", ["e3m0", "2bit"])
 def test_error_feedback_loses_nothing_in_the_sum(name: str) -> None:
     run = cluster(distoptim.LocalSGD, size=1, tau=1, codec=f"{name}+ef")
-    coder = run.optimizers[0].engine.syncs[0].compressed
+    coder = inspect(run.optimizers[0]).fragments[0].coded
     given, got = torch.zeros(coder.numel), torch.zeros(coder.numel)
     buffer = torch.zeros(coder.numel + 1)
     for i in range(20):
@@ -178,7 +177,7 @@ def test_resume_in_flight_is_bit_exact(algorithm: str, name: str) -> None:
     run = cluster(ALGORITHMS[algorithm], codec=name)
     run.run(7, gradient)
     saved = copy.deepcopy([o.state_dict() for o in run.optimizers])
-    again = Cluster(partial(ALGORITHMS[algorithm], lr=0.05, momentum=0.5, codec=name), [START] * 4)
+    again = Lockstep(partial(ALGORITHMS[algorithm], lr=0.05, momentum=0.5, codec=name), [START] * 4)
     with torch.no_grad():
         for mine, theirs in zip(again.params, run.params, strict=True):
             torch._foreach_copy_(mine, theirs)
@@ -206,9 +205,9 @@ def test_a_worker_in_quarantine_weighs_nothing_and_loses_its_residual(algorithm:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.run(1, gradient)
-    syncs = [o.engine.syncs[0] for o in run.optimizers]
-    assert not syncs[1].compressed.residual.any()
-    assert syncs[0].compressed.residual.any()
+    residuals = [view.fragments[0].coded.residual for view in run.views()]
+    assert not residuals[1].any()
+    assert residuals[0].any()
     run.run(3, gradient)
     assert torch.isfinite(run.x()).all()
     assert run.optimizers[1].stats()["quarantined"] == 1
@@ -222,7 +221,7 @@ def test_what_is_no_codec_is_refused(bad: Any) -> None:
 
 def test_where_a_codec_cannot_run_it_says_so() -> None:
     with pytest.raises(ValueError, match="float64"):
-        Cluster(partial(distoptim.LocalSGD, lr=0.1, tau=2, codec="int8"), [toy.start()] * 2)
+        Lockstep(partial(distoptim.LocalSGD, lr=0.1, tau=2, codec="int8"), [toy.start()] * 2)
 
     class Plain(Communicator):
         rank = 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distoptim import ALGORITHMS, LocalSGD
 from distoptim.comm import Codec, Communicator, ErrorFeedback, Handle, codecs, register_codec
-from tests.helpers.cluster import Cluster
+from distoptim.testing.lockstep import Lockstep
 from tests.unit.comm.test_codecs import START, gradient
 
 WORKERS = 3
@@ -102,7 +102,7 @@ def train(make: Callable[..., Any], communicator: Threads) -> Tensor:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_workers_of_another_kind_make_the_same_numbers(name: str, codec: Any) -> None:
     make = partial(ALGORITHMS[name], lr=0.05, tau=4, codec=codec)
-    expected = Cluster(make, [START] * WORKERS).run(STEPS, gradient)[-1]
+    expected = Lockstep(make, [START] * WORKERS).run(STEPS, gradient)[-1]
     for rank, x in enumerate(in_threads(partial(train, make))):
         assert torch.equal(x, expected[rank])
 
@@ -111,7 +111,7 @@ def test_workers_of_another_kind_make_the_same_numbers(name: str, codec: Any) ->
 def test_a_codec_of_ones_own_rounds_as_finely_as_it_says(name: str) -> None:
     make = partial(ALGORITHMS[name], lr=0.05, tau=4)
     plain, coded = (
-        Cluster(partial(make, codec=codec), [START] * WORKERS) for codec in (None, Half())
+        Lockstep(partial(make, codec=codec), [START] * WORKERS) for codec in (None, Half())
     )
     start = coded.x()
     a, b = plain.run(STEPS, gradient)[-1], coded.run(STEPS, gradient)[-1]
@@ -128,7 +128,7 @@ def test_a_registered_codec_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert repr(codecs.find("half")) == "Half()"
     assert isinstance(codecs.find("half+ef"), ErrorFeedback)
     named, given = (
-        Cluster(partial(LocalSGD, lr=0.05, tau=2, codec=codec), [START] * WORKERS).run(4, gradient)
+        Lockstep(partial(LocalSGD, lr=0.05, tau=2, codec=codec), [START] * WORKERS).run(4, gradient)
         for codec in ("half", Half())
     )
     assert torch.equal(named, given)

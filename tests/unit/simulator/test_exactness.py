@@ -8,6 +8,7 @@ import torch
 from distoptim import ALGORITHMS
 from distoptim.comm import ProcessGroupCommunicator
 from distoptim.simulator import Cluster
+from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
 
 WORKERS, STEPS = 4, 11
@@ -106,7 +107,7 @@ def test_many_workers_cost_memory_in_proportion():
                 "overlap-local-sgd", params, communicator=communicator
             ),
         )
-        syncs = [o.engine.syncs[0] for o in cluster.optimizers]
-        return sum(s.buffer.nbytes + s.state.anchor.nbytes for s in syncs)
+        views = [inspect(o).fragments[0] for o in cluster.optimizers]
+        return sum(view.buffer.nbytes + view.anchor.nbytes for view in views)
 
     assert held(64) == 16 * held(4)
