@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import io
+import linecache
 import subprocess
 import sys
 import warnings
 from functools import partial
+from typing import final
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from distoptim import (
     SlowMo,
 )
 from distoptim.comm import SingleWorker
+from distoptim.rule import Average
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
@@ -471,6 +474,31 @@ def test_averaged_refuses_a_module_that_is_not_trained():
 # One worker
 
 
+@final
+class FromOutside(AveragingOptimizer):
+    def __init__(self, params, *, tau, **options):
+        super().__init__(params, rule=Average(carry=False), tau=tau, **options)  # warned of
+
+
+DOORS = {
+    **ALGORITHMS,
+    "around an optimizer": lambda params, lr, **options: EASGD(
+        torch.optim.SGD(params, lr), **options
+    ),
+    "from outside": FromOutside,
+}
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_the_warning_of_a_lone_worker_names_the_users_line(name):
+    """The last line outside the package, however many constructors there are inside."""
+    with pytest.warns(RuntimeWarning, match="one worker") as caught:
+        DOORS[name](parameters(2), tau=2, lr=0.1)
+    assert [warning.filename for warning in caught] == [__file__]
+    line = linecache.getline(__file__, caught[0].lineno)
+    assert any(call in line for call in ("DOORS[", "EASGD(", "# warned of"))
+
+
 def test_one_worker_works_and_warns_once():
     params = parameters(2)
     with pytest.warns(RuntimeWarning, match="one worker") as caught:
@@ -485,7 +513,6 @@ def test_one_worker_works_and_warns_once():
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer.close()
     assert len(caught) == 1
-    assert caught[0].filename == __file__
     torch.testing.assert_close(params[0].detach(), torch.full((2,), 0.5))
 
 

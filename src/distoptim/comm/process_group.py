@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import inspect
 import time
 import warnings
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,9 +47,24 @@ def connect(group: dist.ProcessGroup | None = None, timeout_s: float = 1800.0) -
         "one worker: there is nobody to average with (is torch.distributed initialised, before the "
         "optimizer is made?)",
         RuntimeWarning,
-        stacklevel=5,  # the line that makes the optimizer: below it are two constructors and settings
+        stacklevel=_users_level(),
     )
     return SingleWorker()
+
+
+def _users_level() -> int:
+    """Of the line that called into this package, as `warnings.warn` counts from our caller.
+
+    `skip_file_prefixes` of warnings.warn says the same from Python 3.12 on.
+    """
+    package = Path(__file__).parents[1]
+    frame = inspect.currentframe()
+    # Our own frame and those below the user's: how many there are depends on the algorithm.
+    level = 0
+    while frame is not None and package in Path(frame.f_code.co_filename).parents:
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 class ProcessGroupCommunicator(Communicator):
