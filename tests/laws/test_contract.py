@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import distoptim
+from distoptim.engine.identity import SIZE
 from distoptim.periods import AdaComm, HideCommunication, PostLocal, Schedule
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
@@ -193,7 +194,7 @@ def test_a_step_that_averages_is_a_step_and_an_average(name):
 
 
 def test_counters_are_exact(make):
-    """One launch a round and fragment, each of the parameters and one element more for the worker's weight."""
+    """One launch a round and fragment, each of the parameters, an identity and the weight."""
     workers = cluster(make)
     optimizer = workers.optimizers[0]
     delay = inspect(optimizer).delay
@@ -205,7 +206,7 @@ def test_counters_are_exact(make):
             first = view.offset or toy.TAU
             launched = list(range(first, step + 1, toy.TAU))
             launches += len(launched)
-            nbytes += len(launched) * (view.numel + 1) * 8
+            nbytes += len(launched) * (view.numel + SIZE + 1) * 8
             # At delay = tau the start counts as sent before.
             known = [first - toy.TAU] if delay == toy.TAU else []
             merges += sum(t + delay <= step for t in known + launched)

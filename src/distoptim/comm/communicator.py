@@ -29,10 +29,13 @@ class Communicator(ABC):
     Attributes:
         rank: of this worker, in [0, size).
         size: the number of workers.
+        in_lockstep: whether one thread drives all workers through the same calls (a simulator), so
+            that none can be elsewhere.
     """
 
     rank: int
     size: int
+    in_lockstep: bool = False
 
     @cached_property
     def stages(self) -> Stages:
@@ -43,8 +46,14 @@ class Communicator(ABC):
         """The clock of this worker, in seconds; by default time.perf_counter()."""
         return time.perf_counter()
 
-    def begin_round(self) -> None:  # noqa: B027  # not abstract: most have nothing to do
-        """Settle who takes part in what comes next; by default the same workers as before."""
+    # Not abstract, since most have nothing to do.
+    def begin_round(self, due_in_s: float = 0.0) -> None:  # noqa: B027
+        """Settle who takes part in the mean that comes next; by default the same workers as before.
+
+        Args:
+            due_in_s: about how long after its launch the mean will be waited for. Until then a worker
+                that is late has done nothing wrong: timeouts count from there.
+        """
 
     @abstractmethod
     def all_reduce(self, buffer: Tensor) -> Handle:
@@ -108,6 +117,7 @@ class SingleWorker(Communicator):
     """The communicator of one worker: the mean is its own value."""
 
     rank = 0
+    in_lockstep = True
     size = 1
 
     def all_reduce(self, buffer: Tensor) -> Handle:

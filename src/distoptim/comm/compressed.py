@@ -144,6 +144,36 @@ class CompressedMean:
         first = self.communicator.all_to_all(self._received, self._sent)
         return CodedHandle(self, TwoStageHandle(first, go_on, self.communicator.stages), buffer)
 
+    def start_empty(self, tail: Tensor) -> Handle:
+        """Start a message of the same form that carries nothing but what is behind the payload.
+
+        What codes have lost so far is left alone, and so is a mean in flight.
+
+        Args:
+            tail: [extra]; its mean will be in the handle's `tails`.
+        """
+        sent = torch.zeros_like(self._sent)
+        received = torch.zeros_like(self._received)
+        for row in sent:
+            self._split(row)[0].copy_(tail)
+        if not self.two_stages:
+            return EmptyHandle(self, self.communicator.all_gather(received, sent[0]), received)
+
+        def go_on(first: Handle) -> Handle:
+            means = torch.zeros_like(self._means)
+            return self.communicator.all_gather(means, torch.zeros_like(self._mean), after=first)
+
+        first = self.communicator.all_to_all(received, sent)
+        carried = TwoStageHandle(first, go_on, self.communicator.stages)
+        return EmptyHandle(self, carried, received)
+
+    def tail_of(self, rows: Tensor) -> Tensor:
+        """The mean of what is behind the payload, the weight last."""
+        total = torch.zeros(self.extra)
+        for row in rows:
+            total.add_(self._split(row)[0])
+        return total.div_(len(rows))
+
     def decode(self, buffer: Tensor) -> None:
         """buffer <- mean of the weighted payloads, from what has been received."""
         start = time.perf_counter()
@@ -152,7 +182,7 @@ class CompressedMean:
                 self._add_decoded(code, buffer[span].zero_())
         else:
             self._add_up(buffer[: self.numel])
-        buffer[self.numel :] = self._tail()
+        buffer[self.numel :] = self.tail_of(self._received)
         buffer[: self.numel].addcmul_(self.reference, buffer[-1])
         self.worked_s += time.perf_counter() - start
 
@@ -222,7 +252,7 @@ class CompressedMean:
         start = time.perf_counter()
         mean = buffer[self._mine]
         self._add_up(mean)
-        self._encode(mean, self._mean, float(self._tail()[-1]), self.mean_residual)
+        self._encode(mean, self._mean, float(self.tail_of(self._received)[-1]), self.mean_residual)
         self.worked_s += time.perf_counter() - start
 
     def _add_up(self, out: Tensor) -> None:
@@ -235,13 +265,6 @@ class CompressedMean:
     def _add_decoded(self, code: Tensor, out: Tensor) -> None:
         if out.numel():
             self.codec.add_decoded(code[: self.codec.nbytes(out.numel())], out)
-
-    def _tail(self) -> Tensor:
-        """The mean of what is behind the payload, the weight last."""
-        total = torch.zeros(self.extra)
-        for row in self._received:
-            total.add_(self._split(row)[0])
-        return total.div_(len(self._received))
 
     def _split(self, row: Tensor) -> tuple[Tensor, Tensor]:
         return row[: 4 * self.extra].view(torch.float32), row[4 * self.extra :]
@@ -285,3 +308,26 @@ class CodedHandle(Handle):
     def _note(self) -> None:
         self.finished_at = self.carried.finished_at
         self.waited_s = self.carried.waited_s
+
+
+class EmptyHandle(Handle):
+    """A message without payload in flight; after `wait` its `tails` are the mean.
+
+    Args:
+        mean: whose form it has.
+        carried: the codes.
+        received: [workers, bytes], the rows of all workers.
+    """
+
+    def __init__(self, mean: CompressedMean, carried: Handle, received: Tensor) -> None:
+        super().__init__(carried.buffer, now=carried.launched_at)
+        self._mean = mean
+        self._carried = carried
+        self._received = received
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until all have sent theirs."""
+        self._carried.wait(timeout_s)
+        self.buffer = self._mean.tail_of(self._received)
+        self.waited_s = self._carried.waited_s
+        self.finished_at = self._carried.finished_at

@@ -30,10 +30,11 @@ class NcclHandle(TimedHandle):
     """
 
     def __init__(self, work: dist.Work, buffer: Tensor, divisor: int = 1) -> None:
-        super().__init__(buffer)
+        super().__init__(buffer, now=time.perf_counter())
         self._work: dist.Work | None = work
         self._events: tuple[Any, Any] | None = None
-        self._tail = torch.empty(min(4, len(buffer)), dtype=buffer.dtype, pin_memory=True)
+        # Weight, identity and what a period measures.
+        self._tail = torch.empty(min(32, len(buffer)), dtype=buffer.dtype, pin_memory=True)
         side = _side_stream(buffer.device)
         with torch.cuda.stream(side):
             work.wait()
@@ -69,9 +70,9 @@ class NcclHandle(TimedHandle):
         if self.waited_s is None and self._events is not None and self._events[1].query():
             self.waited_s = self._events[0].elapsed_time(self._events[1]) / 1e3
 
-    def tail(self, index: int = -1) -> float:
+    def tails(self, count: int) -> Tensor:
         """From pinned memory."""
-        return float(self._tail[index])
+        return self._tail[-count:]
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -106,7 +107,7 @@ class StagedHandle(TimedHandle):
     """One buffer under way through `Staging`."""
 
     def __init__(self, buffer: Tensor, staging: Staging) -> None:
-        super().__init__(buffer)
+        super().__init__(buffer, now=time.perf_counter())
         stream = _side_stream(buffer.device)
         self._stream = stream
         self._staging = staging
@@ -144,6 +145,6 @@ class StagedHandle(TimedHandle):
             self.buffer.copy_(self._host, non_blocking=True)
         torch.cuda.current_stream(self.buffer.device).wait_stream(self._stream)
 
-    def tail(self, index: int = -1) -> float:
+    def tails(self, count: int) -> Tensor:
         """From the host's copy."""
-        return float(self._host[index])
+        return self._host[-count:]

@@ -33,6 +33,7 @@ class Handle:
         self.buffer = buffer
         self.launched_at = now
         self.finished_at: float | None = None
+        self.unfinished_at = now
         self.waited_s: float | None = None
         self.worked_s = 0.0
 
@@ -47,9 +48,9 @@ class Handle:
         """
         self.waited_s = 0.0
 
-    def tail(self, index: int = -1) -> float:
-        """One of the buffer's last elements, counted from the end, on the host; after `wait`."""
-        return float(self.buffer[index])
+    def tails(self, count: int) -> Tensor:
+        """The result's last elements, on the host; after `wait`."""
+        return self.buffer[-count:]
 
     @property
     def seconds(self) -> float:
@@ -59,10 +60,6 @@ class Handle:
 
 class TimedHandle(Handle, ABC):
     """A collective that takes real time; subclasses say how to wait for it."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        super().__init__(buffer, now=time.perf_counter())
-        self.unfinished_at = self.launched_at
 
     def wait(self, timeout_s: float) -> None:
         """Block, by the clock."""
@@ -109,7 +106,7 @@ class WorkHandle(TimedHandle):
     """
 
     def __init__(self, work: dist.Work, buffer: Tensor, divisor: int = 1) -> None:
-        super().__init__(buffer)
+        super().__init__(buffer, now=time.perf_counter())
         self.work: dist.Work | None = work
         self._divisor = divisor
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from distoptim.comm import control
 from distoptim.comm.communicator import CommunicationError, Communicator, SingleWorker
 from distoptim.comm.cuda import NcclHandle, Staging
 from distoptim.comm.handles import Handle, TimedHandle, WorkHandle
+
+# Whose options of one collective have no types.
+_c10d: Any = dist.distributed_c10d
 
 # Groups that were left and whose place in torch's count of groups is free.
 _left = 0
@@ -93,6 +97,7 @@ class ProcessGroupCommunicator(Communicator):
         self.size = dist.get_world_size(group)
         self._ranks = None if group is None else dist.get_process_group_ranks(group)
         self._timeout = timedelta(seconds=timeout_s)
+        self._limit = self._timeout
         self._backends = _backends(group)
         self._averages = {kind: _averages(backend) for kind, backend in self._backends.items()}
         self._staging: Staging | None = None
@@ -110,6 +115,13 @@ class ProcessGroupCommunicator(Communicator):
         """The workers' ranks among all."""
         return list(range(self.size)) if self._ranks is None else self._ranks
 
+    def begin_round(self, due_in_s: float = 0.0) -> None:
+        """Let the next means wait for late workers until they are due, and `timeout_s` from there.
+
+        gloo counts from the launch.
+        """
+        self._limit = self._timeout + timedelta(seconds=2 * due_in_s)
+
     def all_reduce(self, buffer: Tensor) -> Handle:
         """Start the mean of `buffer`.
 
@@ -126,14 +138,15 @@ class ProcessGroupCommunicator(Communicator):
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
         """Start the all-gather of `input` into the rows of `output`; host memory only."""
         group = self._group("means" if after is None else "second stages")
-        work = dist.all_gather(list(output.unbind(0)), input, group=group, async_op=True)
-        assert work is not None
-        return WorkHandle(work, output)
+        options = _c10d.AllgatherOptions()
+        options.timeout = self._limit
+        return WorkHandle(group.allgather([list(output.unbind(0))], [input], options), output)
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
         """Start the all-to-all of rows; host memory only."""
-        work = dist.all_to_all_single(output, input, group=self._group("means"), async_op=True)
-        assert work is not None
+        options = _c10d.AllToAllOptions()
+        options.timeout = self._limit
+        work = self._group("means").alltoall_base(output, input, [], [], options)
         return WorkHandle(work, output)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
@@ -212,9 +225,11 @@ class ProcessGroupCommunicator(Communicator):
         self, buffer: Tensor, handle: Callable[[dist.Work, Tensor, int], TimedHandle]
     ) -> TimedHandle:
         average = self._averages.get(buffer.device.type, False)
-        op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
-        work = dist.all_reduce(buffer, op=op, group=self._group("means"), async_op=True)
-        assert work is not None
+        # torch.distributed.all_reduce knows no timeout of one collective.
+        options = _c10d.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
+        options.timeout = self._limit
+        work = (self._groups.get("means") or self._group("means")).allreduce([buffer], options)
         return handle(work, buffer, 1 if average else self.size)
 
 

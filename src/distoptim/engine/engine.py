@@ -19,6 +19,7 @@ from distoptim.comm import Communicator, Handle
 from distoptim.comm.codecs import Coding
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
+from distoptim.engine.identity import SIZE, Identity, Kind, identify
 from distoptim.engine.reducer import Reducer, mark_finite
 from distoptim.engine.stats import Counters
 from distoptim.engine.weights import Weights
@@ -141,7 +142,7 @@ class Engine(Rounds):
                 index,
                 fragment,
                 rule.start(fragment),
-                fragment.flat(extra=1 + (0 if index else measured)),
+                fragment.flat(extra=(0 if index else measured) + SIZE + 1),
                 extra=0 if index else measured,
             )
             for index, fragment in enumerate(fragments)
@@ -205,7 +206,7 @@ class Engine(Rounds):
                 sync.next_launch = self.step + clock.tau
         self.plan()
 
-    def _launch(self, sync: FragmentSync) -> None:
+    def _launch(self, sync: FragmentSync, kind: Kind = Kind.ROUND) -> None:
         """Form the payload and start its mean, without waiting."""
         start = time.perf_counter()
         with record_function("distoptim::launch"):
@@ -218,10 +219,12 @@ class Engine(Rounds):
                 weight = weights.weight(step=self.step, since=since, samples=sync.samples)
             if sync.extra:
                 extras = self._measure()
-            handle = self.reducer.start(sync, finite, weight, extras)
+            identity = identify(kind, sync.index, self.reducer.messages, self.step)
+            self.communicator.begin_round(self.clock.delay * self.counters.step_s)
+            handle = self.reducer.start(sync, finite, weight, extras, identity)
         self.counters.overhead_s += time.perf_counter() - start
         self.counters.bytes += sync.nbytes
-        self._take_off(sync, handle, finite, launched=self.step)
+        self._take_off(sync, handle, finite, launched=self.step, identity=identity)
 
     def _form(self, sync: FragmentSync) -> Tensor:
         """Write the payload into the buffer; whether it is finite."""
@@ -238,10 +241,16 @@ class Engine(Rounds):
         return finite
 
     def _take_off(
-        self, sync: FragmentSync, handle: Handle, finite: Tensor, *, launched: int
+        self,
+        sync: FragmentSync,
+        handle: Handle,
+        finite: Tensor,
+        *,
+        launched: int,
+        identity: Identity | None = None,
     ) -> None:
         lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
-        sync.pending = PendingMean(handle, finite, launched + self.clock.delay, lr)
+        sync.pending = PendingMean(handle, finite, launched + self.clock.delay, lr, identity)
         sync.launched = launched
         sync.samples = self.weights.samples or 0.0
 
@@ -260,8 +269,8 @@ class Engine(Rounds):
                 self._ended = True
                 return
             if sync.extra:
-                means = [handle.tail(i - 1 - sync.extra) / weight for i in range(sync.extra)]
-                self.clock.told(means)
+                measured = handle.tails(sync.extra + SIZE + 1)[: sync.extra]
+                self.clock.told([float(x) / weight for x in measured])
             workers = float(self.communicator.size)
             if weight != 1:
                 workers *= self.weights.share(weight)
@@ -295,10 +304,15 @@ class Engine(Rounds):
         self.check_local()
         self.reducer.check()
         self.drain()
+        order = self._next_first()
+        left = [sync for sync in order if sync.launched < self.step]
+        if left[:1] != order[:1]:
+            # The first message must be as long as what a worker that is elsewhere sends next.
+            self.reducer.meet(order[0], self._identity(Kind.FLUSH, order[0]))
+        for sync in left:
+            self._launch(sync, Kind.FLUSH)
+            self._merge(sync)
         for sync in self.syncs:
-            if sync.launched < self.step:
-                self._launch(sync)
-                self._merge(sync)
             sync.place(self.step, self.clock.tau)
         self.plan()
 
@@ -348,8 +362,8 @@ class Engine(Rounds):
     def _end_join(self, weight: float) -> None:
         """Drop what is in flight of workers that have all run out of data; x <- weighted mean."""
         self.drain()
-        for sync in self.syncs:
-            mean = self.reducer.mean_of(sync.fragment, weight, may_be_empty=True)
+        means = self.means(Kind.JOIN, weight=weight, may_be_empty=True)
+        for sync, mean in zip(self.syncs, means, strict=True):
             if mean.tensor[-1]:
                 sync.fragment.write(mean)
             sync.launched = self.step
@@ -359,9 +373,49 @@ class Engine(Rounds):
         self.weights.left_at = None
         self.resume_at(self.step)
 
-    def mean_of(self, fragment: Fragment) -> Flat:
-        """The workers' mean of a fragment's values now, in a new buffer; blocking and collective."""
-        return self.reducer.mean_of(fragment)
+    def means(self, kind: Kind, *, weight: float = 1.0, may_be_empty: bool = False) -> list[Flat]:
+        """The workers' means of all fragments' values now, in new buffers; blocking and collective.
+
+        Rounds in flight go on; what is in flight is waited for, so that a worker that is elsewhere is
+        found out.
+
+        Raises:
+            CommunicationError: on all workers, if they are not all here.
+        """
+        self.reducer.check()
+        self.settle()
+        self.reducer.check()
+        order = self._next_first()
+        if order[0].compressed is not None:
+            # These means come uncoded; to begin with, one of the form that others would send.
+            self.reducer.meet(order[0], self._identity(kind, order[0]))
+        found = {
+            sync.index: self.reducer.mean_of(
+                sync.fragment,
+                self._identity(kind, sync),
+                extra=sync.extra,
+                weight=weight,
+                may_be_empty=may_be_empty,
+            )
+            for sync in order
+        }
+        return [found[sync.index] for sync in self.syncs]
+
+    def mean_of(self, fragment: Fragment, kind: Kind) -> Flat:
+        """The same for another fragment, after `means`."""
+        identity = identify(kind, len(self.syncs), self.reducer.messages, self.step)
+        return self.reducer.mean_of(fragment, identity)
+
+    def _next_first(self) -> list[FragmentSync]:
+        """The fragments in the order of their next launches, which is the same on all workers.
+
+        The first message of whatever is no regular launch must be of the first one's length: see
+        `Reducer.meet`.
+        """
+        return sorted(self.syncs, key=lambda sync: (sync.next_launch, sync.index))
+
+    def _identity(self, kind: Kind, sync: FragmentSync) -> Identity:
+        return identify(kind, sync.index, self.reducer.messages, self.step)
 
     def check_local(self) -> None:
         """Whether parameters are the worker's own.
@@ -551,4 +605,4 @@ def _launched_together(engines: Sequence[Engine]) -> None:
         if engine.clock.delay == 0:
             engine.merge_due()
             engine.plan()
-        engine.counters.tick(engine.communicator.now())
+        engine.counters.ticked_at = engine.communicator.now()

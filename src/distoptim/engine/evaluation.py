@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from distoptim.engine.engine import Engine
+from distoptim.engine.identity import Kind
 from distoptim.fragments import build
 
 
@@ -24,9 +25,10 @@ def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
     _check(engine, module)
     buffers = [b for b in (module.buffers() if module is not None else ()) if b.is_floating_point()]
     fragments = [sync.fragment for sync in engine.syncs]
-    if buffers:
-        fragments += build(buffers, [0] * len(buffers), [range(len(buffers))])
-    means = [engine.mean_of(f) for f in fragments]
+    means = engine.means(Kind.AVERAGED)
+    for fragment in build(buffers, [0] * len(buffers), [range(len(buffers))]) if buffers else ():
+        fragments.append(fragment)
+        means.append(engine.mean_of(fragment, Kind.AVERAGED))
     with torch.no_grad():
         local = [[x.clone() for x in f.local()] for f in fragments]
         for f, mean in zip(fragments, means, strict=True):
@@ -74,8 +76,8 @@ def consensus_distance(engine: Engine) -> float:
     x is this rank's shard where parameters are DTensors.
     """
     square = 0.0
-    for fragment in (sync.fragment for sync in engine.syncs):
-        mean = engine.mean_of(fragment)
+    means = engine.means(Kind.CONSENSUS)
+    for fragment, mean in zip([sync.fragment for sync in engine.syncs], means, strict=True):
         mine = fragment.flat()
         fragment.read(mine)
         square += float(torch.dist(mine.tensor, mean.tensor[: fragment.numel])) ** 2

@@ -11,6 +11,7 @@ from torch import Tensor
 from distoptim import rule as rules
 from distoptim.comm import Handle
 from distoptim.comm.compressed import CompressedMean
+from distoptim.engine.identity import Identity
 from distoptim.fragments import Flat, Fragment
 from distoptim.rule import State
 
@@ -27,12 +28,14 @@ class PendingMean:
             for.
         due: the local step of the merge.
         lr: inner learning rates at the launch, per segment.
+        identity: of the message; None where nothing was sent.
     """
 
     handle: Handle
     finite: Tensor
     due: int
     lr: list[float]
+    identity: Identity | None = None
 
 
 @final
@@ -40,13 +43,12 @@ class PendingMean:
 class FragmentSync:
     """A fragment, its algorithm's state, its buffer, its launches and merges, and what is in flight.
 
-    The buffer has one element more than the fragment, the worker's weight, so that mean = sum of
-    weighted payloads / sum of weights; before it, in the first fragment's, what the worker has measured
-    for the period.
+    The buffer is [parameters, what the worker has measured for the period (in the first fragment's), the
+    message's identity, the worker's weight]: mean = sum of weighted payloads / sum of weights.
 
     Attributes:
         index: among the fragments, in the order of their launches.
-        extra: elements between the parameters and the weight.
+        extra: numbers measured for the period.
         next_launch: local step of the next launch.
         launched: local step of the last launch.
         merges: how many means were merged.
@@ -106,7 +108,11 @@ class FragmentSync:
         self.samples = saved["samples"]
         pending = saved["pending"]
         if pending is not None:
-            self.buffer.tensor.copy_(pending["mean"])
+            # Without the identity, which older versions did not have: it has been looked at.
+            mean = pending["mean"]
+            kept = self.fragment.numel + self.extra
+            self.buffer.tensor[:kept] = mean[:kept]
+            self.buffer.tensor[-1] = mean[-1]
             self.pending = PendingMean(
                 Handle(self.buffer.tensor),
                 torch.tensor(pending["finite"]),

@@ -1,7 +1,8 @@
 """Payloads -> their weighted mean over the workers: the finite check, bounded waits, one error.
 
-A message is [payload, what the period measures, 1], all times the worker's weight, so that the mean of
-the last element is the mean weight, by which the rest is divided on arrival.
+A message is [payload, what the period measures, identity, 1]; all but the identity comes times the
+worker's weight, so that the mean of the last element is the mean weight, by which the rest is divided on
+arrival.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from distoptim.comm import CommunicationError, Communicator, Handle
 from distoptim.comm.codecs import Coding
 from distoptim.comm.compressed import CompressedMean, check_codable
 from distoptim.engine.fragment_sync import FragmentSync
+from distoptim.engine.identity import SIZE, Identity
 from distoptim.fragments import Flat, Fragment
 
 logger = logging.getLogger("distoptim")
@@ -47,6 +49,8 @@ class Reducer:
         self.timeout_s = timeout_s
         self.codec = codec
         self.failure: CommunicationError | None = None
+        # How many messages this worker has sent; in step with the other workers'.
+        self.messages = 0
         self._abandon = abandon
 
     def code(self, sync: FragmentSync, shared: Tensor | None) -> None:
@@ -70,7 +74,7 @@ class Reducer:
             self.codec,
             self.communicator,
             numel=fragment.numel,
-            extra=1 + sync.extra,
+            extra=sync.extra + SIZE + 1,
             start=start,
             shared=shared,
         )
@@ -87,7 +91,12 @@ class Reducer:
             raise self.failure
 
     def start(
-        self, sync: FragmentSync, finite: Tensor, weight: float, extras: Sequence[Tensor | float]
+        self,
+        sync: FragmentSync,
+        finite: Tensor,
+        weight: float,
+        extras: Sequence[Tensor | float],
+        identity: Identity,
     ) -> Handle:
         """Send a payload that `mark_finite` has looked at.
 
@@ -95,18 +104,23 @@ class Reducer:
             sync: whose buffer holds it.
             finite: the mark; a payload that is not finite is sent as 0 of weight 0.
             weight: of this worker.
-            extras: what the period measures, at the buffer's end.
+            extras: what the period measures.
+            identity: of the message.
         """
         fragment = sync.fragment
         buffer = sync.buffer.tensor
+        numel = fragment.numel
         if fragment.device.type == "cpu" and not finite:
             buffer.zero_()
         for i, value in enumerate(extras):
-            buffer[fragment.numel + i] = value
+            buffer[numel + i] = value
         if extras:
-            buffer[fragment.numel : -1].mul_(buffer[-1])
+            buffer[numel : numel + len(extras)].mul_(buffer[-1])
         if weight != 1:
             buffer.mul_(weight)
+        # Last, since it carries no weight.
+        buffer[-1 - SIZE : -1] = identity.code
+        self.messages += 1
         try:
             if sync.compressed is not None:
                 return sync.compressed.start(buffer)
@@ -118,37 +132,76 @@ class Reducer:
         """Wait for a fragment's mean and weigh it; returns the mean weight.
 
         Raises:
-            CommunicationError: it failed, or did not come within the timeout.
+            CommunicationError: it failed, did not come within the timeout, or is of something else.
             FloatingPointError: the weight is 0, which it may not be.
         """
         pending = sync.pending
         assert pending is not None
-        self._wait(pending.handle, sync.name)
+        self._wait(pending.handle, sync.name, pending.identity)
         sync.pending = None
         return _normalise(sync.buffer.tensor, pending.handle, sync.name, may_be_empty)
 
     @torch.no_grad()
     def mean_of(
-        self, fragment: Fragment, weight: float = 1.0, *, may_be_empty: bool = False
+        self,
+        fragment: Fragment,
+        identity: Identity,
+        *,
+        extra: int = 0,
+        weight: float = 1.0,
+        may_be_empty: bool = False,
     ) -> Flat:
         """The workers' weighted mean of a fragment's values now, in a new buffer.
 
         Blocking and collective. Its last element is 1, or 0 where all weights are and that may be.
+
+        Args:
+            fragment: of which parameters.
+            identity: of the message.
+            extra: elements that make the message as long as one of the fragment's rounds.
+            weight: of this worker.
+            may_be_empty: whether all weights may be 0.
         """
         self.check()
-        flat = fragment.flat(extra=1)
+        flat = fragment.flat(extra=extra + SIZE + 1)
         fragment.read(flat)
         mark_finite(flat.tensor, fragment)
         if weight != 1:
             flat.tensor.mul_(weight)
         name = "all parameters"
-        try:
-            handle = self.communicator.all_reduce(flat.tensor)
-        except RuntimeError as error:
-            self._fail(name, 0.0, error)
-        self._wait(handle, name)
+        handle = self._send(flat.tensor, identity, name)
+        self._wait(handle, name, identity)
         _normalise(flat.tensor, handle, name, may_be_empty)
         return flat
+
+    def meet(self, sync: FragmentSync, identity: Identity) -> None:
+        """See that all workers are in the same call, by a message of a round's form without payload.
+
+        Whoever is elsewhere sends the next fragment's mean of its round: of the same length, so the two
+        pair and both sides see it. (gloo ends the process where lengths differ.)
+
+        Args:
+            sync: the fragment that would be launched next.
+            identity: of the message.
+
+        Raises:
+            CommunicationError: on all workers, if they are not.
+        """
+        if self.communicator.in_lockstep:
+            return
+        self.check()
+        tail = torch.zeros_like(sync.buffer.tensor[sync.fragment.numel :])
+        name = str(identity)
+        if sync.compressed is None:
+            handle = self._send(torch.zeros_like(sync.buffer.tensor), identity, name)
+        else:
+            tail[-1 - SIZE : -1] = identity.code
+            self.messages += 1
+            try:
+                handle = sync.compressed.start_empty(tail)
+            except RuntimeError as error:
+                self._fail(name, 0.0, error)
+        self._wait(handle, name, identity)
 
     def settle(self, syncs: Iterable[FragmentSync]) -> None:
         """Wait for what is in flight without merging it.
@@ -159,7 +212,7 @@ class Reducer:
             # None if an earlier one of them has failed.
             if sync.pending is not None:
                 try:
-                    self._wait(sync.pending.handle, sync.name)
+                    self._wait(sync.pending.handle, sync.name, sync.pending.identity)
                 except CommunicationError:
                     logger.warning("a mean in flight is lost: %s", self.failure)
                     return
@@ -169,24 +222,58 @@ class Reducer:
         self.communicator.close()
         self.failure = self.failure or CommunicationError("the optimizer has been closed")
 
-    def _wait(self, handle: Handle, name: str) -> None:
+    def _send(self, buffer: Tensor, identity: Identity, name: str) -> Handle:
+        buffer[-1 - SIZE : -1] = identity.code
+        self.messages += 1
+        try:
+            return self.communicator.all_reduce(buffer)
+        except RuntimeError as error:
+            self._fail(name, 0.0, error)
+
+    def _wait(self, handle: Handle, name: str, identity: Identity | None) -> None:
+        """Wait, and see that it is the mean of what all workers meant."""
         try:
             with record_function("distoptim::wait"):
                 handle.wait(self.timeout_s)
         except RuntimeError as error:
             self._fail(name, self.communicator.now() - handle.launched_at, error)
+        if identity is not None:
+            found = handle.tails(SIZE + 1)[:SIZE]
+            # Not exactly: some backends divide by the number of workers before they add. Means of
+            # integers that differ do so by 1/workers at least.
+            if bool((found - identity.code).abs().max() > 0.25 / self.communicator.size):
+                self._mismatch(identity)
+
+    def _mismatch(self, identity: Identity) -> NoReturn:
+        """Tell who is where; all workers that took part in the mean come here."""
+        try:
+            places = self.communicator.all_gather_json(str(identity), what="where the workers are")
+            where = ", ".join(f"rank {rank} in {place}" for rank, place in enumerate(places))
+        except RuntimeError as error:
+            where = f"this worker in {identity}, another one elsewhere ({error})"
+        raise self._give_up(
+            f"workers are not in the same call: {where}. All must call average() equally often, and "
+            "averaged(), flush() and the like together; nothing of this was merged"
+        )
 
     def _fail(self, name: str, seconds: float, error: Exception) -> NoReturn:
         """Give up communication for good, keeping parameters and state."""
-        self.failure = CommunicationError(
-            f"rank {self.communicator.rank}: mean of {name} failed {seconds:.1f} s after its "
-            f"launch (timeout {self.timeout_s:g} s): {error}. Parameters and anchor are valid: save "
-            "them, and restart with the workers that are left"
+        failure = self._give_up(
+            f"mean of {name} failed {seconds:.1f} s after its launch (timeout {self.timeout_s:g} s): "
+            f"{error}"
         )
+        raise failure from error
+
+    def _give_up(self, why: str) -> CommunicationError:
+        failure = CommunicationError(
+            f"rank {self.communicator.rank}: {why}. Parameters and anchor are valid: save them, and "
+            "restart with the workers that are left"
+        )
+        self.failure = failure
         # Before the groups are left: peers hear of it only when nobody holds the handles any more.
         self._abandon()
         self.communicator.close()
-        raise self.failure from error
+        return failure
 
 
 def mark_finite(buffer: Tensor, fragment: Fragment) -> Tensor:
@@ -219,7 +306,7 @@ def mark_finite(buffer: Tensor, fragment: Fragment) -> Tensor:
 
 def _normalise(buffer: Tensor, handle: Handle, name: str, may_be_empty: bool) -> float:
     """Mean of weighted payloads -> weighted mean; returns the mean weight."""
-    weight = handle.tail()
+    weight = float(handle.tails(1)[0])
     if weight == 0 and not may_be_empty:
         raise FloatingPointError(
             f"{name}: no worker has finite values (and samples to weigh them by, where they are "

@@ -20,6 +20,8 @@ class Counters:
     quarantined: int = 0
     started_at: float | None = None
     ticked_at: float = 0.0
+    ticks: int = 0
+    step_s: float = 0.0
     unread: list[Handle] = field(default_factory=list)
 
     def tick(self, now: float) -> None:
@@ -27,13 +29,20 @@ class Counters:
         self.ticked_at = now
         if self.started_at is None:
             self.started_at = self.ticked_at
+            return
+        self.ticks += 1
+        self.step_s = (now - self.started_at) / self.ticks
 
     def waited(self, handle: Handle) -> None:
         """Count a handle that has been waited for; a GPU's wait is known only some time later."""
         if handle.waited_s is None:
             self.unread.append(handle)
-        else:
-            self._add(handle)
+            return
+        self.exposed_s += handle.waited_s
+        self.overhead_s += handle.worked_s
+        if handle.finished_at is not None:
+            hidden = handle.finished_at - handle.launched_at - handle.waited_s
+            self.hidden_s += max(0.0, hidden)
 
     def merged(self, staleness: int, seconds: float) -> None:
         """Count a merge."""
@@ -49,14 +58,6 @@ class Counters:
             handle.poll()
             self.waited(handle)
         return self.exposed_s
-
-    def _add(self, handle: Handle) -> None:
-        assert handle.waited_s is not None
-        self.exposed_s += handle.waited_s
-        self.overhead_s += handle.worked_s
-        if handle.finished_at is not None:
-            hidden = handle.finished_at - handle.launched_at - handle.waited_s
-            self.hidden_s += max(0.0, hidden)
 
     def report(self, steps: int, tau: int) -> dict[str, float]:
         """The totals by name."""

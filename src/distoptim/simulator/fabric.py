@@ -217,6 +217,8 @@ class VirtualHandle(Handle):
 class VirtualCommunicator(Communicator):
     """Worker `rank` of a fabric."""
 
+    in_lockstep = True
+
     def __init__(self, fabric: Fabric, rank: int) -> None:
         self.rank = rank
         self.size = fabric.workers

@@ -16,6 +16,7 @@ from torch import Tensor
 import distoptim
 from distoptim.comm import Communicator, Handle
 from distoptim.comm.codecs import CODECS, Codec, ErrorFeedback, find
+from distoptim.engine.identity import SIZE
 from distoptim.testing import processes as workers
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
@@ -160,13 +161,14 @@ def test_error_feedback_loses_nothing_in_the_sum(name: str) -> None:
     run = cluster(distoptim.LocalSGD, size=1, tau=1, codec=f"{name}+ef")
     coder = inspect(run.optimizers[0]).fragments[0].coded
     given, got = torch.zeros(coder.numel), torch.zeros(coder.numel)
-    buffer = torch.zeros(coder.numel + 1)
+    buffer = torch.zeros(coder.numel + coder.extra)
     for i in range(20):
         d = numbers(coder.numel, i)
-        buffer[:-1], buffer[-1] = coder.reference + d, 1.0
+        buffer[: coder.numel] = coder.reference + d
+        buffer[-1] = 1.0
         coder.start(buffer).wait(1.0)
         given += d
-        got += buffer[:-1] - coder.reference
+        got += buffer[: coder.numel] - coder.reference
     torch.testing.assert_close(got + coder.residual, given, rtol=0, atol=2e-5)
     assert coder.residual.abs().max() > 0.01
 

@@ -72,9 +72,9 @@ def test_a_hidden_mean_ended_between_the_looks_that_found_it_under_way_and_over(
     handle.wait(1.0)
     assert handle.waited_s == 0.0
     assert handle.seconds == 2.5
-    assert handle.tail() == 2.0, "divided, once"
+    assert handle.tails(1).item() == 2.0, "divided, once"
     handle.wait(1.0)
-    assert handle.tail() == 2.0
+    assert handle.tails(1).item() == 2.0
 
 
 def test_a_mean_that_is_waited_for_ends_then(clock: Clock) -> None:

@@ -1,0 +1,136 @@
+"""No mean is taken for another one: workers in unlike calls get one error on all, that names both sides."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from distoptim import ALGORITHMS, CommunicationError
+from distoptim.testing.processes import run
+from tests.helpers import toy
+
+TAU, WORKERS, TIMEOUT_S = 4, 3, 30.0
+# What a worker does alone after local step 6, in mid-round, or at the end; the others go on.
+ALONE: dict[str, Any] = {
+    "averaged()": lambda o: o.averaged().__enter__(),
+    "flush()": lambda o: o.flush(),
+    "consensus_distance()": lambda o: o.consensus_distance(),
+}
+MAKERS = {
+    f"{name}-{count}-{codec}": partial(
+        ALGORITHMS[name], lr=0.1, tau=TAU, fragments=count, codec=codec, timeout_s=TIMEOUT_S
+    )
+    for name in ("local-sgd", "overlap-local-sgd", "diloco", "co2", "streaming-diloco")
+    for count in (1, 3)
+    for codec in (None, "int8+ef")
+}
+
+
+def shared(optimizer: Any) -> list[torch.Tensor]:
+    return [
+        value.tensor.clone()
+        for state in optimizer.engine.shared_state()
+        for name, value in state.items()
+        if name == "anchor"
+    ]
+
+
+def attempt(rank: int, make: Any, act: Any) -> tuple[str, bool]:
+    """The error of this worker, and whether its anchors are those of the last mean it merged."""
+    params = [torch.nn.Parameter(p) for p in toy.start(torch.float32)]
+    optimizer = make(params)
+    before: list[torch.Tensor] = []
+    try:
+        for step in range(1, 10 * TAU):
+            for p, g in zip(params, toy.gradient(rank, params), strict=True):
+                p.grad = g.detach()
+            optimizer.step()
+            before = shared(optimizer)
+            act(rank, step, optimizer)
+            optimizer.average()
+        optimizer.flush()
+    except CommunicationError as error:
+        untouched = all(map(torch.equal, before, shared(optimizer)))
+        finite = all(bool(p.isfinite().all()) for p in params)
+        return str(error), untouched and finite
+    return "", False
+
+
+def every_case(rank: int, what: str) -> dict[str, tuple[str, bool]]:
+    def act(me: int, step: int, optimizer: Any) -> None:
+        if me == 1 and step == 6:
+            ALONE[what](optimizer)
+
+    return {name: attempt(rank, make, act) for name, make in MAKERS.items()}
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_a_worker_alone_in_a_call_is_an_error_on_all_that_names_both(what: str) -> None:
+    for found in run(every_case, WORKERS, what):
+        for name, (text, valid) in found.items():
+            assert f"rank 1 in {what}" in text, (name, text)
+            assert "rank 0 in average(), the mean of fragment" in text, (name, text)
+            assert valid, name
+
+
+def skipping(rank: int) -> dict[str, tuple[str, bool]]:
+    """Worker 2 leaves out a call of average(), and so is one behind at the end."""
+    out = {}
+    for name, make in MAKERS.items():
+        params = [torch.nn.Parameter(p) for p in toy.start(torch.float32)]
+        optimizer = make(params)
+        try:
+            for step in range(1, 5 * TAU + 1):
+                for p, g in zip(params, toy.gradient(rank, params), strict=True):
+                    p.grad = g.detach()
+                optimizer.step()
+                if (rank, step) != (2, 7):
+                    optimizer.average()
+            optimizer.flush()
+        except CommunicationError as error:
+            out[name] = str(error)
+        else:
+            out[name] = ""
+    return out
+
+
+def test_a_skipped_step_comes_out_by_the_flush_at_the_latest() -> None:
+    for found in run(skipping, WORKERS):
+        for name, text in found.items():
+            assert "workers are not in the same call" in text, (name, text)
+            assert f"rank 2 in flush() at local step {5 * TAU - 1}" in text, (name, text)
+
+
+def balanced(rank: int) -> list[float]:
+    """Steps 8, 10 and 12 have the mean 10: the worker in the middle must see it too."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = ALGORITHMS["local-sgd"]([parameter], lr=0.1, tau=100, timeout_s=TIMEOUT_S)
+    for _ in range(8 + 2 * rank):
+        optimizer.average()
+    with pytest.raises(CommunicationError, match="rank 0 in flush.. at local step 8, rank 1 .* 10"):
+        optimizer.flush()
+    return [float(parameter)]
+
+
+def test_steps_whose_mean_is_the_own_one_are_told_apart() -> None:
+    assert run(balanced, 3) == [[0.0]] * 3
+
+
+def equal_counts(rank: int) -> float:
+    """Workers that leave out other batches, equally many, are in phase."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = ALGORITHMS["local-sgd"]([parameter], lr=1.0, tau=4, timeout_s=TIMEOUT_S)
+    for step in range(20):
+        if step % 5 != rank:
+            parameter.grad = torch.ones(1)
+            optimizer.step()
+            optimizer.average()
+    optimizer.flush()
+    return float(parameter)
+
+
+def test_equal_counts_of_other_batches_are_right() -> None:
+    assert run(equal_counts, 2) == [-16.0, -16.0]
