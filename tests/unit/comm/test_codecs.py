@@ -140,7 +140,7 @@ def test_stats_count_the_code(name: str, algorithm: str) -> None:
     for numel in launched:
         whole, part = (-(-codec.nbytes(math.ceil(numel / 256 / n) * 256) // 4) * 4 for n in (1, 4))
         # One stage, or two of a fourth each; the weight before what the first sends.
-        expected += 4 * (4 + min(whole, 2 * part)) // 2
+        expected += 4 * (4 * (1 + SIZE) + min(whole, 2 * part)) // 2
     assert run.optimizers[0].stats()["bytes"] == expected
 
 
