@@ -29,7 +29,10 @@ MAKERS = {
 }
 
 
-def shared(optimizer: Any) -> list[torch.Tensor]:
+Anchors = list[torch.Tensor]
+
+
+def anchors(optimizer: Any) -> Anchors:
     return [
         value.tensor.clone()
         for state in optimizer.engine.shared_state()
@@ -38,33 +41,42 @@ def shared(optimizer: Any) -> list[torch.Tensor]:
     ]
 
 
-def attempt(rank: int, make: Any, act: Any) -> tuple[str, bool]:
-    """The error of this worker, and whether its anchors are those of the last mean it merged."""
+def attempt(rank: int, make: Any, act: Any, steps: int) -> tuple[str, dict[int, Anchors]]:
+    """The error of this worker, and its anchors after so many merges: at each step and at the end."""
     params = [torch.nn.Parameter(p) for p in toy.start(torch.float32)]
     optimizer = make(params)
-    before: list[torch.Tensor] = []
+    seen: dict[int, Anchors] = {}
+    error = ""
     try:
-        for step in range(1, 10 * TAU):
+        for step in range(1, steps):
             for p, g in zip(params, toy.gradient(rank, params), strict=True):
                 p.grad = g.detach()
             optimizer.step()
-            before = shared(optimizer)
             act(rank, step, optimizer)
             optimizer.average()
-        optimizer.flush()
-    except CommunicationError as error:
-        untouched = all(map(torch.equal, before, shared(optimizer)))
-        finite = all(bool(p.isfinite().all()) for p in params)
-        return str(error), untouched and finite
-    return "", False
+            seen[optimizer.stats()["syncs"]] = anchors(optimizer)
+        optimizer.close()
+    except CommunicationError as failure:
+        error = str(failure)
+    assert all(bool(p.isfinite().all()) for p in params)
+    seen[optimizer.stats()["syncs"]] = anchors(optimizer)
+    return error, seen
 
 
 def every_case(rank: int, what: str) -> dict[str, tuple[str, bool]]:
+    """The error, and whether the anchors are at every time those of a run without a fault."""
+
     def act(me: int, step: int, optimizer: Any) -> None:
         if me == 1 and step == 6:
             ALONE[what](optimizer)
 
-    return {name: attempt(rank, make, act) for name, make in MAKERS.items()}
+    out = {}
+    for name, make in MAKERS.items():
+        _, right = attempt(rank, make, lambda *_: None, 4 * TAU)
+        error, seen = attempt(rank, make, act, 40 * TAU)
+        valid = all(all(map(torch.equal, seen[count], right[count])) for count in seen)
+        out[name] = error, valid
+    return out
 
 
 @pytest.mark.parametrize("what", ALONE)
