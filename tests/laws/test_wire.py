@@ -21,9 +21,10 @@ from torch import Tensor
 
 import distoptim
 from distoptim import simulator
-from distoptim.comm import CommunicationError, Handle, Link
+from distoptim.comm import CommunicationError, Handle, Link, ProcessGroupCommunicator
 from distoptim.comm.codecs import BLOCK, CODECS
 from distoptim.comm.handles import Stages, TwoStageHandle
+from distoptim.engine.identity import SIZE
 from distoptim.periods import HideCommunication, PostLocal
 from distoptim.simulator import VirtualCommunicator
 from distoptim.testing import processes as workers
@@ -37,11 +38,11 @@ NUMEL = sum(p.numel() for p in START)
 def sent_per_mean(name: str | None, m: int, numel: int = NUMEL) -> float:
     """What each worker sends, by the formula."""
     if name is None:
-        return 2 * (m - 1) / m * 4 * (numel + 1)
+        return 2 * (m - 1) / m * 4 * (numel + SIZE + 1)
     codec, blocks = CODECS[name.removesuffix("+ef")], -(-numel // BLOCK)
     part = -(-blocks // m)
     whole, share = (-(-codec.nbytes(n * BLOCK) // 4) * 4 for n in (blocks, part))
-    return (m - 1) * min(4 + whole, 4 + 2 * share)
+    return (m - 1) * (4 * (SIZE + 1) + min(whole, 2 * share))
 
 
 def coders_of(run: Lockstep) -> list[Any]:
@@ -123,10 +124,11 @@ def test_two_stages_lose_nothing_in_the_sum(name: str, weight: float) -> None:
     coders = coders_of(run)
     given, got = torch.zeros(NUMEL), torch.zeros(NUMEL)
     for i in range(20):
-        buffers = [torch.zeros(NUMEL + 1) for _ in coders]
+        buffers = [torch.zeros(NUMEL + coders[0].extra) for _ in coders]
         for j, (coder, buffer) in enumerate(zip(coders, buffers, strict=True)):
             d = numbers(NUMEL, 10 * i + j)
-            buffer[:-1], buffer[-1] = (coder.reference + d) * weight, weight
+            buffer[:NUMEL] = (coder.reference + d) * weight
+            buffer[-1] = weight
             given += d / len(coders)
         handles = [c.start(b) for c, b in zip(coders, buffers, strict=True)]
         for handle in handles:
@@ -135,7 +137,7 @@ def test_two_stages_lose_nothing_in_the_sum(name: str, weight: float) -> None:
             handle.wait(1.0)
         assert all(torch.equal(buffers[0], b) for b in buffers)
         assert buffers[0][-1] == weight
-        got += buffers[0][:-1] / weight - coders[0].reference
+        got += buffers[0][:NUMEL] / weight - coders[0].reference
     kept = torch.cat([c.mean_residual for c in coders]) + sum(c.residual for c in coders) / len(
         coders
     )
@@ -435,17 +437,17 @@ def count_what_gloo_gets() -> list[int]:
     """Bytes for other workers, collective by collective, of those that a coded mean is made of."""
     handed: list[int] = []
 
-    def counted(name: str, nbytes: Callable[..., int]) -> None:
-        collective = getattr(dist, name)
+    def counted(name: str, nbytes: Callable[[Tensor], int]) -> None:
+        collective = getattr(ProcessGroupCommunicator, name)
 
-        def call(out: Any, given: Any, **options: Any) -> Any:
-            handed.append(nbytes(given))
-            return collective(out, given, **options)
+        def call(self: Any, output: Tensor, input: Tensor, **options: Any) -> Handle:
+            handed.append(nbytes(input))
+            return collective(self, output, input, **options)
 
-        setattr(dist, name, call)
+        setattr(ProcessGroupCommunicator, name, call)
 
     others = dist.get_world_size() - 1
-    counted("all_to_all_single", lambda rows: others * rows[0].nbytes)
+    counted("all_to_all", lambda rows: others * rows[0].nbytes)
     counted("all_gather", lambda own: others * own.nbytes)
     return handed
 
