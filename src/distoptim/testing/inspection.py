@@ -30,7 +30,8 @@ class FragmentView:
         due: local step at which the mean in flight is merged; None where none is.
         merges: how many means were merged.
         samples: of this worker when it launched last (`average(samples=)`).
-        buffer: [numel + 1 or more] what was sent, then its mean; the last element is the weight.
+        buffer: [numel + n] what was sent, then its mean; behind it what the period measures, the
+            identity of the message, and the weight as the last element.
         shared: of the rule's state, what it says is equal on all workers, by name.
         own: the rest of it. A value is a tensor, a torch optimizer, or plain data.
         coded: how its means travel through a codec; None without one.
