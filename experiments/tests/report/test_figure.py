@@ -1,3 +1,4 @@
+import io
 import struct
 
 import pytest
@@ -49,7 +50,7 @@ def test_a_picture_of_the_promised_size_is_drawn(tmp_path, names):
 
 
 def test_the_table_fits_a_narrow_terminal_and_shows_every_figure():
-    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115  # open as long as the console
+    console = Console(width=80, record=True, quiet=False, file=io.StringIO())
     console.print(table([record("overlap-local-sgd"), record("ddp")]))
     figures = ["98.77%", "0.043", "10.0"]
     rows = [line.split() for line in console.export_text().splitlines()[-2:]]

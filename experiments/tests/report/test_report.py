@@ -6,10 +6,13 @@ import itertools
 import json
 import re
 from html.parser import HTMLParser
-from xml.etree import ElementTree
 
+import matplotlib
+import pandas as pd
 import pytest
-from distoptim_experiments.report import front, report, runs
+from distoptim_experiments import frames
+from distoptim_experiments.report import drawing, front, page, report
+from distoptim_experiments.report import runs as grid_of
 
 from distoptim.cli import application, main
 from experiments.tests.report.records import METHODS, grid, lines, put
@@ -20,6 +23,15 @@ def row(text, *cells):
     start = "| " + " | ".join(cells) + " | "
     found = next(line for line in text.splitlines() if line.startswith(start))
     return found.removeprefix(start).removesuffix(" |").split(" | ")
+
+
+def read(folder):
+    return grid_of.named(frames.read(folder))
+
+
+def final(folder):
+    found = read(folder).ended
+    return found[found.stage == frames.FINAL]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,7 @@ def made(tmp_path_factory):
     (folder / "final" / "on-its-way" / "record.jsonl.draft").write_text("")
     put(folder / "final", "broken", lines()).write_text('{"kind": "start"\n{}\n')
     out = folder / "out"
-    return [path.read_text() for path in report.write(runs.read(folder), out)], out
+    return [path.read_text() for path in report.write(read(folder), out)], out
 
 
 def test_the_table_tells_mean_deviation_seeds_best_and_diverged(made):
@@ -64,7 +76,7 @@ def test_text_is_judged_by_its_loss(tmp_path):
         made = lines(lr=lr, model="gpt-small", data="plays")
         made[-1] |= {"validation_loss": loss, "validation_accuracy": accuracy}
         put(tmp_path / "trials", f"t{lr}", made)
-    text = report.write(runs.read(tmp_path), tmp_path / "out")[0].read_text()
+    text = report.write(read(tmp_path), tmp_path / "out")[0].read_text()
     assert (
         "Loss on the whole test set in nats per byte, mean ± standard deviation over 2 seeds."
         in text
@@ -99,7 +111,7 @@ class Checked(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.handle_startendtag(tag, attrs)
-        if tag != "meta":
+        if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -112,81 +124,98 @@ class Checked(HTMLParser):
 
 
 def test_the_page_is_well_formed_and_asks_for_nothing(made):
-    page = made[0][1]
+    text = made[0][1]
     checked = Checked()
-    checked.feed(page)
+    checked.feed(text)
     assert checked.open == []
-    assert len(set(checked.ids)) == len(checked.ids) > 100
-    assert {link.removeprefix("#") for link in checked.links} <= set(checked.ids)
-    assert set(re.findall(r"url\(#?([\w-]+)", page)) <= set(checked.ids)
-    assert not re.findall(r'(?<!xmlns=")(?<!xmlns:xlink=")https?:', page)
-    assert "@import" not in page
-    assert "some &lt;CPU&gt;" in page
-    assert page.count("<svg") == 5
+    assert len(checked.links) == 5
+    assert all(link.startswith("data:image/png;base64,iVBORw0KGgo") for link in checked.links)
+    assert not re.findall(r"https?:|@import|url\(", text)
+    assert "some &lt;CPU&gt;" in text
 
 
-def test_pictures_show_every_method_in_the_colours_of_the_page(made):
-    for name in ("epochs", "seconds", "front", "times", "stragglers"):
-        root = ElementTree.parse(made[1] / "report-pictures" / f"{name}.svg").getroot()
-        said = {
-            "".join(e.itertext()).strip() for e in root.iter("{http://www.w3.org/2000/svg}text")
-        }
-        assert {"sync", "Local SGD", "CoCoD-SGD", "Overlap-Local-SGD"} <= said, name
-        text = (made[1] / "report-pictures" / f"{name}.svg").read_text()
-        assert "currentColor" in text
-        assert "#ffffff" not in text
-        assert "#000000" not in text
+def test_markdown_shows_its_pictures_and_what_runs_say_as_it_is(tmp_path, made):
+    shown = re.findall(r"^!\[[^\]]+\]\(report-pictures/(\w+)\.png\)$", made[0][0], re.MULTILINE)
+    assert shown == ["epochs", "time", "front", "costs", "stragglers"]
+    for name in shown:
+        assert (made[1] / page.PICTURES / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    evil = "<script>alert(1)</script> [x](javascript:0)\n# heading | `code` *bold*"
+    for place, changed in {
+        "label": lines(),
+        "model": lines(model=evil),
+        "processor": lines(tau=8),
+    }.items():
+        if place == "label":
+            changed[0]["label"] = evil
+        elif place == "processor":
+            changed[0]["surroundings"]["machine"]["processor"] = evil
+        put(tmp_path, place, changed)
+    text, whole = (path.read_text() for path in report.write(read(tmp_path), tmp_path))
+    # The first line is the report's own.
+    assert re.sub(r"&lt;script", "", text.split("\n", 1)[1]).count("<") == 0
+    assert "\n# heading" not in text
+    assert not re.search(r"(?<!\\)[`|*]\s*(?:code|bold|heading)", text)
+    assert not re.search(r"(?<!\\)\]\(javascript", text)
+    assert "&lt;script" in text
+    assert "<script" not in whole
+    assert "&lt;script" in whole
 
 
-SVG = "{http://www.w3.org/2000/svg}"
+def drawn(monkeypatch, draw):
+    """The axes of a picture, as they are when it is written."""
+    kept = []
 
-
-def texts(svg):
-    """(text, its left end, its right end, height) in points.
-
-    A letter is at least 4 wide in the size of names.
-    """
-    out = []
-    for e in ElementTree.fromstring(svg).iter(f"{SVG}text"):
-        text = "".join(e.itertext()).strip()
-        place = re.findall(r"translate\(([-.\d]+) ([-.\d]+)", e.get("transform", ""))
-        x, y = (float(e.get(k) or place[0][i]) for i, k in enumerate("xy"))
-        left = x - 4 * len(text) * (
-            0 if "anchor: start" in (style := e.get("style")) else 1 if "end" in style else 0.5
+    def keep(fill, rows, columns, **_):
+        matplotlib.use("Agg")
+        figure, axes = matplotlib.pyplot.subplots(
+            rows, columns, figsize=(11, 5), squeeze=False, layout="constrained"
         )
-        out.append((text, left, left + 4 * len(text), y))
-    return out
+        fill(axes)
+        figure.draw_without_rendering()
+        kept.extend(axes.flat)
+
+    monkeypatch.setattr(drawing, "png", keep)
+    draw()
+    return kept
 
 
-def test_no_text_leaves_a_picture_or_covers_another(tmp_path):
-    for label in METHODS:
+def texts(axis):
+    return [text for text in axis.texts if text.get_text()]
+
+
+def boxes(axis):
+    return [text.get_window_extent() for text in texts(axis)]
+
+
+def test_no_name_leaves_a_picture_or_covers_another(tmp_path, monkeypatch):
+    for k, label in enumerate(METHODS):
         for tau in (12, 34, 56):
-            # All in one place, as overlapped methods often are.
-            put(tmp_path, f"{label}{tau}", lines(label=label, tau=tau, lr=0.1))
-            put(tmp_path, f"{label}{tau}-lr", lines(label=label, tau=tau, lr=0.123456))
-    picture = front.front(runs.read(tmp_path).final, "virtual seconds")
-    width = float(re.findall(r'viewBox="0 0 ([.\d]+)', picture)[0])
-    found = texts(picture)
-    # But for the one that is turned.
-    assert all(
-        left >= 0 and right <= width for text, left, right, _ in found if text != "test error, %"
-    )
-    assert {"tau 12", "tau 34", "tau 56"} <= {text for text, *_ in found}
-    names = [place for text, *place in found if ", tau" in text]
-    assert len(names) > 3
-    assert all(
-        abs(a[2] - b[2]) > 8 or a[1] < b[0] or b[1] < a[0]
-        for a, b in itertools.combinations(names, 2)
-    )
+            # In a narrow place, as overlapped methods often are.
+            put(
+                tmp_path,
+                f"{label}{tau}",
+                lines(
+                    label=label, tau=tau, seconds=6 + k / 50, accuracy=0.8 + tau / 1000 + k / 100
+                ),
+            )
+    (axis,) = drawn(monkeypatch, lambda: front.front(final(tmp_path), "virtual seconds"))
+    found = boxes(axis)
+    assert len(found) > 2
+    inside = axis.figure.bbox
+    assert all(b.x0 >= 0 and b.x1 <= inside.x1 and b.y0 >= 0 and b.y1 <= inside.y1 for b in found)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(found, 2))
+    legend = axis.figure.legends[-1]
+    assert {"tau 12", "tau 34", "tau 56"} < {text.get_text() for text in legend.get_texts()}
 
 
 def points(*places):
-    return [front.Point(f"method {i}", i, 4, x, y) for i, (x, y) in enumerate(places)]
+    return pd.DataFrame(places, columns=["seconds", "error"])
 
 
 def test_the_front_is_what_nothing_beats_in_time_and_error():
     shown = points((2, 5), (1, 9), (3, 5), (2, 6), (4, 1), (5, 1), (1, 9))
-    assert [(p.x, p.y) for p in front.best(shown)] == [(1, 9), (1, 9), (2, 5), (4, 1)]
+    ahead = front.best(shown)
+    assert list(zip(ahead.seconds, ahead.error, strict=True)) == [(1, 9), (1, 9), (2, 5), (4, 1)]
 
 
 def test_an_axis_leaves_out_few_values_and_only_if_they_squeeze_all_others():
@@ -199,36 +228,14 @@ def test_an_axis_leaves_out_few_values_and_only_if_they_squeeze_all_others():
     assert front.limit([*[40.0] * 15, 285.0]) == 285.0
 
 
-def test_where_all_runs_diverged_the_picture_is_empty(tmp_path):
+def test_where_all_runs_diverged_the_picture_is_empty(tmp_path, monkeypatch):
     put(tmp_path, "a", lines(diverged=True))
-    assert "test error, %" in {
-        text for text, *_ in texts(front.front(runs.read(tmp_path).final, "seconds"))
-    }
+    (axis,) = drawn(monkeypatch, lambda: front.front(final(tmp_path), "seconds"))
+    assert texts(axis) == []
+    assert axis.get_ylabel() == "test error, %"
 
 
-def test_markers_are_moved_sideways_until_none_covers_another():
-    places = [(100.0, 50.0)] * 5 + [(104.0, 53.0), (300.0, 50.0)]
-    moved = front.apart(places)
-    assert all(
-        abs(a[0] - b[0]) >= 10 or abs(a[1] - b[1]) >= 8 for a, b in itertools.combinations(moved, 2)
-    )
-    assert [y for _, y in moved] == [y for _, y in places]
-    assert moved[0] == places[0]
-    assert moved[-1] == places[-1]
-
-
-def test_a_name_goes_where_nothing_is_covered_or_nowhere():
-    inside = (0.0, 0.0, 200.0, 100.0)
-    # To the left of the point, to its right where the left has no room or is taken, lower where
-    # both are.
-    assert front.room(50, (100, 50), inside, []) == (-9, 0, True)
-    assert front.room(50, (30, 50), inside, []) == (9, 0, False)
-    taken = [(95.0, 45.0, 105.0, 55.0), (40.0, 48.0, 90.0, 52.0), (110.0, 48.0, 160.0, 52.0)]
-    assert front.room(50, (100, 50), inside, taken) == (-5, -12, True)
-    assert front.room(250, (100, 50), inside, []) is None
-
-
-def test_what_is_far_from_all_others_stands_at_the_border_with_its_value(tmp_path):
+def test_what_is_far_from_all_others_stands_at_the_border_with_its_value(tmp_path, monkeypatch):
     for k, label in enumerate(METHODS):
         for tau in (2, 4, 8):
             seconds, accuracy = 6.0 + k / tau, 0.9 - tau / 100 + k / 200
@@ -241,11 +248,12 @@ def test_what_is_far_from_all_others_stands_at_the_border_with_its_value(tmp_pat
                 f"{label}{tau}",
                 lines(label=label, tau=tau, seconds=seconds, accuracy=accuracy),
             )
-    said = {text for text, *_ in texts(front.front(runs.read(tmp_path).final, "seconds"))}
+    (axis,) = drawn(monkeypatch, lambda: front.front(final(tmp_path), "seconds"))
+    said = {text.get_text() for text in texts(axis)}
     assert {"sync: 300 s", "CoCoD-SGD: 90.0 % (tau 8)"} <= said
     # So the axes need not reach them.
-    numbers = {float(text) for text in said if re.fullmatch(r"[\d.]+", text)}
-    assert 0 < max(numbers) < 30
+    assert axis.get_xlim()[1] < 30
+    assert axis.get_ylim()[1] < 30
 
 
 def test_a_method_has_the_same_style_in_all_reports(tmp_path):
@@ -253,14 +261,14 @@ def test_a_method_has_the_same_style_in_all_reports(tmp_path):
         put(tmp_path / "all", label, lines(label=label))
         put(tmp_path / "one" / label, "x", lines(label=label))
     put(tmp_path / "all", "variant", lines(label="Overlap-Local-SGD", lr=0.5))
-    assert runs.labels(runs.read(tmp_path / "all").final) == {
+    assert grid_of.styles(final(tmp_path / "all")) == {
         "sync": 0,
         "Local SGD": 1,
         "CoCoD-SGD": 3,
         "Overlap-Local-SGD, lr 0.1": 5,
         "Overlap-Local-SGD, lr 0.5": 6,
     }
-    alone = [runs.labels(runs.read(tmp_path / "one" / label).final)[label] for label in METHODS]
+    alone = [grid_of.styles(final(tmp_path / "one" / label))[label] for label in METHODS]
     assert alone == [0, 1, 3, 5]
 
 
@@ -271,11 +279,9 @@ def test_runs_of_different_configurations_are_not_mixed(tmp_path):
     again = lines(lr=0.2, seed=1, accuracy=0.5)
     again[0]["surroundings"]["date"] = "2026-11-25"
     put(tmp_path, "again", again)
-    found = runs.read(tmp_path)
-    assert [run.label for run in found.ended] == ["Local SGD, lr 0.1"] * 2 + [
-        "Local SGD, lr 0.2"
-    ] * 2
-    assert found.ended[-1].value("test_accuracy") == 0.5
+    found = read(tmp_path)
+    assert list(found.ended.name) == ["Local SGD, lr 0.1"] * 2 + ["Local SGD, lr 0.2"] * 2
+    assert found.ended.test_accuracy.iloc[-1] == 0.5
     assert found.notes == ["1 superseded by a later run of the same configuration, left out"]
 
 
@@ -285,7 +291,7 @@ def test_a_partly_diverged_method_is_marked_and_not_the_best(tmp_path):
     put(tmp_path, "c", lines(label="CoCoD-SGD"))
     put(tmp_path, "d", lines(label="CoCoD-SGD", seed=1))
     put(tmp_path, "e", lines(label="CoCoD-SGD", seed=2))
-    text = report.write(runs.read(tmp_path), tmp_path)[0].read_text()
+    text = report.write(read(tmp_path), tmp_path)[0].read_text()
     assert row(text, "Local SGD") == ["95.00 (1 of 2 diverged)"]
     # Methods have not the same number of seeds, so it is told.
     assert row(text, "CoCoD-SGD") == ["**90.00 ± 0.00 (3)**"]
@@ -297,19 +303,16 @@ def test_experiments_that_cannot_be_compared_are_told_apart(tmp_path):
     for data in ("digits", "fashion-mnist"):
         for label in ("sync", "Local SGD"):
             put(tmp_path / data, label, lines(label=label, data=data))
-    text, page = (path.read_text() for path in report.write(runs.read(tmp_path), tmp_path))
+    text, _ = (path.read_text() for path in report.write(read(tmp_path), tmp_path))
     for data in ("digits", "fashion-mnist"):
         assert (
             f"## cnn-small on {data}, virtual workers: test accuracy of the averaged model" in text
         )
     assert text.count("| sync | **90.00** |") == 2
-    assert [run.style for run in runs.read(tmp_path).ended] == [0, 1, 0, 1]
+    assert list(read(tmp_path).ended["style"]) == [0, 1, 0, 1]
     assert {path.stem for path in (tmp_path / "report-pictures").iterdir()} == {
-        f"{name}-{i}" for name in ("epochs", "seconds", "front", "times") for i in (0, 1)
+        f"{name}-{i}" for name in ("epochs", "time", "front", "costs") for i in (0, 1)
     }
-    checked = Checked()
-    checked.feed(page)
-    assert len(set(checked.ids)) == len(checked.ids)
 
 
 def test_slow_downs_of_real_workers_are_stragglers(tmp_path):
@@ -318,12 +321,12 @@ def test_slow_downs_of_real_workers_are_stragglers(tmp_path):
         made[0]["config"]["slowdown"] = slowdown
         del made[0]["machines"]
         put(tmp_path, slowdown, made)
-    found = runs.read(tmp_path)
-    assert [run.slowdown for run in found.plain] == ["none"]
+    found = read(tmp_path)
+    assert set(found.ended.slowdown) == {"none", "pareto"}
     text = report.write(found, tmp_path)[0].read_text()
     assert row(text, "Local SGD") == ["**90.00**"]
     assert "Seconds of real workers are those of their training steps" in text
-    assert "pareto" in (tmp_path / "report-pictures" / "stragglers.svg").read_text()
+    assert (tmp_path / page.PICTURES / "stragglers.png").exists()
 
 
 def test_real_runs_without_worker_accuracy_are_shown(tmp_path):
@@ -332,7 +335,7 @@ def test_real_runs_without_worker_accuracy_are_shown(tmp_path):
         for name in ("machines", "worker_accuracy"):
             line.pop(name, None)
     put(tmp_path, "a", made)
-    text = report.write(runs.read(tmp_path), tmp_path)[0].read_text()
+    text = report.write(read(tmp_path), tmp_path)[0].read_text()
     assert row(text, "Local SGD") == ["**90.00**"]
     assert "Left out: these records have no accuracy of single workers." in text
 
@@ -394,5 +397,23 @@ def test_a_folder_without_runs_gives_one_line(tmp_path, monkeypatch, capsys, pre
 def test_a_file_in_the_way_gives_one_line(tmp_path):
     put(tmp_path, "a", lines())
     (tmp_path / "x").write_text(json.dumps(1))
-    with pytest.raises(ValueError, match="x/report-pictures: Not a directory"):
-        report.write(runs.read(tmp_path), tmp_path / "x")
+    with pytest.raises(ValueError, match=r"x.*: Not a directory"):
+        report.write(read(tmp_path), tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html", "report-pictures/front.png"])
+def test_a_file_of_the_users_is_not_overwritten_but_a_report_is(tmp_path, name):
+    put(tmp_path, "a", lines())
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    command = ["report", str(tmp_path)]
+    with pytest.raises(ValueError, match=re.escape(f"{mine}: is there and was not made by")):
+        application()(command)
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "report.md").exists() or name == "report.md"
+    application()([*command, "--force"])
+    made = mine.read_bytes()
+    put(tmp_path, "b", lines(label="CoCoD-SGD"))
+    application()(command)
+    assert mine.read_bytes() != made != b"mine"

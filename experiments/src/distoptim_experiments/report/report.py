@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+
+from distoptim_experiments import frames
+from distoptim_experiments.frames import Runs
 from distoptim_experiments.machines import PARETO_SHAPE
 from distoptim_experiments.models.registry import TEXT_MODELS
-from distoptim_experiments.records import Surroundings
 from distoptim_experiments.report import front, page, pictures, tables
 from distoptim_experiments.report import runs as grid
 from distoptim_experiments.report.page import Picture, Section
-from distoptim_experiments.report.runs import Run, Runs
 
 _BEST = (
     "The best mean of each column is in bold; a method of which a run diverged is no candidate, and its mean is "
     "over the others."
 )
 _SYNCHRONOUS = "Synchronous SGD has no tau: its runs are repeated in every column and panel."
+_CURVE = "Training loss, mean over the seeds that did not diverge; dotted to a cross where all of them did."
+_FRONT = (
+    "Means over seeds. Lower and further left is better: what nothing else beats in both is named, and joined "
+    "by a grey line. Larger markers stand for longer periods. What is far from all others is at the border, as "
+    "an arrow with its value. Settings of which a run diverged are left out."
+)
+_COSTS = (
+    "Exposed communication is the time for which a worker stood still for messages or late workers; its "
+    "percentage is relative to the computation. Overhead is the rest of what averaging took: forming payloads, "
+    "coding, merging. It takes virtual workers no time."
+)
 _FIELDS = {
     "workers": "{} workers",
     "batch_size": "batches of {}",
@@ -45,19 +58,24 @@ _SLOWDOWNS = {
 }
 
 
-def write(found: Runs, out: Path) -> list[Path]:
-    """Write the report of recorded runs; returns the paths of the Markdown and the HTML file.
+def write(found: Runs, out: Path, *, force: bool = False) -> list[Path]:
+    """Write the report of runs; returns the paths of the Markdown and the HTML file.
 
     Args:
-        found: the runs.
+        found: the runs; see `runs.named`.
         out: folder for the report.
+        force: overwrite files that are no report.
 
     Raises:
-        ValueError: `out` cannot be written to.
+        ValueError: `out` cannot be written to, or has such files.
     """
-    parts = grid.by(found.ended, lambda run: run.experiment)
-    title = f"Runs of {', '.join(parts)}" if len(parts) == 1 else "Runs of several experiments"
-    return page.write(title, sections(found), out)
+    return page.write(title(found), sections(found), out, force=force)
+
+
+def title(found: Runs) -> str:
+    """What the report is about."""
+    parts = found.ended.experiment.unique()
+    return f"Runs of {parts[0]}" if len(parts) == 1 else "Runs of several experiments"
 
 
 def sections(found: Runs) -> list[Section]:
@@ -65,13 +83,13 @@ def sections(found: Runs) -> list[Section]:
 
     Of several experiments one after the other.
     """
-    parts = grid.by(found.ended, lambda run: run.experiment)
     out = (
         [Section("What was left out", [f"{note}." for note in found.notes])] if found.notes else []
     )
-    for i, (name, runs) in enumerate(parts.items()):
-        made = _part(Runs(runs, []))
-        out += made if len(parts) == 1 else [_named(section, name, i) for section in made]
+    parts = list(found.ended.groupby("experiment", sort=False))
+    for i, (name, runs) in enumerate(parts):
+        made = _part(runs, found.curves)
+        out += made if len(parts) == 1 else [_named(section, str(name), i) for section in made]
     return [*out, Section("Surroundings", _surroundings(found.ended))]
 
 
@@ -83,68 +101,75 @@ def _named(section: Section, experiment: str, i: int) -> Section:
     return Section(f"{experiment}: {section.heading[0].lower()}{section.heading[1:]}", blocks)
 
 
-def _part(found: Runs) -> list[Section]:
+def _part(runs: pd.DataFrame, curves: pd.DataFrame) -> list[Section]:
     """What can be compared."""
-    plain = found.plain
-    out = [Section("What was run", _overview(found))]
-    if plain:
+    final = runs[runs.stage == frames.FINAL]
+    tuning = runs[runs.stage == frames.TRIAL]
+    # Those that no slow-downs disturbed; all, if there are no others.
+    plain = final[final.slowdown == "none"]
+    plain = plain if len(plain) else final
+    out = [Section("What was run", _overview(final, tuning))]
+    if len(plain):
         out += [_quality(plain), _single_workers(plain)]
-    if found.tuning:
-        score = _score(found.tuning)
-        text = (
-            f"{_spread(found.tuning, f'{score.capitalize()} on the validation set')} The best of each row is in "
-            "bold. The last column is the learning rate that the final runs were made with."
-        )
-        rates = tables.learning_rates(found.tuning, found.final, f"validation_{score}")
-        out.append(Section("Learning rates tried", [text, *rates]))
-    return out + ([*_figures(plain), _stragglers(found.final)] if plain else [])
+    if len(tuning):
+        out.append(_tuning(tuning, final))
+    return out + ([*_figures(plain, curves), _stragglers(final)] if len(plain) else [])
 
 
-def _overview(found: Runs) -> list[str]:
-    told = [_count(found.final, "final run")]
-    if found.tuning:
-        told.append(_count(found.tuning, "run") + " to choose learning rates")
-    options = {
-        run.label: ", ".join(f"{name} {value}" for name, value in chosen.items())
-        for run in found.final or found.ended
-        if (chosen := run.record.config.options)
-    }
-    said = "; ".join(f"{label}: {text}" for label, text in options.items())
+def _tuning(tuning: pd.DataFrame, final: pd.DataFrame) -> Section:
+    score = _score(tuning)
+    text = (
+        f"{_spread(tuning, f'{score.capitalize()} on the validation set')} The best of each row is in "
+        "bold. The last column is the learning rate that the final runs were made with."
+    )
+    rates = tables.learning_rates(tuning, final, f"validation_{score}")
+    return Section("Learning rates tried", [text, *rates])
+
+
+def _overview(final: pd.DataFrame, tuning: pd.DataFrame) -> list[str]:
+    told = [_count(final, "final run")]
+    if len(tuning):
+        told.append(_count(tuning, "run") + " to choose learning rates")
+    shown = final if len(final) else tuning
+    own = shown.drop_duplicates("name").set_index("name").options.map(json.loads)
+    said = [
+        f"{name}: " + ", ".join(f"{key} {value}" for key, value in given.items())
+        for name, given in own.items()
+        if given
+    ]
     return [
         f"{'; '.join(told)}.",
-        f"All of them: {_common(found.final or found.ended)}.",
-        *([f"Options that are not at their defaults: {said}."] if said else []),
+        f"All of them: {_common(shown)}.",
+        *([f"Options that are not at their defaults: {'; '.join(said)}."] if said else []),
     ]
 
 
-def _count(runs: Sequence[Run], what: str) -> str:
-    diverged = sum(run.diverged for run in runs)
+def _count(runs: pd.DataFrame, what: str) -> str:
+    diverged = int(runs.diverged.sum())
     return f"{len(runs)} {what}{'' if len(runs) == 1 else 's'}" + (
         f" ({diverged} diverged)" if diverged else ""
     )
 
 
-def _common(runs: Sequence[Run]) -> str:
-    settings = [grid.setting(run) for run in runs]
-    same = {
-        name: value
-        for name, value in settings[0].items()
-        if all(s.get(name) == value for s in settings)
-    }
-    if same.get("steps", "None") != "None":
+def _common(runs: pd.DataFrame) -> str:
+    settings = grid.settings(runs)
+    alike = settings.columns[settings.nunique(dropna=False) == 1]
+    same = settings[alike].iloc[0].dropna().to_dict()
+    if "steps" in same:
         same.pop("epochs", None)
     if same.get("optimizer") != "sgd":
         same.pop("momentum", None)
-    emulated = "" if runs[0].virtual else "emulated "
+    emulated = "" if runs.virtual.all() else "emulated "
     told = [
-        (emulated if name in ("latency_ms", "bandwidth_gbit_s") else "") + text.format(same[name])
+        (emulated if name in ("latency_ms", "bandwidth_gbit_s") else "")
+        + text.format(grid.text(same[name]))
         for name, text in _FIELDS.items()
-        if same.get(name, "None") not in ("None", "none", "0")
+        if name in same and same[name] not in ("none", 0)
     ]
     return ", ".join(told) or "nothing in common"
 
 
-def _spread(runs: Sequence[Run], what: str) -> str:
+def _spread(runs: pd.DataFrame, what: str) -> str:
     """How the figures of a table were made."""
     seeds = tables.seeds(runs)
     unit = "nats per byte" if what.startswith("Loss") else "per cent"
@@ -154,23 +179,23 @@ def _spread(runs: Sequence[Run], what: str) -> str:
     return f"{what} in {unit}, mean ± standard deviation over {told}."
 
 
-def _score(runs: Sequence[Run]) -> str:
+def _score(runs: pd.DataFrame) -> str:
     """What tells good models from bad ones."""
-    return "loss" if all(run.record.config.model in TEXT_MODELS for run in runs) else "accuracy"
+    return "loss" if runs.model.isin(TEXT_MODELS).all() else "accuracy"
 
 
-def _quality(runs: Sequence[Run]) -> Section:
+def _quality(runs: pd.DataFrame) -> Section:
     score = _score(runs)
     told = [f"{_spread(runs, f'{score.capitalize()} on the whole test set')} {_BEST}"]
-    told += [_SYNCHRONOUS] * any(run.synchronous for run in runs)
+    told += [_SYNCHRONOUS] * bool(runs.synchronous.any())
     return Section(
         f"Test {score} of the averaged model", [*told, *tables.scores(runs, f"test_{score}")]
     )
 
 
-def _single_workers(runs: Sequence[Run]) -> Section:
+def _single_workers(runs: pd.DataFrame) -> Section:
     heading = "Test accuracy of single workers"
-    if all(run.value("worker_accuracy") is None for run in runs):
+    if runs.worker_accuracy.isna().all():
         return Section(heading, ["Left out: these records have no accuracy of single workers."])
     return Section(
         heading,
@@ -183,63 +208,49 @@ def _single_workers(runs: Sequence[Run]) -> Section:
     )
 
 
-def _figures(runs: Sequence[Run]) -> list[Section]:
-    virtual = runs[0].virtual
+def _figures(runs: pd.DataFrame, curves: pd.DataFrame) -> list[Section]:
+    virtual = bool(runs.virtual.all())
     clock = "virtual seconds" if virtual else "seconds"
-    curve = "Training loss, mean over the seeds that did not diverge; dotted to a cross where all of them did."
-    waits = (
-        "Virtual time, " if virtual else "Measured time, "
-    ) + "means over partitions and seeds."
+    waits = ("Virtual" if virtual else "Measured") + " time, means over partitions and seeds."
+    against = {
+        "epochs": pictures.losses(runs, curves, "epoch", "epochs"),
+        "time": pictures.losses(runs, curves, "seconds", clock),
+    }
     return [
-        Section(
-            "Loss against epochs",
-            [
-                curve,
-                Picture(
-                    "epochs",
-                    "Training loss against epochs",
-                    pictures.losses(runs, "epoch", "epochs"),
-                ),
-            ],
-        ),
-        Section(
-            "Loss against time",
-            [
-                curve,
-                Picture(
-                    "seconds", "Training loss against time", pictures.losses(runs, "seconds", clock)
-                ),
-            ],
+        *(
+            Section(
+                f"Loss against {what}",
+                [_CURVE, Picture(what, f"Training loss against {what}", made)],
+            )
+            for what, made in against.items()
         ),
         Section(
             "Error and time over tau",
             [
-                "Means over seeds. Lower and further left is better: what nothing else beats in both is named, and joined "
-                "by a grey line. Larger markers stand for longer periods; some are moved sideways, not to cover others. "
-                "What is far from all others is at the border, with an arrow and its value. Settings of which a run "
-                "diverged are left out.",
+                _FRONT,
                 Picture("front", "Test error against seconds, over tau", front.front(runs, clock)),
             ],
         ),
         Section(
             "Where the time goes",
             [
-                f"{waits} Exposed communication is the time for which a worker stood still for messages or late workers; "
-                "its percentage is relative to the computation.",
-                Picture("times", "Computation and exposed communication", pictures.times(runs)),
+                f"{waits} {_COSTS}",
+                Picture(
+                    "costs", "Computation, overhead and exposed communication", pictures.times(runs)
+                ),
             ],
         ),
     ]
 
 
-def _stragglers(runs: Sequence[Run]) -> Section:
+def _stragglers(runs: pd.DataFrame) -> Section:
     heading = "Stragglers"
-    if all(run.slowdown == "none" for run in runs):
+    used = set(runs.slowdown) - {"none"}
+    if not used:
         return Section(heading, ["Left out: no run here had random slow-downs."])
-    used = {run.slowdown for run in runs}
     told = (
         " ".join(text for kind, text in _SLOWDOWNS.items() if kind in used)
-        if runs[0].virtual
+        if runs.virtual.all()
         else "Slowed workers sleep before every step, for a random time."
     )
     return Section(
@@ -252,29 +263,25 @@ def _stragglers(runs: Sequence[Run]) -> Section:
     )
 
 
-def _surroundings(runs: Sequence[Run]) -> list[str]:
-    starts = [run.record.start.surroundings for run in runs]
-    dates = sorted({start.date[:16].replace("T", " ") for start in starts})
+def _surroundings(runs: pd.DataFrame) -> list[str]:
+    dates = sorted(runs.date.str[:16].str.replace("T", " ").unique())
     times = f"at {dates[0]}" if len(dates) == 1 else f"between {dates[0]} and {dates[-1]}"
-    machines = {
-        f"{m.cores} cores of {m.processor}, {m.system}" for m in (start.machine for start in starts)
-    }
+    machines = runs.cores.astype(str) + " cores of " + runs.processor + ", " + runs.system
     lines = [
-        f"Started {times} (UTC), with distoptim {_all(starts, 'distoptim')} (commit {_all(starts, 'commit')}), "
-        f"torch {_all(starts, 'torch')} and python {_all(starts, 'python')}, on {'; '.join(sorted(machines))}."
+        f"Started {times} (UTC), with distoptim {_all(runs.distoptim)} (commit {_all(runs.commit)}), "
+        f"torch {_all(runs.torch)} and python {_all(runs.python)}, on {'; '.join(sorted(machines.unique()))}."
     ]
-    if any(run.virtual for run in runs):
+    if runs.virtual.any():
         lines.append(
             "Seconds of virtual workers are those of the virtual machines described above, not of this "
             "computer."
         )
-    if not all(run.virtual for run in runs):
+    if not runs.virtual.all():
         lines.append(
-            "Seconds of real workers are those of their training steps, without evaluation; exposed "
-            "communication is what they waited for it."
+            "Seconds of real workers are those of their training steps, without evaluation."
         )
     return lines
 
 
-def _all(starts: Iterable[Surroundings], name: str) -> str:
-    return ", ".join(sorted({str(getattr(start, name)) for start in starts}))
+def _all(values: pd.Series[str]) -> str:
+    return ", ".join(sorted(values.fillna("None").unique()))

@@ -1,273 +1,135 @@
-"""The recorded runs of a folder, as a report needs them."""
+"""Runs as a report shows them: newest of their kind, in order, told apart by names and styles."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+import json
+from collections.abc import Iterator
+from typing import Any
 
-from distoptim_experiments import records
+import pandas as pd
+
+from distoptim_experiments import frames
 from distoptim_experiments.config import POWERSGD, SYNCHRONOUS
-from distoptim_experiments.records import Record, Summary
+from distoptim_experiments.frames import Runs
 from distoptim_experiments.report.figure import COLOURS
 from distoptim_experiments.training.compare import METHODS
 
-TRIALS = "trials"
-T = TypeVar("T")
+PLACE = ["experiment", "label", "tau", "partition", "slowdown"]
+"""Final runs that have these in common should differ in nothing but the seed."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run that has ended.
+def named(found: Runs) -> Runs:
+    """Runs in the order of a report, with columns that it needs.
 
-    Attributes:
-        label: the method's name in the report, with what tells it from others of that name.
-        record: its lines.
-        summary: the last of them.
-        tuning: made to choose the learning rate.
-        style: number of the method's colour and marker, the same in all reports for the methods of
-            the paper.
+    They are: `experiment`, what only runs that have it in common can be compared; `synchronous`,
+    there is no tau; `name`, the label with what tells it from others of that label; `style`, the
+    number of the method's colour and marker, the same in all reports for the methods of the paper.
+    Of runs of one configuration and seed the newest is kept.
     """
-
-    label: str
-    record: Record
-    summary: Summary
-    tuning: bool = False
-    style: int = 0
-
-    @property
-    def method(self) -> str:
-        """The method's name as recorded."""
-        return self.record.start.label
-
-    @property
-    def tau(self) -> int:
-        """Local steps in a round."""
-        return int(self.record.config.tau)
-
-    @property
-    def partition(self) -> str:
-        """How the training set was cut."""
-        return str(self.record.config.partition)
-
-    @property
-    def synchronous(self) -> bool:
-        """Has no tau."""
-        return bool(self.record.config.algorithm in (SYNCHRONOUS, POWERSGD))
-
-    @property
-    def virtual(self) -> bool:
-        """Made on virtual workers: its seconds are simulated."""
-        return self.record.start.machines is not None
-
-    @property
-    def experiment(self) -> str:
-        """What only runs that have it in common can be compared."""
-        config = self.record.config
-        return f"{config.model} on {config.data}, {'virtual' if self.virtual else 'real'} workers"
-
-    @property
-    def slowdown(self) -> str:
-        """Random slow-downs of the machines, or "none"."""
-        machines = self.record.start.machines or self.record.config
-        return "trace" if getattr(machines, "trace", None) else str(machines.slowdown)
-
-    @property
-    def diverged(self) -> bool:
-        """As recorded; where that is missing, a test loss that is not finite."""
-        return self.summary.diverged
-
-    def value(self, name: str) -> float | None:
-        """A figure of the summary, or of the last evaluation; None if there is none."""
-        value = getattr(self.summary, name)
-        return None if value is None else float(value)
-
-
-@dataclass(frozen=True)
-class Runs:
-    """What is in a folder.
-
-    Attributes:
-        ended: the runs with a summary, by experiment, synchronous SGD first.
-        notes: one line for every record that is damaged, unfinished or superseded, naming it.
-    """
-
-    ended: list[Run]
-    notes: list[str]
-
-    @property
-    def tuning(self) -> list[Run]:
-        """Those that chose the learning rates."""
-        return [run for run in self.ended if run.tuning]
-
-    @property
-    def final(self) -> list[Run]:
-        """All others."""
-        return [run for run in self.ended if not run.tuning]
-
-    @property
-    def plain(self) -> list[Run]:
-        """Those of the final ones that no slow-downs disturbed; all, if there are no others."""
-        return [run for run in self.final if run.slowdown == "none"] or self.final
-
-
-def read(folder: Path) -> Runs:
-    """All records below a folder; those in a folder "trials", or of stage "tune", chose learning
-    rates.
-
-    Raises:
-        ValueError: there is no such folder, or no record that has ended; the line names the folder.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    found: list[Run] = []
-    damaged, unfinished = [], []
-    for place in records.folders(folder):
-        name = place.relative_to(folder).as_posix()
-        if not records.file(place).exists():
-            unfinished.append(name)
-            continue
-        try:
-            run = _read(place)
-        except ValueError as error:
-            damaged.append(f"damaged, left out: {str(error).replace(f'{folder}/', '')}")
-            continue
-        if run is None:
-            unfinished.append(name)
-        else:
-            found.append(run)
-    notes = damaged + (
-        [f"{len(unfinished)} unfinished, left out: {', '.join(unfinished)}"] if unfinished else []
+    runs = found.ended
+    kind = runs.virtual.map({True: "virtual", False: "real"})
+    runs = runs.assign(
+        experiment=runs.model + " on " + runs.data + ", " + kind + " workers",
+        synchronous=runs.algorithm.isin([SYNCHRONOUS, POWERSGD]),
+        slowdown=runs.slowdown.mask(runs.trace.notna(), "trace")
+        if "trace" in runs
+        else runs.slowdown,
     )
-    if not found:
-        raise ValueError("; ".join([f"{folder}: no finished run there", *notes]))
-    kept = _newest(found)
-    if len(kept) < len(found):
+    kept = _newest(runs)
+    notes = list(found.notes)
+    if len(kept) < len(runs):
         notes.append(
-            f"{len(found) - len(kept)} superseded by a later run of the same configuration, left out"
+            f"{len(runs) - len(kept)} superseded by a later run of the same configuration, left out"
         )
-    groups = by(sorted(_told_apart(kept), key=_order), lambda run: run.experiment)
-    return Runs([run for group in groups.values() for run in _styled(group)], notes)
+    kept = _told_apart(kept)
+    order = {name: i for i, name in enumerate(METHODS)}
+    kept = kept.assign(order=kept.algorithm.map(order).fillna(len(order)))
+    kept = kept.sort_values(["order", "name", "tau", "partition", "seed"], kind="stable")
+    parts = [_styled(part) for _, part in kept.groupby("experiment", sort=False)]
+    return Runs(pd.concat(parts, ignore_index=True), found.curves, notes)
 
 
-def by(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
-    """Items by their key, in the order in which the keys appear."""
-    groups: dict[Any, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
-
-
-def partitions(runs: Iterable[Run]) -> list[str]:
+def partitions(runs: pd.DataFrame) -> list[str]:
     """Their partitions, "iid" first."""
-    return sorted({run.partition for run in runs}, key=lambda name: (name != "iid", name))
+    return sorted(runs.partition.unique(), key=lambda name: (name != "iid", name))
 
 
-def taus(runs: Sequence[Run]) -> list[int]:
+def taus(runs: pd.DataFrame) -> list[int]:
     """Their periods; synchronous SGD, which has none, counts only alone."""
-    return sorted({run.tau for run in runs if not run.synchronous} or {run.tau for run in runs})
+    with_rounds = runs[~runs.synchronous]
+    return sorted((with_rounds if len(with_rounds) else runs).tau.unique().tolist())
 
 
-def labels(runs: Iterable[Run]) -> dict[str, int]:
-    """Their methods, in order, with the numbers of their styles."""
-    return {run.label: run.style for run in runs}
-
-
-def at(runs: Iterable[Run], tau: int) -> list[Run]:
+def at(runs: pd.DataFrame, tau: int) -> pd.DataFrame:
     """Those to be shown at a period: synchronous SGD at every one."""
-    return [run for run in runs if run.tau == tau or run.synchronous]
+    return runs[(runs.tau == tau) | runs.synchronous]
 
 
-def _read(place: Path) -> Run | None:
-    record = records.read(place)
-    if record.summary is None:
-        return None
-    tuning = place.parent.name == TRIALS
-    run = Run("", record, record.summary, tuning)
-    return replace(run, label=run.method)
+def styles(runs: pd.DataFrame) -> dict[str, int]:
+    """The names of methods, in order, with the numbers of their styles."""
+    first = runs.drop_duplicates("name")
+    return dict(zip(first.name, first["style"], strict=True))
 
 
-def setting(run: Run) -> dict[str, str]:
-    """All that a result depends on but the seed, as text.
-
-    A field that an older record lacks had its default.
-    """
-    config = run.record.config.to_dict()
-    config = {name: value for name, value in config.items() if name not in ("seed", "options")}
-    machines = run.record.start.machines
-    parts = (config, run.record.config.options, machines.to_dict() if machines else {})
-    return {
-        name: f"{value:g}" if isinstance(value, float) else str(value)
-        for part in parts
-        for name, value in part.items()
-    }
+def options(runs: pd.DataFrame) -> pd.DataFrame:
+    """What their algorithms were given, a column each."""
+    return pd.DataFrame([json.loads(text) for text in runs.options], index=runs.index)
 
 
-def _newest(runs: Sequence[Run]) -> list[Run]:
+def settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """All that their results depend on but the seed."""
+    columns = [name for name in frames.SETTINGS if name in runs]
+    own = options(runs)
+    return pd.concat([runs[columns].drop(columns=own.columns, errors="ignore"), own], axis=1)
+
+
+def text(value: Any) -> str:
+    """A setting, in a name or a sentence."""
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def _newest(runs: pd.DataFrame) -> pd.DataFrame:
     """One run per configuration and seed."""
-    kept = {
-        (run.label, run.tuning, run.record.config.seed, *sorted(setting(run).items())): run
-        for run in sorted(runs, key=lambda run: run.record.start.surroundings.date)
-    }
-    return list(kept.values())
+    alike = [
+        name for name in (*frames.SETTINGS, "seed", "label", "stage", "options") if name in runs
+    ]
+    return runs.sort_values("date", kind="stable").drop_duplicates(alike, keep="last")
 
 
-def _told_apart(runs: Sequence[Run]) -> list[Run]:
+def _told_apart(runs: pd.DataFrame) -> pd.DataFrame:
     """Final runs that differ in more than seed, tau and partition get a name that says in what."""
-    out = [run for run in runs if run.tuning]
-    final = (run for run in runs if not run.tuning)
-    for group in by(
-        final, lambda r: (r.experiment, r.label, r.tau, r.partition, r.slowdown)
-    ).values():
-        settings = [setting(run) for run in group]
-        names = [
-            name
-            for name in dict.fromkeys(n for s in settings for n in s)
-            if len({s.get(name) for s in settings}) > 1
-        ]
-        out += [
-            replace(
-                run, label=", ".join([run.label, *(f"{n} {s.get(n, 'default')}" for n in names)])
-            )
-            for run, s in zip(group, settings, strict=True)
-        ]
-    return out
+    names = runs.label.copy()
+    for _, group in runs[runs.stage == frames.FINAL].groupby(PLACE):
+        made = settings(group)
+        for name in made.columns[made.nunique(dropna=False) > 1]:
+            said = made[name].map(lambda x: "default" if pd.isna(x) else text(x))
+            names[group.index] += f", {name} " + said
+    return runs.assign(name=names)
 
 
-def _styled(runs: Sequence[Run]) -> list[Run]:
+def _styled(runs: pd.DataFrame) -> pd.DataFrame:
     """The methods of the paper have numbers of their own.
 
     Others, and variants, get what is left, black at last.
     """
-    numbers: dict[str, int] = {}
-    final = [(run.label, run.record.config.algorithm) for run in runs if not run.tuning]
-    for label, name in final:
-        if name in METHODS and METHODS.index(name) not in numbers.values():
-            numbers.setdefault(label, METHODS.index(name))
-    own = set(numbers.values())
-    left = (
-        i
-        for i in itertools.chain(
-            range(len(METHODS), len(COLOURS)),
-            reversed(range(len(METHODS))),
-            itertools.count(len(COLOURS)),
-        )
-        if i not in own
-    )
-    for label, _ in final:
-        if label not in numbers:
-            numbers[label] = next(left)
-    return [replace(run, style=numbers.get(run.label, 0)) for run in runs]
+    final = runs[runs.stage == frames.FINAL].drop_duplicates("name")
+    own = final[final.algorithm.isin(METHODS)].drop_duplicates("algorithm")
+    numbers = {
+        name: METHODS.index(algorithm)
+        for name, algorithm in zip(own.name, own.algorithm, strict=True)
+    }
+    left = _numbers_but(set(numbers.values()))
+    for name in final.name:
+        if name not in numbers:
+            numbers[name] = next(left)
+    return runs.assign(style=runs.name.map(numbers).fillna(0).astype(int))
 
 
-def _order(run: Run) -> tuple[int, str, int, str, int]:
-    name = run.record.config.algorithm
-    return (
-        METHODS.index(name) if name in METHODS else len(METHODS),
-        run.label,
-        run.tau,
-        run.partition,
-        run.record.config.seed,
+def _numbers_but(taken: set[int]) -> Iterator[int]:
+    numbers = itertools.chain(
+        range(len(METHODS), len(COLOURS)),
+        reversed(range(len(METHODS))),
+        itertools.count(len(COLOURS)),
     )
+    return (i for i in numbers if i not in taken)

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
+
+import pandas as pd
 
 from distoptim_experiments.report import runs as grid
-from distoptim_experiments.report.runs import Run
 
 NONE = "–"  # noqa: RUF001  # a dash as wide as a figure
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Text in a table; the best of its kind in bold."""
-
-    text: str
-    best: bool = False
-
-
-@dataclass(frozen=True)
 class Table:
-    """Rows under a header; the first column names the row."""
+    """Texts under a header, and which of them are the best of their kind.
+
+    Attributes:
+        title: above it.
+        texts: the first column names the row.
+        best: of the same rows; columns that can have no best are not there.
+    """
 
     title: str
-    header: list[str]
-    rows: list[list[Cell]]
+    texts: pd.DataFrame
+    best: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Spread:
         loss: in nats, the less the better.
     """
 
-    values: list[float]
+    values: pd.Series[float]
     diverged: int = 0
     loss: bool = False
 
@@ -54,19 +53,16 @@ class Spread:
 
         Diverged ones are always counted, others if their number is to be told.
         """
+        values = list(self.values)
         scale, digits = self._print
-        parts = []
-        if self.values:
-            parts.append(f"{scale * statistics.fmean(self.values):.{digits}f}")
-        if len(self.values) > 1:
-            parts.append(f"± {scale * statistics.stdev(self.values):.{digits}f}")
-        if self.diverged:
-            parts.append(
-                f"({self.diverged} of {self.seeds} diverged)"
-                if self.values
-                else f"diverged ({self.seeds})"
-            )
-        elif self.values and counted:
+        parts = [f"{scale * fmean(values):.{digits}f}"] if values else []
+        if len(values) > 1:
+            parts.append(f"± {scale * stdev(values):.{digits}f}")
+        if self.diverged and values:
+            parts.append(f"({self.diverged} of {self.seeds} diverged)")
+        elif self.diverged:
+            parts.append(f"diverged ({self.seeds})")
+        elif values and counted:
             parts.append(f"({self.seeds})")
         return " ".join(parts) or NONE
 
@@ -76,10 +72,10 @@ class Spread:
 
         With a diverged run among them no candidate for the best.
         """
-        scale, digits = self._print
-        if not self.values or self.diverged:
+        if not len(self.values) or self.diverged:
             return -math.inf
-        return round((-scale if self.loss else scale) * statistics.fmean(self.values), digits)
+        scale, digits = self._print
+        return round((-scale if self.loss else scale) * fmean(self.values), digits)
 
     @property
     def _print(self) -> tuple[int, int]:
@@ -87,91 +83,80 @@ class Spread:
         return (1, 3) if self.loss else (100, 2)
 
 
-def spread(runs: Sequence[Run], name: str) -> Spread:
-    """A figure of the summaries over seeds."""
-    values = [run.value(name) for run in runs if not run.diverged]
-    return Spread(
-        [v for v in values if v is not None],
-        sum(run.diverged for run in runs),
-        name.endswith("_loss"),
-    )
+def spread(runs: pd.DataFrame, name: str) -> Spread:
+    """A figure over seeds."""
+    values = runs[name][~runs.diverged].dropna()
+    return Spread(values, int(runs.diverged.sum()), name.endswith("_loss"))
 
 
-def scores(runs: Sequence[Run], name: str) -> list[Table]:
+def scores(runs: pd.DataFrame, score: str) -> list[Table]:
     """One table per partition: methods x tau, the best of each column in bold.
 
     Args:
         runs: those of the comparison.
-        name: of the figure in the records, a share of 1 or a loss.
+        score: a share of 1, or a loss.
     """
-    tables, counted, columns = [], seeds(runs) is None, grid.taus(runs)
+    tables = []
     for partition in grid.partitions(runs):
-        rows = grid.by((run for run in runs if run.partition == partition), lambda run: run.label)
-        spreads = [[spread(grid.at(row, tau), name) for tau in columns] for row in rows.values()]
-        best = [
-            max(column) for column in zip(*([s.rank for s in row] for row in spreads), strict=True)
-        ]
-        tables.append(
-            Table(
-                partition,
-                ["method", *(f"tau {tau}" for tau in columns)],
-                [
-                    [Cell(label), *(_cell(s, b, counted) for s, b in zip(row, best, strict=True))]
-                    for label, row in zip(rows, spreads, strict=True)
-                ],
-            )
+        rows = runs[runs.partition == partition].groupby("name", sort=False)
+        spreads = pd.DataFrame(
+            {
+                f"tau {tau}": {name: spread(grid.at(row, tau), score) for name, row in rows}
+                for tau in grid.taus(runs)
+            }
         )
+        texts, best = _cells(spreads, axis="index", counted=seeds(runs) is None)
+        texts.insert(0, "method", texts.index)
+        tables.append(Table(partition, texts, best))
     return tables
 
 
-def seeds(runs: Sequence[Run]) -> int | None:
-    """How many seeds every setting was run with; None if that differs."""
-    groups = grid.by(
-        runs, lambda run: (run.label, run.tau, run.partition, run.tuning, run.record.config.lr)
-    )
-    counts = {len(group) for group in groups.values()}
-    return counts.pop() if len(counts) == 1 else None
-
-
-def _cell(found: Spread, best: float, counted: bool) -> Cell:
-    return Cell(found.text(counted=counted), found.rank == best > -math.inf)
-
-
-def learning_rates(tuning: Sequence[Run], final: Sequence[Run], name: str) -> list[Table]:
+def learning_rates(tuning: pd.DataFrame, final: pd.DataFrame, score: str) -> list[Table]:
     """One table per partition: methods and tau x learning rate -> score on the validation set, best
     in bold.
 
     Args:
         tuning: the runs that chose.
         final: those that were made with what was chosen; the last column is theirs.
-        name: of the score in the records.
+        score: a share of 1, or a loss.
     """
-    tables, counted = [], seeds(tuning) is None
+    tables = []
     for partition in grid.partitions(tuning):
-        group = [run for run in tuning if run.partition == partition]
-        tried = sorted({run.record.config.lr for run in group})
-        rows = []
-        for (label, tau, synchronous), row in grid.by(
-            group, lambda r: (r.label, r.tau, r.synchronous)
-        ).items():
-            spreads = [spread([r for r in row if r.record.config.lr == lr], name) for lr in tried]
-            best = max(s.rank for s in spreads)
-            used = sorted(
-                {
-                    r.record.config.lr
-                    for r in final
-                    if (r.partition, r.tau, r.method) == (partition, tau, label)
-                }
-            )
-            rows.append(
-                [
-                    Cell(label),
-                    Cell(NONE if synchronous else str(tau)),
-                    *(_cell(s, best, counted) for s in spreads),
-                    Cell(", ".join(f"{lr:g}" for lr in used) or NONE),
-                ]
-            )
-        tables.append(
-            Table(partition, ["method", "tau", *(f"lr {lr:g}" for lr in tried), "used"], rows)
+        group = tuning[tuning.partition == partition]
+        rows = list(group.groupby(["label", "tau"], sort=False))
+        spreads = pd.DataFrame(
+            [
+                {f"lr {lr:g}": spread(row[row.lr == lr], score) for lr in sorted(group.lr.unique())}
+                for _, row in rows
+            ]
         )
+        texts, best = _cells(spreads, axis="columns", counted=seeds(tuning) is None)
+        texts.insert(0, "method", [row.label.iloc[0] for _, row in rows])
+        texts.insert(
+            1, "tau", [NONE if row.synchronous.all() else str(tau) for (_, tau), row in rows]
+        )
+        used = final[final.partition == partition]
+        texts["used"] = [
+            _rates(used[(used.label == label) & (used.tau == tau)]) for (label, tau), _ in rows
+        ]
+        tables.append(Table(partition, texts, best))
     return tables
+
+
+def seeds(runs: pd.DataFrame) -> int | None:
+    """How many seeds every setting was run with; None if that differs."""
+    counts = runs.groupby(["name", "tau", "partition", "stage", "lr"]).size().unique()
+    return int(counts[0]) if len(counts) == 1 else None
+
+
+def _cells(
+    spreads: pd.DataFrame, *, axis: Literal["index", "columns"], counted: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Texts, and whether they are the best along an axis."""
+    ranks = spreads.map(lambda found: found.rank).astype(float)
+    best = ranks.eq(ranks.max(axis=axis), axis="columns" if axis == "index" else "index")
+    return spreads.map(lambda found: found.text(counted=counted)), best & (ranks > -math.inf)
+
+
+def _rates(runs: pd.DataFrame) -> str:
+    return ", ".join(f"{lr:g}" for lr in sorted(runs.lr.unique())) or NONE
