@@ -11,7 +11,7 @@ import pytest
 from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.grid import run, spec
-from distoptim_experiments.grid.real import Processes, Stopped
+from distoptim_experiments.grid.real import Processes, Stopped, Worker
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training.launch import Job, run_local
 
@@ -162,3 +162,32 @@ def test_a_run_without_finite_losses_ends_early_and_is_marked(tmp_path, algorith
     summary = records.read(tmp_path).summary
     assert summary.diverged
     assert summary.step < 10**6
+
+
+class Meeting:
+    """A place where everybody reads what anybody has written."""
+
+    def __init__(self, rank, store):
+        self.rank, self._store = rank, store
+
+    def connect(self, timeout_s):
+        return self._store
+
+
+class Store(dict):
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def get(self, key):
+        return self[key]
+
+
+def test_what_rank_0_decides_is_data_that_all_get_alike():
+    store = Store()
+    first, second = (Worker(Meeting(rank, store), 1.0) for rank in (0, 1))
+    made = first.decide(lambda: [(0, True), ("a", 0.5)])
+    assert second.decide(lambda: pytest.fail("rank 0 decides")) == made == [[0, True], ["a", 0.5]]
+    # A pickle that prints, as a stranger might put it there.
+    store["decision2"] = b"cbuiltins\nprint\n(S'run'\ntR."
+    with pytest.raises(ValueError, match="Expecting value"):
+        second.decide(list)

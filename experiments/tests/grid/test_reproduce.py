@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distoptim_experiments import records
+from distoptim_experiments import frames, records
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.data import cifar
 from distoptim_experiments.grid import run, spec
@@ -95,14 +96,18 @@ def test_records_moved_beside_their_folders_are_found(tmp_path):
         tmp_path / "out",
     )
     run.reproduce(grid, out, processes=1)
-    before = [path.read_text() for path in report.write(runs.read(out), tmp_path / "before")]
+    before = [
+        path.read_text() for path in report.write(runs.named(frames.read(out)), tmp_path / "before")
+    ]
     for path in list(out.rglob(records.FILE)):
         path.rename(path.parent.with_name(f"{path.parent.name}.{records.FILE}"))
         path.parent.rmdir()
     done = run.reproduce(grid, out, processes=1)
     assert not any(folder.exists() for folder in done)
     assert len(list(out.rglob(f"*.{records.FILE}"))) == 12
-    assert [path.read_text() for path in report.write(runs.read(out), tmp_path / "after")] == before
+    assert [
+        path.read_text() for path in report.write(runs.named(frames.read(out)), tmp_path / "after")
+    ] == before
 
 
 def test_a_list_under_machines_is_an_axis_of_the_grid(tmp_path):
@@ -248,6 +253,16 @@ def test_kill_dash_nine_loses_no_finished_run(tmp_path):
         (("latency_ms = 20.0", "latency = 20.0"), "latency"),
         (("latency_ms = 20.0", "latency_ms = []"), "latency_ms=[]: expected a value"),
         (("latency_ms = 20.0", 'slowdown = ["none", "now"]'), "slowdown='now'"),
+        (('data = "synthetic"', "data = 5"), "data=5: allowed is text"),
+        (("tau = [2, 4]", "partition = []"), "[grid] partition=[]: expected a list of values, not"),
+        (("[grid]", 'title = "x"\n[grid]'), "[machines] has no key 'title'"),
+        (("lr = [0.01, 1e6]", ""), "[tune] lr=None: expected a list of values, not empty"),
+        (("lr = [0.01, 1e6]", 'lr = ["fast"]'), "lr='fast': allowed is a number"),
+        (('algorithm = "ddp"', "algorithm = [1]"), "algorithm=[1]: allowed is one of ddp"),
+        (
+            ('algorithm = "ddp"', 'algorithm = "ddp"\nwidth = 1'),
+            "[methods.sync] has no key 'width'",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_gives_one_line_with_the_file(tmp_path, change, words):
@@ -256,6 +271,53 @@ def test_a_wrong_key_or_value_gives_one_line_with_the_file(tmp_path, change, wor
         spec.read(path)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("methods", [], "methods=[]: expected a table"),
+        ("methods", {}, "no [methods.NAME]: nothing to run"),
+        ("methods", {"a": 3}, "[methods] a=3: expected a table"),
+        ("run", 3, "run=3: expected a table"),
+        ("run.tau.x", 3, "no key 'run.tau'"),
+        ("grid", [1], "grid=[1]: expected a table"),
+        ("grid.tau", 2, "[grid] tau=2: expected a list"),
+        ("machines", [], "machines=[]: expected a table"),
+        ("title", 3, "title=3: expected text"),
+    ],
+)
+def test_a_value_of_another_kind_gives_one_line_too(tmp_path, key, value, words):
+    path = written(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {words}")) as raised:
+        spec.read(path, overrides={key: value})
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_text_gives_one_line(tmp_path):
+    (tmp_path / "grid.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"grid\.toml: not TOML: .*decode"):
+        spec.read(tmp_path / "grid.toml")
+
+
+def test_a_finished_grid_is_a_table_that_needs_no_records(tmp_path):
+    grid = spec.read(written(tmp_path, GRID.replace("epochs = 3", "steps = 4")))
+    out = tmp_path / "out"
+    run.reproduce(grid, out, processes=1)
+    made = frames.read(out)
+    assert made.ended.stage.value_counts().to_dict() == {"final": 6, "trial": 6}
+    before = report.write(runs.named(made), tmp_path / "before")[0].read_text()
+    for name in (run.TRIALS, run.FINAL):
+        shutil.rmtree(out / name)
+    again = runs.named(frames.read(out))
+    assert report.write(again, tmp_path / "again")[0].read_text() == before
+    # One run of them is made again: its record counts, the rows of the others stay.
+    first, _ = run.stages(grid, out, processes=1)
+    case, folder = first.places()[0]
+    run_one(case.config.replace(lr=0.02), grid.machines[0], folder, label=case.label, threads=1)
+    (changed,) = frames.read(out).ended.query("lr == 0.02").run
+    assert changed == folder.relative_to(out).as_posix()
+    assert len(frames.read(out).ended) == 12
 
 
 def test_what_only_real_workers_can_do_is_read_for_them(tmp_path):

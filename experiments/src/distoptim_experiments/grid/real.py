@@ -5,7 +5,7 @@ One run after the other.
 
 from __future__ import annotations
 
-import pickle
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,15 +55,17 @@ class Processes(Runner):
 
         Returns all records' folders, in order.
         """
+        places = self.places(cases, folder)
         left = self.decide(
             lambda: [
-                (case, path, checkpoint.exists(path))
-                for case, path in self.places(cases, folder)
+                (i, checkpoint.exists(path))
+                for i, (_, path) in enumerate(places)
                 if not records.finished(path)
             ]
         )
         done(finished := len(cases) - len(left), len(cases))
-        for case, path, resume in left:
+        for i, resume in left:
+            case, path = places[i]
             signum = self.run(
                 Job(case.config, path, resume, label=case.label),
                 [_share(finished, len(cases), done)],
@@ -72,7 +74,7 @@ class Processes(Runner):
                 raise Stopped(signum)
             shutil.rmtree(path / checkpoint.FOLDER, ignore_errors=True)
             done(finished := finished + 1, len(cases))
-        return [path for _, path in self.places(cases, folder)]
+        return [path for _, path in places]
 
     def run(self, job: Job, observers: Sequence[Observer]) -> int:
         """One run, from start or checkpoint to end; returns the signal that stopped it, or 0."""
@@ -97,11 +99,10 @@ class Worker(Processes):
         """What rank 0 makes, on all workers."""
         self._decisions += 1
         key = f"decision{self._decisions}"
-        if self.meeting.rank:
-            made: T = pickle.loads(bytes.fromhex(self._store.get(key).decode()))
-            return made
-        made = make()
-        self._store.set(key, pickle.dumps(made).hex())
+        if self.meeting.rank == 0:
+            # No pickle: whoever reaches the store could put one there that runs code on all workers.
+            self._store.set(key, json.dumps(make()))
+        made: T = json.loads(self._store.get(key))
         return made
 
     def run(self, job: Job, observers: Sequence[Observer]) -> int:

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from distoptim_experiments import records
+from distoptim_experiments import frames, records
 from distoptim_experiments.grid import simulated as grid
 from distoptim_experiments.grid.spec import Case, Spec
 from distoptim_experiments.machines import Machines
 from distoptim_experiments.models.registry import TEXT_MODELS
 
-TRIALS, FINAL = "trials", "final"
+TRIALS = frames.TRIALS
+FINAL = frames.FINAL
 Setting = tuple[str, int, str]
 Done = Callable[[float, int], object]
 T = TypeVar("T")
@@ -40,7 +41,8 @@ class Runner(ABC):
         """Run what has no whole record yet; returns all records' folders, in order."""
 
     def decide(self, make: Callable[[], T]) -> T:
-        """What `make` returns; where there are several processes, one makes it for all."""
+        """What `make` returns, made of what JSON has; where there are several processes, one makes
+        it for all."""
         return make()
 
 
@@ -126,12 +128,15 @@ def stages(
     if trials.cases:
         yield trials
 
-    def rates() -> dict[Setting, float]:
+    def rates() -> list[tuple[Setting, float]]:
         tried = trials.places()
         missing = {case.setting for case, path in tried if not records.finished(path)}
-        return choose([(case, path) for case, path in tried if case.setting not in missing])
+        chosen = choose([(case, path) for case, path in tried if case.setting not in missing])
+        return list(chosen.items())
 
-    chosen = trials.runner.decide(rates)
+    chosen = {
+        (label, tau, partition): lr for (label, tau, partition), lr in trials.runner.decide(rates)
+    }
     yield Stage(
         "runs", spec.cases(chosen), runner or Virtual(spec.machines, processes), folder / FINAL
     )
@@ -145,7 +150,8 @@ def reproduce(
     runner: Runner | None = None,
     done: Callable[[str, float, int], object] = lambda stage, finished, total: None,
 ) -> list[Path]:
-    """Run what has no whole record yet; returns the folders of the final runs.
+    """Run what has no whole record yet, and write all runs into the CSV files of the folder; returns
+    the folders of the final runs.
 
     Args:
         spec, folder, processes, runner: see `stages`.
@@ -154,6 +160,7 @@ def reproduce(
     folders: list[Path] = []
     for stage in stages(spec, folder, processes=processes, runner=runner):
         folders = stage.runner.run_all(stage.cases, stage.folder, partial(done, stage.name))
+    stage.runner.decide(lambda: [path.name for path in frames.write(folder)])
     return folders
 
 

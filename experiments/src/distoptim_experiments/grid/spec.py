@@ -8,11 +8,22 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from typing_extensions import Self
 
 from distoptim_experiments.config import POWERSGD, SYNCHRONOUS, RunConfig, compared
 from distoptim_experiments.machines import Machines
@@ -23,9 +34,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-_RUN = set(RunConfig.model_fields)
-_TABLES = {"title", "run", "machines", "grid", "tune", "methods"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,45 @@ class Case:
         return self.label, self.config.tau, self.config.partition
 
 
-@dataclass(frozen=True)
-class Spec:
+def _known(table: dict[str, Any]) -> dict[str, Any]:
+    for key in table:
+        if key not in RunConfig.model_fields:
+            raise ValueError(
+                f"has no key {key!r}; allowed are {', '.join(sorted(RunConfig.model_fields))}"
+            )
+    return table
+
+
+def _machines(table: object) -> object:
+    """One per combination of the values that are lists."""
+    if not isinstance(table, dict):
+        return table
+    allowed = list(Machines.model_fields)
+    for name, value in table.items():
+        if name not in allowed:
+            raise ValueError(f"has no key {name!r}; allowed are {', '.join(allowed)}")
+        if value == []:
+            raise ValueError(f"{name}=[]: expected a value, or a list of values, not empty")
+    values = [value if isinstance(value, list) else [value] for value in table.values()]
+    return tuple(
+        Machines(**dict(zip(table, combination, strict=True)))
+        for combination in itertools.product(*values)
+    )
+
+
+Fields = Annotated[dict[str, Any], AfterValidator(_known)]
+Axis = Annotated[list[Any], Field(min_length=1)]
+_EXPECTED = {
+    "dict_type": "a table",
+    "tuple_type": "a table",
+    "list_type": "a list of values, not empty",
+    "too_short": "a list of values, not empty",
+    "string_type": "text",
+}
+"""By pydantic's names for what is wrong."""
+
+
+class Spec(BaseModel):
     """A grid.
 
     Args:
@@ -60,46 +105,42 @@ class Spec:
             and other fields of `RunConfig` for these shorter runs; the best accuracy on the
             validation set decides, of text the loss. Empty: no tuning.
         machines: the virtual machines; the grid is run on each of them, learning rates are chosen
-            on the first.
+            on the first. A table, in which a list is one more axis.
 
     Raises:
         ValueError: in one line, naming a wrong key or value.
     """
 
-    title: str
-    run: Mapping[str, Any]
-    methods: Mapping[str, Mapping[str, Any]]
-    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    tune: Mapping[str, Any] = field(default_factory=dict)
-    machines: Sequence[Machines] = (Machines(),)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    def __post_init__(self) -> None:
+    title: str = ""
+    run: Fields = Field(default_factory=dict)
+    methods: dict[str, Fields] = Field(default_factory=dict)
+    grid: Annotated[dict[str, Axis], AfterValidator(_known)] = Field(default_factory=dict)
+    tune: Fields = Field(default_factory=dict)
+    machines: Annotated[tuple[Machines, ...], BeforeValidator(_machines)] = (Machines(),)
+
+    def __init__(self, **tables: Any) -> None:
+        try:
+            super().__init__(**tables)
+        except ValidationError as error:
+            raise ValueError(_said(error)) from None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         """Make all runs once, so that a wrong value shows before the first hour."""
-        for table, keys in (
-            ("run", self.run),
-            ("grid", self.grid),
-            ("tune", self.tune),
-            *((f"methods.{label}", keys) for label, keys in self.methods.items()),
-        ):
-            for key in keys:
-                if key not in _RUN:
-                    raise ValueError(
-                        f"[{table}] has no key {key!r}; allowed are {', '.join(sorted(_RUN))}"
-                    )
         if not self.methods:
             raise ValueError("no [methods.NAME]: nothing to run")
-        for name, values in [
-            *self.grid.items(),
-            *([("lr", self.tune.get("lr"))] if self.tune else []),
-        ]:
-            if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-                raise ValueError(f"{name}={values!r}: expected a list of values, not empty")
+        rates = self.tune.get("lr")
+        if self.tune and (not isinstance(rates, list) or not rates):
+            raise ValueError(f"[tune] lr={rates!r}: expected a list of values, not empty")
         if self.tune and not self.run.get("validation"):
             raise ValueError(
                 "[tune] chooses on a validation set: [run] needs validation, the share held out for it"
             )
         self.cases()
         self.trials()
+        return self
 
     def cases(
         self, learning_rates: Mapping[tuple[str, int, str], float] | None = None
@@ -140,8 +181,7 @@ class Spec:
 
 
 def read(path: Path, *, overrides: Mapping[str, Any] | None = None, virtual: bool = True) -> Spec:
-    """The grid in a file, or one of those that are shipped, by its name: the TOML files beside this
-    module.
+    """The grid in a file, or one of those that are shipped, by its name: the TOML files in `grids`.
 
     Args:
         path: of the file.
@@ -160,28 +200,16 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None, virtual: boo
         content = tomllib.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
     for key, value in (overrides or {}).items():
         _override(content, key, value)
-    for key in content:
-        if key not in _TABLES:
-            raise ValueError(
-                f"{path}: no key {key!r} is known there; allowed are {', '.join(sorted(_TABLES))}"
-            )
     try:
-        machines = _machines(content.pop("machines", {}))
-        made = Spec(
-            title=content.pop("title", path.stem),
-            machines=machines,
-            run=content.pop("run", {}),
-            methods=content.pop("methods", {}),
-            **content,
-        )
+        made = Spec(**{"title": path.stem, **content})
         for case in (*made.trials(), *made.cases()) if virtual else ():
             check_virtual(case.config)
         return made
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -204,25 +232,25 @@ def assignment(text: str) -> tuple[str, Any]:
 
 def _override(content: dict[str, Any], key: str, value: Any) -> None:
     table, dot, name = key.rpartition(".")
-    if not dot and name in _TABLES:
+    if not dot and name in Spec.model_fields:
         content[name] = value
-    else:
-        table = table or ("grid" if name in content.get("grid", {}) else "run")
-        content.setdefault(table, {})[name] = value
+        return
+    table = table or ("grid" if name in content.get("grid", {}) else "run")
+    if not isinstance(content.setdefault(table, {}), dict):
+        raise ValueError(f"{key}: {table}={content[table]!r} is not a table")
+    content[table][name] = value
 
 
-def _machines(table: Mapping[str, Any]) -> list[Machines]:
-    """One per combination of the values that are lists."""
-    values = [value if isinstance(value, list) else [value] for value in table.values()]
-    allowed = list(Machines.model_fields)
-    for name, value in table.items():
-        if name not in allowed:
-            raise ValueError(f"[machines] has no key {name!r}; allowed are {', '.join(allowed)}")
-        if value == []:
-            raise ValueError(
-                f"[machines] {name}=[]: expected a value, or a list of values, not empty"
-            )
-    return [
-        Machines(**dict(zip(table, combination, strict=True)))
-        for combination in itertools.product(*values)
-    ]
+def _said(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors()[0]
+    *tables, name = first["loc"] or ("",)
+    if first["type"] == "extra_forbidden":
+        return f"no key {name!r} is known there; allowed are {', '.join(sorted(Spec.model_fields))}"
+    if first["type"] == "value_error":
+        where = ".".join(map(str, first["loc"]))
+        return f"[{where}] {first['ctx']['error']}" if where else str(first["ctx"]["error"])
+    table = f"[{'.'.join(map(str, tables))}] " if tables else ""
+    return (
+        f"{table}{name}={first['input']!r}: expected {_EXPECTED.get(first['type'], first['msg'])}"
+    )
