@@ -51,7 +51,8 @@ def _measure(config: RunConfig) -> tuple[int, float]:
     batches = data.Batches(
         loaded.train_images, loaded.train_labels, batch_size=config.batch_size, seed=0
     )
-    threads, step_s = torch.get_num_threads(), float("inf")
+    threads = torch.get_num_threads()
+    step_s = float("inf")
     torch.set_num_threads(1)
     for _ in range(2):
         begin = time.perf_counter()

@@ -34,7 +34,9 @@ def draw(table: Sequence[Sequence[int]], path: Path, *, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    workers, classes, most = len(table), len(table[0]), max(max(row) for row in table)
+    workers = len(table)
+    classes = len(table[0])
+    most = max(max(row) for row in table)
     figure, axes = plt.subplots(
         figsize=(min(14, 2 + 0.55 * classes), 1.2 + 0.3 * workers), layout="constrained"
     )

@@ -16,7 +16,9 @@ from distoptim import checks
 from distoptim.comm import Link
 
 GRID = tuple(float(x) for x in np.logspace(-1, 3, 50))
-_WARM_UP, _MEASURED = 4, 4  # rounds; the first ones have nothing in flight to wait for
+# In rounds; the first ones have nothing in flight to wait for.
+_WARM_UP = 4
+_MEASURED = 4
 _EPSILON = 1e-12
 
 
@@ -164,7 +166,8 @@ def utilisations(
     )
     messages = _messages(model, method)
     unit_s = model.step_s / (3 * model.layers - 1)
-    round_units, round_s = method.tau * (3 * model.layers - 1), method.tau * model.step_s
+    round_units = method.tau * (3 * model.layers - 1)
+    round_s = method.tau * model.step_s
     seconds = {
         n: _all_reduce_s(
             n / model.layers * model.params * method.payload_bytes, rates, latency_s, workers
@@ -173,7 +176,8 @@ def utilisations(
     }
 
     # Two times: `at` counts computation alone; on the clock it is `at + waited`.
-    waited, free = np.zeros_like(rates), np.zeros_like(rates)
+    waited = np.zeros_like(rates)
+    free = np.zeros_like(rates)
     arrival: dict[tuple[int, int], NDArray[np.float64]] = {}
     marks: list[NDArray[np.float64]] = []
     for units, is_need, which in _events(messages, round_units):
@@ -242,7 +246,8 @@ def _messages(model: ModelShape, method: Method) -> list[_Message]:
     """What is sent in one round, in the order in which it is launched within a step."""
     parts = model.fragments if method.fragments is None else method.fragments
     checks.integer(f"fragments of {method.name}", parts, 1, model.layers)
-    count, step = model.layers, 3 * model.layers - 1
+    count = model.layers
+    step = 3 * count - 1
     messages = []
     for part in range(parts):
         begin = part * method.tau // parts * step
