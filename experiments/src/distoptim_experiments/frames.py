@@ -254,5 +254,6 @@ def _typed(texts: pd.Series[str], kind: type) -> pd.Series[Any]:
 
 def _text(table: pd.DataFrame) -> str:
     """Without settings that no run has."""
-    empty = [name for name in SETTINGS if name in table and table[name].isna().all()]
+    given = table.replace("", None)  # a file tells no empty text from nothing
+    empty = [name for name in SETTINGS if name in table and given[name].isna().all()]
     return str(table.drop(columns=empty).to_csv(index=False, lineterminator="\n"))
