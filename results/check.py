@@ -7,6 +7,7 @@ named, and what they should say is printed; exit status 1. Run: python results/c
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -168,6 +169,29 @@ def rules() -> str:
     )
 
 
+def column_means(label: str, score: str = "test_accuracy", seed: int | None = None) -> list[float]:
+    """Per cent in each column of the study `beyond`, as a mean over seeds or of one."""
+    fields = {} if seed is None else {"seed": seed}
+    return [
+        100
+        * fmean(
+            runs("beyond", label.format(tau), tau, partition=partition, **fields)[score].dropna()
+        )
+        for partition, tau in COLUMNS
+    ]
+
+
+def less(ones: Iterable[float], others: Iterable[float]) -> list[float]:
+    """Differences, one by one."""
+    return [one - other for one, other in zip(ones, others, strict=True)]
+
+
+def between(values: Iterable[float], digits: int = 1) -> str:
+    """From the least to the greatest, printed."""
+    ordered = sorted(values)
+    return f"{ordered[0]:.{digits}f} to {ordered[-1]:.{digits}f}"
+
+
 def _columns() -> list[str]:
     return [f"{'IID' if part == 'iid' else 'label skew'}, tau {tau}" for part, tau in COLUMNS]
 
@@ -292,6 +316,7 @@ def which_sgd() -> list[str]:
             for label, tau in (("Local SGD", 2), ("Local SGD", 8), ("BMUF", 24))
         )
 
+    above = less([a("Local SGD", 8, True), a("BMUF", 24, True)], column_means(OURS)[2:])
     return [
         f"had {a(overlap, 2):.1f} % at tau 2, {a(OURS, 8, study='beyond'):.1f} at tau 8, "
         f"{a(OURS, 24, study='beyond'):.1f} at tau 24",
@@ -304,7 +329,24 @@ def which_sgd() -> list[str]:
         f"| {both(OURS, 24, 'beyond').replace(' (', ' % (')}; {cocod} {both(cocod, 24)}, {overlap} "
         f"{both(overlap, 24, 'beyond')} |",
         f"| {waiting(False)} |",
-        f"| {waiting(True)}: at 8 and 24 at most 0.3 above what `OverlapBMUF` hides |",
+        f"| {waiting(True)}: at 8 and 24 at most {max(above):.1f} above what `OverlapBMUF` hides |",
+        *which_other_sgd(),
+    ]
+
+
+def which_other_sgd() -> list[str]:
+    """What not to choose, and what it costs."""
+    one = {name: column_means(label, seed=0) for name, label in RULES.items()}
+    ours = column_means(OURS)
+    cocod = [accuracy("CoCoD-SGD", tau, partition != "iid") for partition, tau in COLUMNS]
+    bmuf = one["carry, momentum 0.5 a round later (`BMUF(carry=True)`)"]
+    eager = one.pop("eager, momentum 0.5")
+    others = itertools.chain(*one.values())
+    return [
+        f"`CoCoDSGD` costs {between(less(ours, cocod))} points at tau 8 and 24 against `OverlapBMUF`.",
+        f"`BMUF` with it is {between(less(one['half carry, momentum 0.5 (`OverlapBMUF`)'], bmuf))} points "
+        "below `OverlapBMUF` (one seed)",
+        f"over SGD with momentum {between(eager, 0)} % where others have {between(others, 0)}",
     ]
 
 
@@ -322,7 +364,13 @@ def which_adamw() -> list[str]:
         f"| {loss('DiLoCo, momentum 0.5', 10):.2f} at tau 10, {loss('DiLoCo, momentum 0.5', 50):.2f} at "
         "tau 50.",
         f"had {loss('DiLoCo', 10):.2f} and {loss('DiLoCo', 50):.2f} |",
+        f"over AdamW {_eager_behind()} nats behind Local AdamW even with a smaller outer momentum",
     ]
+
+
+def _eager_behind() -> str:
+    label = "Eager DiLoCo, momentum 0.5"
+    return between(loss(label, tau) - loss("Local AdamW", tau) for tau in (10, 50))
 
 
 def slow() -> list[str]:
@@ -347,16 +395,25 @@ def slow() -> list[str]:
     ]
 
 
+def lost(label: str, tau: int | None) -> str:
+    """Milliseconds a step that exponential slow-downs cost."""
+    slowed = fmean(step_ms(label, tau, "exponential"))
+    return f"{slowed - fmean(step_ms(label, tau, 'none')):.0f} ms"
+
+
 def slow_choice() -> list[str]:
     """The same in short."""
-
-    def more(label: str, tau: int | None) -> str:
-        times = (fmean(step_ms(label, tau, slowdown)) for slowdown in ("exponential", "none"))
-        return f"{next(times) - next(times):.0f}"
-
     return [
-        f"synchronous SGD loses {more('sync', None)} ms of a 100 ms step, Local SGD at tau = 8 "
-        f"{more('Local SGD', 8)} ms, the overlapped ones {more('Overlap-Local-SGD', 8)} ms"
+        f"synchronous SGD loses {lost('sync', None)} of a 100 ms step, Local SGD at tau = 8 "
+        f"{lost('Local SGD', 8)}, the overlapped ones {lost('Overlap-Local-SGD', 8)}"
+    ]
+
+
+def slow_result() -> list[str]:
+    """The same beside its table."""
+    return [
+        f"Slow-downs cost synchronous SGD {lost('sync', None)} a step (exponential), Local SGD with "
+        f"tau = 8 {lost('Local SGD', 8)}, the overlapped methods {lost('Overlap-Local-SGD', 8)}."
     ]
 
 
@@ -383,6 +440,9 @@ def read_best() -> list[str]:
         f"Overlap-Local-SGD is {' and '.join(behind('Overlap-Local-SGD', adamw))} behind it, CoCoD-SGD "
         f"{' and '.join(behind('CoCoD-SGD', adamw))}, CO2 {' and '.join(behind('CO2', adamw))}.",
         f"0.5 gains DiLoCo {' and '.join(behind('DiLoCo', best))}.",
+        f"with 0.5 ahead by {loss(adamw, 10) - loss(best, 10):.3f} and "
+        f"{loss(adamw, 50) - loss(best, 50):.3f}, at most two standard deviations",
+        f"with momentum 0.5 it is still {_eager_behind()} behind {adamw}.",
     ]
 
 
@@ -396,17 +456,38 @@ def hidden() -> list[str]:
 
     over = differences("beyond", "Overlap-Local-SGD")
     local = differences("small", "Local SGD")
-    sync = [
-        accuracy("sync", skewed=part != "iid", study="beyond")
-        - accuracy(OURS, tau, part != "iid", "beyond")
-        for part, tau in COLUMNS
-    ]
+    sync = less(_sync(), column_means(OURS))
     return [
-        f"It is above the paper's rule in all four, by {min(over):.1f} to {max(over):.1f} points, and about "
+        f"It is above the paper's rule in all four, by {between(over)} points, and about "
         f"where Local SGD is that waits: {-local[0]:.1f} and {-local[1]:.1f} below it with equal data, "
         f"{-local[2]:.1f} below and {local[3]:.1f} above with skewed data.",
-        f"is missed**: {min(sync):.1f} to {max(sync):.1f} points are left",
+        f"is missed**: {between(sync)} points are left",
+        f"blocking Local SGD at the same tau is {between(a + b for a, b in zip(local, sync, strict=True))} "
+        "points below synchronous SGD.",
+        *halves(),
     ]
+
+
+def halves() -> list[str]:
+    """What each part of the rule brings, on the validation set, with one seed."""
+    one = {name: column_means(label, "validation_accuracy", 0) for name, label in RULES.items()}
+    carry = one["carry (CoCoD-SGD)"]
+    ours = one["half carry, momentum 0.5 (`OverlapBMUF`)"]
+    more = "half carry, momentum 0.7"
+    ended = frames.read(HERE / "beyond").ended
+    trials = ended[ended.stage == frames.TRIAL].groupby(["label", "tau", "partition"])
+    best = trials.validation_accuracy.max().groupby("label").mean()
+    return [
+        f"against carry the gain 1/2 alone brings {between(less(one['half carry'], carry))} points, "
+        f"momentum alone {between(less(one['carry, momentum 0.5'], carry))}, both together "
+        f"{between(less(ours, carry))} (one seed each, validation set).",
+        f"Momentum 0.5 and 0.7 are equal on average ({fmean(ours):.2f} and {fmean(one[more]):.2f})",
+        f"({100 * best[OURS]:.2f} against {100 * best[more]:.2f} on the validation set).",
+    ]
+
+
+def _sync() -> list[float]:
+    return [accuracy("sync", skewed=part != "iid", study="beyond") for part, _ in COLUMNS]
 
 
 def found() -> list[str]:
@@ -415,20 +496,50 @@ def found() -> list[str]:
     ours = "Overlap-Local-SGD"
     gains = [a(ours, tau) - a("EAMSGD", tau) for tau in TAUS]
     skewed = [a(ours, tau, True) - a("EAMSGD", tau, True) for tau in TAUS]
-    costs = [a("sync") - a("sync", skewed=True)]
+    hidden = ("CoCoD-SGD", "EAMSGD", ours)
+    below, below_skewed = (
+        between(a("Local SGD", 8, skew) - a(label, 8, skew) for label in hidden)
+        for skew in (False, True)
+    )
+    waiting = [waits(runs("small", label, 2, partition="iid"), 1) for label in ("Local SGD", ours)]
+    ahead = column_means(OURS)
     return [
+        f"synchronous SGD waits {waits(runs('small', 'sync', partition='iid'), 1)}; at tau = 2 Local SGD "
+        f"waits {waiting[0]}, {ours} {waiting[1]}, in virtual time.",
         f"**Not here**: {a(ours, 2):.2f} against {a('sync'):.2f} (IID), {a(ours, 2, True):.2f} against "
         f"{a('sync', skewed=True):.2f} (skew)",
         f"with label skew by {min(skewed):.1f} to {max(skewed):.1f} points, IID by "
         f"{min(gains[:3]):.1f} to {max(gains[:3]):.1f} at tau 1, 2 and 8 and by {gains[3]:.1f} at tau 24.",
         f"Only at tau = 8 (+{a(ours, 8) - a('CoCoD-SGD', 8):.2f}).",
         f"it loses {a(ours, 8, True) - a('CoCoD-SGD', 8, True):.1f} points to Overlap-Local-SGD at tau = 8.",
-        f"Label skew costs synchronous SGD {costs[0]:.1f} points",
+        f"Equal within the spread at tau 2 and 24, and {a('CoCoD-SGD', 1) - a(ours, 1):.1f} below at tau 1.",
+        f"Label skew costs synchronous SGD {a('sync') - a('sync', skewed=True):.1f} points",
+        f"at tau = 8 the three overlapped methods are {below} points below blocking Local SGD (IID), "
+        f"{below_skewed} with skew.",
+        f"by {between(less(ahead, column_means(ours)))} points against {ours}, with 5 seeds; "
+        f"{between(less(_sync(), ahead))} points are left to synchronous SGD.",
+        *made_at(),
+    ]
+
+
+def made_at() -> list[str]:
+    """Of which commits runs are."""
+
+    def count(study: str, commit: str) -> int:
+        return int((frames.read(HERE / study).ended.commit == commit).sum())
+
+    return [
+        f"| 9887341f346d | beyond, {count('beyond', '9887341f346d')} runs |",
+        f"| 6c33e04c48aa | shakespeare, {count('shakespeare', '6c33e04c48aa')} runs |",
+        f"| 05769da97eff | shakespeare, the {count('shakespeare', '05769da97eff')} of OverlapBMUF |",
+        f"| 6257c3dffd51 | small, {count('small', '6257c3dffd51')}, and beyond, "
+        f"{count('beyond', '6257c3dffd51')}, all of them IID |",
     ]
 
 
 SENTENCES: dict[str, Callable[[], list[str]]] = {
     "results/README.md": found,
+    "results/stragglers/README.md": slow_result,
     "docs/hidden-momentum.md": hidden,
     "docs/stragglers.md": slow,
     "docs/which.md": lambda: [*which_sgd(), *which_adamw(), *slow_choice()],

@@ -37,8 +37,10 @@ def test_a_wrong_digit_and_a_missing_table_are_named_and_tables_mended(check, tm
     check.differing([changed], write=True)
     assert changed.read_text() == right
     for name in check.SENTENCES:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text((ROOT / name).read_text().replace("0.6 to 2.1", "0.6 to 2.2"))
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(
+            (ROOT / name).read_text().replace("2.1 points, and", "2.2 points, and")
+        )
     (said,) = check.unsaid(tmp_path)
     assert said.startswith("docs/hidden-momentum.md: should say: It is above the paper's rule")
 
