@@ -122,7 +122,9 @@ def balanced(rank: int) -> list[float]:
     optimizer = ALGORITHMS["local-sgd"]([parameter], lr=0.1, tau=100, timeout_s=TIMEOUT_S)
     for _ in range(8 + 2 * rank):
         optimizer.average()
-    with pytest.raises(CommunicationError, match=r"rank 0 in flush.. at local step 8, rank 1 .* 10"):
+    with pytest.raises(
+        CommunicationError, match=r"rank 0 in flush.. at local step 8, rank 1 .* 10"
+    ):
         optimizer.flush()
     return [float(parameter)]
 

@@ -156,6 +156,27 @@ def test_only_the_sick_fragment_is_replaced():
     assert torch.isfinite(workers.x()).all()
 
 
+PARTED = toy.variants(fragments=(2, 3))
+
+
+@pytest.mark.parametrize("at", [1, toy.TAU - 1, 2 * toy.TAU])
+@pytest.mark.parametrize("name", PARTED)
+def test_one_bad_batch_is_one_quarantine_with_fragments_too(name, at):
+    """All of them are healed at once, or NaN would go round and round from one to the next."""
+    workers = Lockstep(PARTED[name], [toy.start()] * toy.WORKERS)
+    workers.run(at, toy.gradient)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        workers.step(sick(math.nan))
+        workers.run(4 * toy.TAU, toy.gradient)
+    told = [str(w.message) for w in caught if issubclass(w.category, QuarantineWarning)]
+    assert len(told) == 1
+    assert [o.stats()["quarantined"] for o in workers.optimizers] == [0, 1, 0, 0]
+    assert torch.isfinite(workers.x()).all()
+    if workers.has_anchor():
+        assert all(torch.equal(workers.anchors()[0], other) for other in workers.anchors())
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_when_nobody_is_finite(name):
     """An error on all; the anchor, and so what can be saved, is as it was."""

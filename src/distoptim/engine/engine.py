@@ -20,7 +20,7 @@ from distoptim.comm.codecs import Coding
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
 from distoptim.engine.identity import SIZE, Identity, Kind, identify
-from distoptim.engine.reducer import Reducer, mark_finite
+from distoptim.engine.reducer import Reducer, is_finite, mark_finite
 from distoptim.engine.stats import Counters
 from distoptim.engine.weights import Weights
 from distoptim.fragments import Flat, Fragment
@@ -274,7 +274,12 @@ class Engine(Rounds):
             workers = float(self.communicator.size)
             if weight != 1:
                 workers *= self.weights.share(weight)
-            if sync.fragment.device.type != "cpu" and not pending.finite:
+            # Not twice, if another fragment's merge has healed this one since it was launched.
+            if (
+                sync.fragment.device.type != "cpu"
+                and not pending.finite
+                and sync.healed < sync.launched
+            ):
                 self._quarantine(sync)
             if sync.compressed is not None:
                 sync.compressed.merging(sync.buffer.tensor)
@@ -540,22 +545,33 @@ class Engine(Rounds):
             has_data=self.weights.left_at is None,
         )
 
-    def _quarantine(self, sync: FragmentSync) -> None:
-        """Send a worker whose parameters are not finite back to a value that is.
+    def _quarantine(self, sick: FragmentSync) -> None:
+        """Send a worker whose parameters are not finite back to values that are.
 
-        Its inner state is forgotten.
+        The inner state of what was not finite is forgotten. All fragments are healed at once: the next
+        forward pass would carry NaN from one that is not to those that are.
+
+        Args:
+            sick: whose payload is not finite.
         """
+        healed = [s for s in self.syncs if s is sick or not is_finite(s.fragment)]
+        names = ", ".join(sync.name for sync in healed)
         self.counters.quarantined += 1
         warnings.warn(
-            f"rank {self.communicator.rank}: parameters of {sync.name} are not finite at local step "
+            f"rank {self.communicator.rank}: parameters of {names} are not finite at local step "
             f"{self.step}: left out of this mean and replaced",
             QuarantineWarning,
             stacklevel=2,
         )
-        fallback = self._active.fallback(sync.state)
-        if fallback is not None:
-            sync.fragment.write(fallback)
-        self._inner.forget(sync.fragment.params)
+        for sync in healed:
+            fallback = self._active.fallback(sync.state)
+            if fallback is None and sync is not sick and sync.pending is None:
+                # A rule that writes the mean over x: its last one is still in the buffer.
+                fallback = sync.buffer
+            if fallback is not None:
+                sync.fragment.write(fallback)
+            self._inner.forget(sync.fragment.params)
+            sync.healed = self.step
 
     def _abandon(self) -> None:
         """Nothing that is in flight will come any more."""

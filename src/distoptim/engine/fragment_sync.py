@@ -52,6 +52,7 @@ class FragmentSync:
         next_launch: local step of the next launch.
         launched: local step of the last launch.
         merges: how many means were merged.
+        healed: local step at which parameters that were not finite were last replaced.
         seconds: how long the last mean took.
         samples: of this worker when it launched last (see `Weights`).
     """
@@ -64,6 +65,7 @@ class FragmentSync:
     next_launch: int = 0
     launched: int = 0
     merges: int = 0
+    healed: int = -1
     seconds: float = 0.0
     samples: float = 0.0
     pending: PendingMean | None = None
@@ -71,6 +73,8 @@ class FragmentSync:
 
     def __post_init__(self) -> None:
         """Note what messages call it, and how large they are without a codec."""
+        # The start is the first mean.
+        self.fragment.read(self.buffer)
         self.name = f"fragment {self.index}"
         self.nbytes = self.buffer.nbytes
 
@@ -100,6 +104,7 @@ class FragmentSync:
         self.seconds = saved["seconds"]
         self.merges = saved["merges"]
         self.pending = None
+        self.fragment.read(self.buffer)
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Go on in the middle of the round that was saved."""

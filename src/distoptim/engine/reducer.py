@@ -304,6 +304,14 @@ def mark_finite(buffer: Tensor, fragment: Fragment) -> Tensor:
     return finite.to("cpu", non_blocking=True)
 
 
+def is_finite(fragment: Fragment) -> bool:
+    """Whether a worker's values are; all ranks of its mesh ask, and hear the same."""
+    values = fragment.flat()
+    fragment.read(values)
+    finite = torch.isfinite(values.tensor.sum())
+    return bool(fragment.finite_everywhere(finite) if fragment.sharded else finite)
+
+
 def _normalise(buffer: Tensor, handle: Handle, name: str, may_be_empty: bool) -> float:
     """Mean of weighted payloads -> weighted mean; returns the mean weight."""
     weight = float(handle.tails(1)[0])
