@@ -37,7 +37,7 @@ package: $(VENV)/installed
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python -m build --no-isolation --outdir dist experiments
-	$(BIN)/python -m pytest tests/unit/test_distributions.py
+	$(BIN)/python -m pytest -m package tests/unit
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks

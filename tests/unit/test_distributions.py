@@ -1,4 +1,7 @@
-"""What a user gets of the two distributions: built, installed, with no more packages than they ask for."""
+"""What a user gets of the two distributions: built, installed, with no more packages than they ask for.
+
+`make package` runs them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import tarfile
 import pytest
 
 from tests.helpers import distributions
+
+pytestmark = pytest.mark.package
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,11 @@ import torch.distributed as dist
 # A bound for what hangs, wide enough for a machine that is busy with other things.
 TIMEOUT_S = 300.0
 
+# Imported once, by the server from which the workers are forked. Making any torch optimizer imports
+# torch._dynamo, which takes seconds.
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "distoptim"]
+"""Add what your workers import, before the first `run`."""
+
 
 class WorkerFailure(AssertionError):
     """A worker raised, died or did not end in time."""
@@ -32,7 +37,7 @@ def run(
     fn: Callable[..., Any],
     workers: int,
     *args: Any,
-    backend: str = "gloo",
+    backend: str | None = "gloo",
     timeout_s: float = TIMEOUT_S,
     expect_exit: dict[int, int] | None = None,
 ) -> list[Any]:
@@ -41,13 +46,13 @@ def run(
 
     Args:
         fn: a function of a test module.
+        backend: of the process group; None makes none, and workers find the environment variables
+            that torchrun sets.
         expect_exit: rank -> exit code of workers that are meant to die without a result (-9 for
             SIGKILL).
     """
     context = multiprocessing.get_context("forkserver")
-    # Making any torch optimizer imports torch._dynamo, which takes seconds; here it is done once
-    # for all workers.
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "distoptim"])
+    context.set_forkserver_preload(PRELOAD)
     expected = expect_exit or {}
     port = free_port()
     receivers: list[Connection] = []
@@ -114,24 +119,15 @@ def _main(
     rank: int,
     workers: int,
     port: int,
-    backend: str,
+    backend: str | None,
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     try:
-        if backend == "emulated":
-            from distoptim.comm import emulate
-
-            emulate(latency_s=0.0, bandwidth_gbit_s=1000.0)
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://127.0.0.1:{port}",
-            rank=rank,
-            world_size=workers,
-            timeout=timedelta(seconds=TIMEOUT_S - 60),
-        )
-        # A worker that is done before another has connected to it would fail that one.
-        dist.barrier()
+        if backend is None:
+            os.environ.update(torchrun_variables(rank, workers, port))
+        else:
+            _join(backend, rank, workers, port)
         sender.send_bytes(pickle.dumps((False, fn(rank, *args))))
     except BaseException:  # noqa: BLE001  # raised again in the test
         sender.send_bytes(pickle.dumps((True, traceback.format_exc())))
@@ -139,3 +135,32 @@ def _main(
         os._exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _join(backend: str, rank: int, workers: int, port: int) -> None:
+    if backend == "emulated":
+        from distoptim.comm import emulate
+
+        emulate(latency_s=0.0, bandwidth_gbit_s=1000.0)
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=workers,
+        timeout=timedelta(seconds=TIMEOUT_S - 60),
+    )
+    # A worker that is done before another has connected to it would fail that one.
+    dist.barrier()
+
+
+def torchrun_variables(rank: int, workers: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets on one host, without a store of its own."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(workers),
+        "LOCAL_WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "none",
+    }

@@ -19,6 +19,7 @@ from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig, compared
 from distoptim_experiments.machines import Machines
 from distoptim_experiments.optimizers import check
+from distoptim_experiments.training.launch import PRELOAD
 from distoptim_experiments.training.virtual import run
 
 
@@ -109,7 +110,8 @@ def run_all(
 def _in_processes(
     left: Sequence[tuple[RunConfig, Path, str]], machines: Machines, processes: int
 ) -> Iterator[None]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
         pending = {
             pool.submit(run, config, machines, target, label=label, threads=1)

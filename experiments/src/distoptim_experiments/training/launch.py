@@ -25,7 +25,7 @@ from distoptim_experiments.training.world import Meeting, StopSignals, joined
 
 # Imported once, by the server from which the workers are forked; what is not installed is passed
 # over. Making any torch optimizer imports torch._dynamo, which takes longer than all the rest.
-_PRELOAD = [
+PRELOAD = [
     "torch",
     "torch.distributed",
     "torch._dynamo",
@@ -98,7 +98,7 @@ def run_local(job: Job, observers: Sequence[Observer] = ()) -> int:
         WorkerError: a worker failed; names its rank.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     workers: list[tuple[Any, Connection]] = []
     with StopSignals() as signals:
