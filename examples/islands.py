@@ -42,7 +42,7 @@ def train(kind: str, steps: int) -> tuple[float, float]:
     else:
         raise ValueError(f"{kind!r}: allowed is fsdp2 or ddp")
     optimizer = distoptim.OverlapLocalSGD(
-        torch.optim.AdamW(model.parameters(), lr=0.01), tau=TAU, device_mesh=mesh
+        torch.optim.AdamW(model.parameters(), lr=0.01), tau=TAU, device_mesh=mesh, module=model
     )
 
     def loss_on(data: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ from distoptim.algorithms import (
 )
 from distoptim.comm import CommunicationError
 from distoptim.engine.engine import QuarantineWarning
-from distoptim.optimizer import AveragingOptimizer
+from distoptim.module_state import local, statistics
+from distoptim.optimizer import AveragingOptimizer, averaged
 from distoptim.rule import Mean, Rule, State
 from distoptim.version import __version__
 
@@ -47,5 +48,8 @@ __all__ = [
     "State",
     "StreamingDiLoCo",
     "__version__",
+    "averaged",
+    "local",
     "register",
+    "statistics",
 ]

@@ -14,7 +14,8 @@ from distoptim.engine import checkpoint, evaluation, membership
 from distoptim.engine.clock import Clock
 from distoptim.engine.engine import Engine, Inner, Rounds, tick_together
 from distoptim.engine.hierarchy import Hierarchy, check_levels, connect_levels
-from distoptim.fragments import build, names, partition, trainable
+from distoptim.fragments import Watch, build, names, partition, trainable
+from distoptim.module_state import parts_of
 from distoptim.periods import Tau
 from distoptim.rule import Rule
 from distoptim.settings import Options, Params, SyncSettings, whole_signature
@@ -65,6 +66,10 @@ class AveragingOptimizer(torch.optim.Optimizer):
             "2bit", with "+ef" behind it for error feedback, or an object; default None, float32. Fewer
             bytes for any number of workers. Float32 means on the CPU only. `averaged()` and levels
             send float32 always.
+        module: the model that is trained, or several. Its buffers and frozen parameters get rank 0's
+            values at the start, as its other parameters do, and what is changed or added in it later
+            is noticed. Without it that holds for the parameters handed over.
+        sync_module: False: only compare these buffers and frozen parameters at the start.
 
     Attributes:
         inner: the optimizer that makes the local steps.
@@ -97,7 +102,9 @@ class AveragingOptimizer(torch.optim.Optimizer):
         if isinstance(params, AveragingOptimizer):
             raise ValueError("an averaging optimizer cannot be the inner optimizer of another")
         inner = settings.inner_optimizer(params)
-        members, _ = trainable(inner.param_groups)
+        self._members = trainable(inner.param_groups)
+        members, _ = self._members
+        beside = _beside(settings.modules, inner, members)
         period = settings.period
         parts = partition(settings.fragments, members, period.smallest, settings.pattern)
         workers = settings.workers()
@@ -112,12 +119,13 @@ class AveragingOptimizer(torch.optim.Optimizer):
         self._parts = parts
         self._communicator = settings.connect()
         groups = check_levels(settings.levels, mesh, self._communicator, tau=tau)
-        self._agree(list(groups))
+        self._watch = Watch(inner, members, settings.modules)
+        self._agree(list(groups), beside)
         # Making their groups is collective: only now all are known to have the same.
         self._levels = connect_levels(groups, settings.timeout_s)
         self._build()
 
-    def _agree(self, levels: Sequence[int]) -> None:
+    def _agree(self, levels: Sequence[int], beside: dict[str, Tensor]) -> None:
         """Compare with all workers what must be equal; everybody gets rank 0's parameters."""
         settings = self._settings
         facts = {
@@ -130,14 +138,20 @@ class AveragingOptimizer(torch.optim.Optimizer):
             "codec": repr(settings.coding),
             **self._rule.facts(),
         }
-        fragments = build(*trainable(self.inner.param_groups), self._parts)
-        membership.agree(self._communicator, facts, fragments, names(self.inner.param_groups))
+        membership.agree(
+            self._communicator,
+            facts,
+            build(*self._members, self._parts),
+            names(self.inner.param_groups),
+            beside=beside,
+            sync=settings.sync_module,
+        )
 
     @torch.no_grad()
     def _build(self) -> None:
         """Make the engine, and the levels below it, from parameters that all workers share."""
         settings = self._settings
-        fragments = build(*trainable(self.inner.param_groups), self._parts)
+        fragments = build(*self._members, self._parts)
         inner = Inner(self.inner, reset_at_merge=settings.reset_inner)
         self.engine = Engine(
             fragments,
@@ -145,6 +159,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
             Clock(settings.period, settings.delay),
             self._communicator,
             inner=inner,
+            watch=self._watch,
             timeout_s=settings.timeout_s,
             codec=settings.coding,
         )
@@ -257,9 +272,16 @@ class AveragingOptimizer(torch.optim.Optimizer):
         For evaluation and saving. Entering is collective and blocks; rounds in flight go on untouched.
 
         Args:
-            module: its floating-point buffers (batch-norm statistics) are averaged too.
+            module: the one that is trained. Its statistics (batch norm's, and what
+                `distoptim.statistics` declares) are averaged too; what is a worker's own (spectral
+                norm's vectors, and what `distoptim.local` declares) is left alone; all else must be
+                equal on all workers, and is left alone.
+
+        Raises:
+            ValueError: on all workers, naming what of the module differs, or is trained by another
+                optimizer (see `distoptim.averaged`).
         """
-        with evaluation.averaged(self.engine, module):
+        with evaluation.averaged([self.engine], module):
             yield
 
     def consensus_distance(self) -> float:
@@ -324,8 +346,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         # A mean on its way still writes into its buffer.
         self.engine.settle()
         if self.engine.reducer.failure is None:
-            params, _ = trainable(self.inner.param_groups)
-            ours = membership.catch_up(self._communicator, params, ours)
+            ours = membership.catch_up(self._communicator, self._members[0], ours)
         self.inner.load_state_dict(state)
         if ours is not None:
             self._rounds.load_state_dict(ours)
@@ -336,7 +357,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the inner optimizer, the settings and the rounds."""
-        keep = ("inner", "_rule", "_settings", "_parts", "_communicator", "_levels")
+        keep = ("inner", "_rule", "_settings", "_members", "_parts", "_communicator", "_levels")
         kept = {name: self.__dict__[name] for name in keep}
         return {**kept, "saved": checkpoint.save(self._rounds)}
 
@@ -345,6 +366,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         saved = state.pop("saved")
         super().__init__([{"params": []}], state["inner"].defaults)
         self.__dict__.update(state)
+        self._watch = Watch(self.inner, self._members[0], self._settings.modules)
         self._build()
         self._rounds.load_state_dict(saved)
 
@@ -386,6 +408,53 @@ class AveragingOptimizer(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         if "inner" in self.__dict__:
             self.inner.state = value
+
+
+def averaged(
+    model: torch.nn.Module, *optimizers: AveragingOptimizer
+) -> contextlib.AbstractContextManager[None]:
+    """`AveragingOptimizer.averaged` of a model of which several optimizers train a part each.
+
+    Args:
+        model: that is trained.
+        optimizers: one or more, over the same workers; in the same order on all.
+
+    Raises:
+        ValueError: as there; optimizers over other numbers of workers, or none.
+    """
+    if not optimizers or not all(isinstance(o, AveragingOptimizer) for o in optimizers):
+        raise ValueError(
+            f"averaged(model, *{list(optimizers)}): allowed are one or more optimizers of distoptim"
+        )
+    sizes = [o.engine.communicator.size for o in optimizers]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"averaged(): optimizers over {sizes} workers; allowed are the same ones")
+    return evaluation.averaged([o.engine for o in optimizers], model)
+
+
+def _beside(
+    modules: Sequence[torch.nn.Module], inner: torch.optim.Optimizer, members: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """By name, what is to be equal at the start beside the parameters that are averaged.
+
+    Raises:
+        ValueError: the modules hold none of these.
+    """
+    own = {id(p) for p in members}
+    theirs = {id(p) for module in modules for p in module.parameters()}
+    if theirs and not theirs & own:
+        raise ValueError(
+            f"module={type(modules[0]).__name__}: none of its parameters is this optimizer's; allowed "
+            "is the module that is trained"
+        )
+    parts = parts_of(modules, own)
+    handed = {
+        f"param_groups[{k}]['params'][{i}]": p
+        for k, group in enumerate(inner.param_groups)
+        for i, p in enumerate(group["params"])
+        if id(p) not in own and id(p) not in theirs
+    }
+    return {**parts.statistics, **parts.equal, **handed}
 
 
 def average_together(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, final
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distoptim import checks
-from distoptim.comm import Communicator, connect, world_size
+from distoptim.comm import Communicator, connect, forgotten, world_size
 from distoptim.comm.codecs import Coding
 from distoptim.comm.codecs import find as find_codec
 from distoptim.comm.mesh import averaging_group
@@ -49,6 +49,8 @@ class Options(TypedDict, total=False):
     average_in_step: bool
     reset_inner: bool
     codec: Coding | str | None
+    module: torch.nn.Module | Sequence[torch.nn.Module] | None
+    sync_module: bool
 
 
 @final
@@ -78,6 +80,8 @@ class SyncSettings:
     average_in_step: bool = False
     reset_inner: bool = False
     codec: Coding | str | None = None
+    module: torch.nn.Module | Sequence[torch.nn.Module] | None = None
+    sync_module: bool = True
 
     def __post_init__(self) -> None:
         """Check what can be checked of one value."""
@@ -93,12 +97,28 @@ class SyncSettings:
         checks.number("timeout_s", self.timeout_s, 1e-3, 1e9)
         checks.flag("average_in_step", self.average_in_step)
         checks.flag("reset_inner", self.reset_inner)
+        checks.flag("sync_module", self.sync_module)
+        _ = self.modules
         find_codec(self.codec)
 
     @property
     def period(self) -> Period:
         """What chooses tau."""
         return period_of(self.tau)
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules that were given, as a list.
+
+        Raises:
+            ValueError: one is none.
+        """
+        given = self.module
+        if given is None or isinstance(given, torch.nn.Module):
+            return [] if given is None else [given]
+        if isinstance(given, Sequence) and all(isinstance(m, torch.nn.Module) for m in given):
+            return list(given)
+        raise ValueError(f"module={given!r}: allowed is a torch.nn.Module, or a list of them")
 
     @property
     def coding(self) -> Coding | None:
@@ -121,6 +141,13 @@ class SyncSettings:
         if self.communicator is None:
             group = self.averaging_group()
             size = world_size(group)
+            if started := forgotten():
+                raise ValueError(
+                    f"torchrun started {started} processes (WORLD_SIZE), but torch.distributed is not "
+                    "initialised, so that each would train alone: call "
+                    "torch.distributed.init_process_group() before the optimizer is made; to train "
+                    "alone, communicator=distoptim.comm.SingleWorker()"
+                )
             if size < 1:
                 raise ValueError(f"group={group!r}: this worker is not a member of it")
             return size
@@ -151,6 +178,13 @@ class SyncSettings:
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if isinstance(params, torch.optim.Optimizer):
+            # By name: importing it takes longer than all of this library.
+            if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(params).__mro__):
+                raise ValueError(
+                    "ZeroRedundancyOptimizer updates on each rank another part of one model: its ranks "
+                    "are no workers that could be averaged; allowed is the optimizer inside it, or FSDP2 "
+                    "(fully_shard) with device_mesh="
+                )
             if given:
                 raise ValueError(
                     f"{', '.join(given)}: belongs to the optimizer that was given; set it there"

@@ -17,6 +17,7 @@ from distoptim.comm.link import Link
 from distoptim.comm.process_group import (
     ProcessGroupCommunicator,
     connect,
+    forgotten,
     ranks_of,
     world_size,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "SingleWorker",
     "connect",
     "emulate",
+    "forgotten",
     "ranks_of",
     "register_codec",
     "world_size",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import inspect
+import os
 import time
 import warnings
 import weakref
@@ -33,6 +34,14 @@ _open: weakref.WeakSet[ProcessGroupCommunicator] = weakref.WeakSet()
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Workers in `group` (default: all), 1 where torch.distributed is not initialised."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def forgotten() -> int:
+    """How many processes torchrun has started, where torch.distributed is not initialised; else 0."""
+    if dist.is_available() and dist.is_initialized():
+        return 0
+    started = os.environ.get("WORLD_SIZE", "")
+    return int(started) if started.isdecimal() and int(started) > 1 else 0
 
 
 def ranks_of(group: dist.ProcessGroup) -> list[int]:

@@ -23,7 +23,7 @@ from distoptim.engine.identity import SIZE, Identity, Kind, identify
 from distoptim.engine.reducer import Reducer, is_finite, mark_finite
 from distoptim.engine.stats import Counters
 from distoptim.engine.weights import Weights
-from distoptim.fragments import Flat, Fragment
+from distoptim.fragments import Flat, Fragment, Watch
 from distoptim.rule import Average, Mean, Rule
 
 logger = logging.getLogger("distoptim")
@@ -101,6 +101,7 @@ class Engine(Rounds):
         clock: tau and delay.
         communicator: moves the bytes.
         inner: of the inner optimizer.
+        watch: over the parameters.
         timeout_s: bound of every wait, in seconds.
         codec: in which payloads travel; None: as they are.
         weights, counters: shared with another engine of the same worker; default new ones.
@@ -115,6 +116,7 @@ class Engine(Rounds):
         communicator: Communicator,
         *,
         inner: Inner,
+        watch: Watch,
         timeout_s: float,
         codec: Coding | None = None,
         weights: Weights | None = None,
@@ -132,6 +134,7 @@ class Engine(Rounds):
         self.step = 0
         # Inside averaged(), where parameters are the workers' mean.
         self.evaluating = False
+        self.watch = watch
         self._inner = inner
         self._may_be_empty = may_be_empty
         self._ended = False
@@ -166,7 +169,10 @@ class Engine(Rounds):
         self.step += 1
         for pending in self._pending:
             pending.handle.poll()
-        return self.step >= self._next_event
+        due = self.step >= self._next_event
+        if due:
+            self.watch.check()
+        return due
 
     def poll(self) -> None:
         """Let what is in flight do what can be done without waiting (second stages, times)."""
@@ -308,6 +314,7 @@ class Engine(Rounds):
         """
         self.check_local()
         self.reducer.check()
+        self.watch.check()
         self.drain()
         order = self._next_first()
         left = [sync for sync in order if sync.launched < self.step]
@@ -387,6 +394,7 @@ class Engine(Rounds):
         Raises:
             CommunicationError: on all workers, if they are not all here.
         """
+        self.watch.check()
         self.reducer.check()
         self.settle()
         self.reducer.check()

@@ -3,59 +3,110 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
+from torch import Tensor
 
+from distoptim import module_state
+from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine.engine import Engine
 from distoptim.engine.identity import Kind
 from distoptim.fragments import build
+from distoptim.module_state import Parts
 
 
 @contextlib.contextmanager
-def averaged(engine: Engine, module: torch.nn.Module | None) -> Iterator[None]:
-    """Within the block the engine's parameters are the workers' mean.
-
-    The module's floating-point buffers are too.
+def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Iterator[None]:
+    """Within the block the engines' parameters, and the module's statistics, are the workers' mean.
 
     Raises:
-        ValueError: the module has parameters to train and none of the engine's.
+        ValueError: the module is not the one that is trained, or not in whole, or something in it
+            differs between workers that is neither a statistic nor a worker's own.
     """
     _reshard(module)
-    _check(engine, module)
-    buffers = [b for b in (module.buffers() if module is not None else ()) if b.is_floating_point()]
-    fragments = [sync.fragment for sync in engine.syncs]
-    means = engine.means(Kind.AVERAGED)
-    for fragment in build(buffers, [0] * len(buffers), [range(len(buffers))]) if buffers else ():
-        fragments.append(fragment)
-        means.append(engine.mean_of(fragment, Kind.AVERAGED))
-    with torch.no_grad():
-        local = [[x.clone() for x in f.local()] for f in fragments]
-        for f, mean in zip(fragments, means, strict=True):
-            f.write(mean)
+    parts = _parts(engines, module)
+    # First, since it finds workers that are elsewhere.
+    means = [
+        (sync.fragment, mean)
+        for engine in engines
+        for sync, mean in zip(engine.syncs, engine.means(Kind.AVERAGED), strict=True)
+    ]
+    _compare(engines, parts)
+    statistics = list(parts.statistics.values())
+    if statistics:
+        for fragment in build(statistics, [0] * len(statistics), [range(len(statistics))]):
+            means.append((fragment, engines[0].mean_of(fragment, Kind.AVERAGED)))
+    # Tensors made in inference mode can be written in it alone.
+    mode = any(x.is_inference() for x in statistics)
+    with torch.inference_mode(mode), torch.no_grad():
+        local = [[x.clone() for x in fragment.local()] for fragment, _ in means]
+        for fragment, mean in means:
+            fragment.write(mean)
     # A block inside a block ends as one.
-    before = engine.evaluating
-    engine.evaluating = True
+    before = [engine.evaluating for engine in engines]
+    for engine in engines:
+        engine.evaluating = True
     try:
-        yield
+        with module_state.normalised(module):
+            yield
     finally:
-        engine.evaluating = before
-        with torch.no_grad():
-            for f, values in zip(fragments, local, strict=True):
-                torch._foreach_copy_(f.local(), values)
-            _reshard(module)
+        for engine, evaluating in zip(engines, before, strict=True):
+            engine.evaluating = evaluating
+        with torch.inference_mode(mode), torch.no_grad():
+            for (fragment, _), values in zip(means, local, strict=True):
+                torch._foreach_copy_(fragment.local(), values)
+        module_state.recompute_weights(module)
+        _reshard(module)
 
 
-def _check(engine: Engine, module: torch.nn.Module | None) -> None:
-    """Whether the module is the one that is trained."""
+def _params(engines: Sequence[Engine]) -> list[Tensor]:
+    return [p for engine in engines for sync in engine.syncs for p in sync.fragment.params]
+
+
+def _parts(engines: Sequence[Engine], module: torch.nn.Module | None) -> Parts:
+    """What is in the module beside the engines' parameters; whether it is theirs in whole."""
     if module is None:
-        return
-    mine = {id(p) for sync in engine.syncs for p in sync.fragment.params}
-    theirs = {id(p) for p in module.parameters() if p.requires_grad}
-    if theirs and not theirs & mine:
+        return Parts()
+    own = {id(p) for p in _params(engines)}
+    theirs = list(module.parameters())
+    if theirs and not any(id(p) in own for p in theirs):
+        kind = type(module).__name__
         raise ValueError(
-            f"averaged({type(module).__name__}): none of its parameters is this optimizer's; allowed "
-            "is the module that is trained"
+            f"averaged({kind}): none of its parameters is this optimizer's; allowed is the module that "
+            "is trained. To bring a copy up to date, do it inside the block: with "
+            "optimizer.averaged(model): copy.load_state_dict(model.state_dict()), or "
+            "average.update_parameters(model)"
+        )
+    parts = module_state.parts_of([module], own)
+    for name in parts.trained:
+        raise ValueError(
+            f"averaged({type(module).__name__}): {name!r} is trained and is not this optimizer's, so it "
+            "would stay local; average what several optimizers train with "
+            "distoptim.averaged(model, first, second), or declare "
+            f"distoptim.local(model, {name!r})"
+        )
+    return parts
+
+
+def _compare(engines: Sequence[Engine], parts: Parts) -> None:
+    """Whether what is to be equal is, and statistics have equal shapes; collective."""
+    communicator = engines[0].communicator
+    if communicator.size == 1 or not (parts.statistics or parts.equal):
+        return
+    own = {name: module_state.look(t) for name, t in parts.statistics.items()}
+    own |= {name: module_state.digest(t) for name, t in parts.equal.items()}
+    # Ranks that are one worker find the same difference, or one would go on alone.
+    ranks = WorkerMesh(_params(engines)).all_gather_json(own, what="averaged()")
+    everybody = communicator.all_gather_json(ranks, what="averaged()")
+    found = module_state.differences(cast("list[list[dict[str, str]]]", everybody))
+    for name, rank in found.items():
+        raise ValueError(
+            f"averaged(): {name!r} differs between rank 0 and rank {rank}, and is neither a statistic "
+            "nor a worker's own. Make it equal at the start with module=model in the optimizer's "
+            f"constructor, or say what it is: distoptim.statistics(model, {name!r}) to average it, "
+            f"distoptim.local(model, {name!r}) to leave it alone"
         )
 
 

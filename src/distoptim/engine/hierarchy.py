@@ -54,6 +54,7 @@ class Hierarchy(Rounds):
                 Clock(Fixed(period), 0),
                 communicator,
                 inner=Inner(inner.optimizer),
+                watch=engine.watch,
                 timeout_s=timeout_s,
                 # A worker weighs in its group what it does among all.
                 weights=engine.weights,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from distoptim import module_state
 from distoptim.comm import Communicator
 from distoptim.comm.mesh import WorkerMesh, describe
 from distoptim.engine import checkpoint
@@ -22,9 +23,15 @@ Facts = dict[str, object]
 
 @torch.no_grad()
 def agree(
-    communicator: Communicator, facts: Facts, fragments: Sequence[Fragment], names: Sequence[str]
+    communicator: Communicator,
+    facts: Facts,
+    fragments: Sequence[Fragment],
+    names: Sequence[str],
+    *,
+    beside: Mapping[str, Tensor],
+    sync: bool,
 ) -> None:
-    """Compare facts and parameters, then give everybody rank 0's parameters.
+    """Compare facts and parameters, then give everybody rank 0's parameters, and what is beside them.
 
     Blocking and collective. The ranks of a worker's mesh agree on the facts too: they launch together.
     Their shards may differ.
@@ -35,9 +42,11 @@ def agree(
         fragments: whose values are to be equal at the start.
         names: the parameters' names, where torch knows them; two of one shape in another order go
             unseen without.
+        beside: by name, the buffers and frozen parameters that are to be equal too.
+        sync: False: of these only compare the values.
 
     Raises:
-        ValueError: on every worker, as `compare`.
+        ValueError: on every worker, as `compare` and `module_state.make_equal`.
     """
     params = [p for f in fragments for p in f.params]
     own = {
@@ -45,6 +54,7 @@ def agree(
         "names of parameters": list(names),
         "shards": describe(params),
         **{f"fragment {i}": f"part {f.part}: {f.signature()}" for i, f in enumerate(fragments)},
+        "buffers and frozen parameters": [f"{n} {module_state.look(t)}" for n, t in beside.items()],
     }
     plain = {key: _plain(value) for key, value in facts.items()}
     mesh = WorkerMesh(params)
@@ -57,6 +67,7 @@ def agree(
     try:
         compare([theirs for ranks, _ in messages for theirs in ranks])
         compare([theirs for _, theirs in messages])
+        module_state.make_equal(communicator, mesh, beside, sync=sync)
     except ValueError:
         # Nobody could later: with torch 2.6 a program that ends with these groups open may hang.
         communicator.close()

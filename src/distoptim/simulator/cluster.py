@@ -18,6 +18,7 @@ from distoptim import checks
 from distoptim.comm.compressed import CodedHandle
 from distoptim.comm.handles import TwoStageHandle
 from distoptim.engine.fragment_sync import PendingMean
+from distoptim.module_state import parts_of
 from distoptim.optimizer import AveragingOptimizer, average_together
 from distoptim.simulator.compute import Compute
 from distoptim.simulator.fabric import Fabric, VirtualCommunicator, VirtualHandle
@@ -93,8 +94,7 @@ class Cluster:
         return losses
 
     def mean_model(self) -> torch.nn.Module:
-        """A copy of worker 0's model with the mean parameters and floating-point buffers; takes no
-        time.
+        """A copy of worker 0's model with the mean parameters and statistics; takes no time.
 
         Of the workers whose values are finite, as in every mean; of all if there are none.
         """
@@ -197,4 +197,6 @@ def _times(pending: PendingMean | None) -> tuple[float, float] | None:
 
 
 def _tensors(module: torch.nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]
+    """What is averaged: what is trained, and statistics."""
+    parts = parts_of([module], ())
+    return [*parts.trained.values(), *parts.statistics.values()]

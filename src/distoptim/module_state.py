@@ -1,0 +1,334 @@
+"""What of a module is averaged, what is a worker's own, and what must be equal on all workers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from distoptim.comm import Communicator
+from distoptim.comm.mesh import WorkerMesh
+from distoptim.comm.mesh import local as shard_of
+from distoptim.fragments import unfit
+
+Names = str | Iterable[str] | None
+_STATISTIC = "statistic"
+_LOCAL = "local"
+# An attribute, not a table beside the modules: it goes along when a module is copied or pickled.
+_DECLARED = "_distoptim_roles"
+# As many as torch makes when a spectral norm is made.
+_POWER_ITERATIONS = 15
+
+
+def statistics(module: torch.nn.Module, names: Names = None) -> None:
+    """Declare buffers or frozen parameters that `averaged()` is to average, as batch norm's are.
+
+    Args:
+        module: holds them, itself or in its submodules.
+        names: theirs, dotted for a submodule's; None: all that can be averaged.
+
+    Raises:
+        ValueError: there is none of that name, or it is not a dense floating-point or complex tensor.
+    """
+    _declare(module, names, _STATISTIC)
+
+
+def local(module: torch.nn.Module, names: Names = None) -> None:
+    """Declare buffers or parameters that are a worker's own: they may differ, and stay as they are.
+
+    Args:
+        module: holds them, itself or in its submodules.
+        names: theirs, dotted for a submodule's; None: all.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    _declare(module, names, _LOCAL)
+
+
+def _declare(module: torch.nn.Module, names: Names, role: str) -> None:
+    known = {
+        name: (owner, leaf, tensor) for name, owner, leaf, tensor in _tensors(module, lazy=True)
+    }
+    if names is None:
+        fit = (
+            n for n, (*_, t) in known.items() if role == _LOCAL or (t is not None and not unfit(t))
+        )
+        names = list(fit)
+    for name in [names] if isinstance(names, str) else names:
+        if name not in known:
+            raise ValueError(
+                f"{name!r} is no buffer or parameter of {type(module).__name__}; allowed are "
+                f"{', '.join(known) or 'none, since it has none'}"
+            )
+        owner, leaf, tensor = known[name]
+        why = tensor is not None and role == _STATISTIC and unfit(tensor)
+        if why:
+            raise ValueError(f"{name!r} cannot be averaged: {why}")
+        vars(owner).setdefault(_DECLARED, {})[leaf] = role
+
+
+def _tensors(
+    module: torch.nn.Module, *, lazy: bool = False
+) -> Iterator[tuple[str, torch.nn.Module, str, Tensor | None]]:
+    """(name, owner, its name there, tensor) of all parameters and buffers.
+
+    With `lazy` also of those that are None yet.
+    """
+    for path, owner in module.named_modules():
+        tables: tuple[Mapping[str, Tensor | None], ...] = (
+            owner._parameters,  # noqa: SLF001  # named_parameters() leaves out what is None
+            owner._buffers,  # noqa: SLF001
+        )
+        for table in tables:
+            for leaf, tensor in table.items():
+                if lazy or tensor is not None:
+                    yield (f"{path}.{leaf}" if path else leaf), owner, leaf, tensor
+
+
+def _role(owner: torch.nn.Module, leaf: str, tensor: Tensor) -> str | None:
+    """What the owner's kind, or the user, says of a tensor; None: nothing."""
+    declared = cast("dict[str, str]", vars(owner).get(_DECLARED, {}))
+    if leaf in declared:
+        return declared[leaf]
+    if isinstance(owner, _NormBase):
+        return {
+            "running_mean": _STATISTIC,
+            "running_var": _STATISTIC,
+            "num_batches_tracked": _LOCAL,
+        }.get(leaf)
+    if isinstance(owner, _SpectralNorm) and leaf in ("_u", "_v"):
+        return _LOCAL
+    if any(leaf in (f"{h.name}_u", f"{h.name}_v") for h in _spectral_hooks(owner)):
+        return _LOCAL
+    return _LOCAL if _is_generator_state(tensor) else None
+
+
+def _is_generator_state(tensor: Tensor) -> bool:
+    """Whether it can only be what torch.Generator.get_state() returns on the CPU."""
+    return tensor.dtype == torch.uint8 and tensor.shape == torch.get_rng_state().shape
+
+
+@final
+@dataclass(frozen=True)
+class Parts:
+    """A module's tensors beside an optimizer's own, by name and by what happens to them.
+
+    Attributes:
+        statistics: averaged in `averaged()`.
+        equal: neither averaged nor a worker's own.
+        trained: those that require a gradient and are not the optimizer's.
+    """
+
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    equal: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
+
+
+def parts_of(modules: Sequence[torch.nn.Module], own: Collection[int]) -> Parts:
+    """What is in the modules beside the parameters with these ids; what is a worker's own left out."""
+    out = Parts()
+    seen = set(own)
+    for k, module in enumerate(modules):
+        prefix = f"[{k}]." if len(modules) > 1 else ""
+        for name, owner, leaf, tensor in _tensors(module):
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            role = _role(owner, leaf, tensor)
+            if role == _STATISTIC:
+                out.statistics[prefix + name] = tensor
+            elif role is None:
+                kind = out.trained if tensor.requires_grad else out.equal
+                kind[prefix + name] = tensor
+    return out
+
+
+# ---- what must be equal ---------------------------------------------------------------------------
+
+
+def look(tensor: Tensor) -> str:
+    """Type and shape, for comparisons."""
+    if is_lazy(tensor):
+        return "not initialised"
+    shard = shard_of(tensor)
+    return f"{str(shard.dtype).removeprefix('torch.')}{list(shard.shape)}"
+
+
+@torch.no_grad()
+def digest(tensor: Tensor) -> str:
+    """Equal for tensors of equal type, shape and bytes; of a DTensor, of this rank's shard."""
+    if is_lazy(tensor) or tensor.is_meta:
+        return look(tensor)
+    value = shard_of(tensor).detach().cpu()
+    if _is_plain(value):
+        content = _as_bytes(value).numpy().data
+    else:
+        # Sparse, quantised, or of a class of its own: as it is saved.
+        file = io.BytesIO()
+        torch.save(value, file)
+        content = file.getbuffer()
+    return f"{look(tensor)} {hashlib.sha256(content).hexdigest()[:32]}"
+
+
+def _is_plain(value: Tensor) -> bool:
+    return type(value) is Tensor and value.layout is torch.strided and not value.is_quantized
+
+
+def _as_bytes(value: Tensor) -> Tensor:
+    # A copy: one number that is expanded counts as contiguous, but cannot be viewed as bytes.
+    dense = value.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return dense.reshape(-1).view(torch.uint8)
+
+
+def differences(everybody: Sequence[Sequence[Mapping[str, str]]]) -> dict[str, int]:
+    """Name -> the first worker that has it otherwise than worker 0; in the order of the names.
+
+    Args:
+        everybody: of each worker, what each of its ranks says by name.
+    """
+    found: dict[str, int] = {}
+    for rank, theirs in enumerate(everybody):
+        for reference, other in zip(everybody[0], theirs, strict=True):
+            for name in {**reference, **other}:
+                if reference.get(name) != other.get(name):
+                    found.setdefault(name, rank)
+    order = [name for reference in everybody[0] for name in reference]
+    return {name: found[name] for name in dict.fromkeys([*order, *found]) if name in found}
+
+
+@torch.no_grad()
+def make_equal(
+    communicator: Communicator, mesh: WorkerMesh, tensors: Mapping[str, Tensor], *, sync: bool
+) -> None:
+    """Give everybody rank 0's values of what differs; blocking and collective.
+
+    One message with digests; then only what differs is sent.
+
+    Args:
+        communicator: to the other workers.
+        mesh: of this worker, whose ranks find the same differences.
+        tensors: by name; names, types and shapes are equal on all workers.
+        sync: False: only compare.
+
+    Raises:
+        ValueError: on all workers, naming the first that differs: it is only to be compared, or it is
+            of a kind that cannot be overwritten in place.
+    """
+    if not tensors or communicator.size == 1:
+        return
+    own = mesh.all_gather_json({name: digest(t) for name, t in tensors.items()})
+    messages = cast(
+        "list[tuple[int, list[dict[str, str]]]]",
+        communicator.all_gather_json([communicator.rank, own], what="construction"),
+    )
+    # Virtual workers are made one after the other and hear only themselves: all is sent.
+    heard = [rank for rank, _ in messages] == list(range(communicator.size))
+    differing = (
+        differences([theirs for _, theirs in messages]) if heard else dict.fromkeys(tensors, 0)
+    )
+    for name, rank in differing.items():
+        if not sync:
+            raise ValueError(
+                f"workers disagree on {name!r}: rank 0 and rank {rank} hold other values; load the "
+                "same on all workers, or leave sync_module=True, with which all get rank 0's"
+            )
+        _overwrite(communicator, name, shard_of(tensors[name]).detach())
+
+
+def _overwrite(communicator: Communicator, name: str, value: Tensor) -> None:
+    """Value <- rank 0's, in place."""
+    if not _is_plain(value) or value.is_meta:
+        raise ValueError(
+            f"{name!r} differs between workers and is a {value.layout} {value.dtype} "
+            f"{type(value).__name__}, which cannot be made equal in place; load the same on all "
+            f"workers, or declare distoptim.local(model, {name!r})"
+        )
+    for d, stride in enumerate(value.stride()):
+        if stride == 0 and value.shape[d] > 1:
+            # Expanded: all its elements along this dimension are one in memory.
+            value = value.narrow(d, 0, 1)
+    message = _as_bytes(value)
+    if not message.numel():
+        return
+    communicator.broadcast(message)
+    with torch.inference_mode(value.is_inference()):
+        value.copy_(message.view(value.dtype).view(value.shape))
+
+
+# ---- spectral norm --------------------------------------------------------------------------------
+
+
+def _spectral_hooks(owner: torch.nn.Module) -> list[SpectralNorm]:
+    """Of torch.nn.utils.spectral_norm; that of parametrizations is a module."""
+    hooks = owner._forward_pre_hooks.values()  # noqa: SLF001  # torch finds them so too
+    return [hook for hook in hooks if isinstance(hook, SpectralNorm)]
+
+
+def _spectral_norms(
+    module: torch.nn.Module,
+) -> Iterator[tuple[list[Tensor], Callable[[bool], None]]]:
+    """(its vectors, what computes the weight anew, with a power iteration or without) of each."""
+    for owner in module.modules():
+        for hook in _spectral_hooks(owner):
+            vectors = [getattr(owner, f"{hook.name}_{x}") for x in "uv"]
+            yield vectors, partial(_recompute, owner, hook)
+        for name, chain in getattr(owner, "parametrizations", {}).items():
+            for norm in chain:
+                if isinstance(norm, _SpectralNorm):
+                    yield list(norm.buffers()), partial(_reparametrise, owner, name, norm)
+
+
+def _recompute(owner: torch.nn.Module, hook: SpectralNorm, iterate: bool) -> None:
+    setattr(owner, hook.name, hook.compute_weight(owner, do_power_iteration=iterate))
+
+
+def _reparametrise(owner: torch.nn.Module, name: str, norm: _SpectralNorm, iterate: bool) -> None:
+    """In training mode, reading the weight makes a power iteration; without one nothing is kept."""
+    if not iterate:
+        return
+    training = norm.training
+    norm.training = True
+    try:
+        getattr(owner, name)
+    finally:
+        norm.training = training
+
+
+@contextlib.contextmanager
+def normalised(module: torch.nn.Module | None) -> Iterator[None]:
+    """Within the block spectral norms are those of the parameters as they are now.
+
+    A worker's vectors belong to its own parameters: with others their quotient would have another norm
+    than 1. They are put back.
+    """
+    norms: list[Any] = [] if module is None else list(_spectral_norms(module))
+    with torch.no_grad():
+        saved = [[v.clone() for v in vectors] for vectors, _ in norms]
+        for (_, recompute), _ in itertools.product(norms, range(_POWER_ITERATIONS)):
+            recompute(True)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (vectors, _), values in zip(norms, saved, strict=True):
+                torch._foreach_copy_(vectors, values)
+
+
+def recompute_weights(module: torch.nn.Module | None) -> None:
+    """Make the weights that hooks of spectral norm have left anew, from parameters and vectors."""
+    with torch.no_grad():
+        for _, recompute in () if module is None else _spectral_norms(module):
+            recompute(False)
