@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-import subprocess
-import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -20,6 +19,7 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 import distoptim
 from distoptim import ALGORITHMS, LocalSGD
+from distoptim.comm import SingleWorker
 from distoptim.testing.processes import run
 from tests.helpers.failures import documented, is_documented
 
@@ -175,7 +175,7 @@ def _averaged(rank, codec, fragments):
     return True
 
 
-@pytest.mark.parametrize(("codec", "fragments"), [(None, 1), (None, 3), ("int8", 3)])
+@pytest.mark.parametrize(("codec", "fragments"), [(None, 1), ("int8", 3)])
 def test_statistics_are_averaged_and_the_rest_is_left_alone(codec, fragments):
     assert all(run(_averaged, 2, codec, fragments))
 
@@ -223,7 +223,11 @@ def test_what_nobody_knows_is_refused_until_it_is_declared():
             assert "module=model" in text
 
 
-def _several(rank, fragments):
+def _several(rank):
+    return all(_several_in(rank, fragments) for fragments in (1, 3))
+
+
+def _several_in(rank, fragments):
     module = Features(rank)
     params = [p for p in module.parameters() if p.requires_grad]
     first = LocalSGD(
@@ -252,9 +256,8 @@ def _several(rank, fragments):
     return True
 
 
-@pytest.mark.parametrize("fragments", [1, 3])
-def test_several_optimizers_over_one_model(fragments):
-    assert all(run(_several, 2, fragments))
+def test_several_optimizers_over_one_model():
+    assert all(run(_several, 2))
 
 
 def _copies(rank):
@@ -320,29 +323,15 @@ def test_islands_hold_one_model_inside_averaged():
                 torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-SCRIPT = """
-import torch, distoptim
-parameter = torch.nn.Parameter(torch.zeros(2))
-{line}
-"""
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_under_torchrun_without_a_process_group(alone, tmp_path, monkeypatch):
+def test_under_torchrun_without_a_process_group(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    options = "communicator=distoptim.comm.SingleWorker()" if alone else ""
-    line = f"distoptim.LocalSGD([parameter], lr=0.1, tau=2, {options})"
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(line=line)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode == 0) == alone
-    if not alone:
-        error = done.stderr.splitlines()[-1]
-        assert error.startswith("ValueError: torchrun started 2 processes (WORLD_SIZE)")
-        assert is_documented(error)
+    parameters = [nn.Parameter(torch.zeros(2))]
+    with documented(r"torchrun started 2 processes \(WORLD_SIZE\)"):
+        LocalSGD(parameters, lr=0.1, tau=2)
+    LocalSGD(parameters, lr=0.1, tau=2, communicator=SingleWorker()).close()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.warns(RuntimeWarning, match="one worker"):
+        LocalSGD(parameters, lr=0.1, tau=2)
 
 
 @pytest.mark.parametrize(
@@ -367,3 +356,61 @@ def test_lazy_parameters_are_refused():
 def test_what_is_no_module_is_refused(module):
     with pytest.raises(ValueError, match=r"module=.*: allowed is a torch.nn.Module"):
         LocalSGD(nn.Linear(2, 2).parameters(), lr=0.1, tau=2, module=module)
+
+
+def _alike(rank, algorithm, codec, fragments, way):
+    """The warnings of ten rounds."""
+    torch.manual_seed(0)
+    module = nn.Linear(4, 300)
+    outer = nn.parallel.DistributedDataParallel(module) if way == "ddp" else module
+    generator = torch.Generator().manual_seed(0 if way == "data" else rank)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer = ALGORITHMS[algorithm](
+            module.parameters(), lr=0.01, tau=4, fragments=fragments, codec=codec
+        )
+        for _ in range(40):
+            x = torch.randn(8, 4, generator=generator)
+            if way != "nothing":
+                outer(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.average()
+        optimizer.close()
+    return [str(w.message) for w in told if "equal" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "codec", "fragments"), [(2, None, 1), (2, "2bit+ef", 1), (3, "int8", 2)]
+)
+def test_equal_workers_are_told_once_that_nothing_is_gained(workers, codec, fragments):
+    for told in run(_all_algorithms, workers, codec, fragments):
+        for (algorithm, way), messages in told.items():
+            expected = 1 if way in ("ddp", "data") else 0
+            assert len(messages) == expected, (algorithm, way)
+            assert all(map(is_documented, messages))
+
+
+def _all_algorithms(rank, codec, fragments):
+    cases = [(name, "data") for name in ALGORITHMS] + [(name, "different") for name in ALGORITHMS]
+    cases += [("overlap-local-sgd", "ddp"), ("local-sgd", "nothing"), ("diloco", "nothing")]
+    return {case: _alike(rank, case[0], codec, fragments, case[1]) for case in cases}
+
+
+def _alone_and_in_an_island(rank):
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    module = nn.Linear(4, 1)
+    wrapped = nn.parallel.DistributedDataParallel(module)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer = LocalSGD(module.parameters(), lr=0.01, tau=2, device_mesh=mesh)
+        for _ in range(20):
+            wrapped(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.average()
+    return [str(w.message) for w in told if "equal" in str(w.message)]
+
+
+def test_one_worker_of_several_ranks_is_told_nothing():
+    assert run(_alone_and_in_an_island, 2) == [[], []]

@@ -17,7 +17,7 @@ _VARIES = re.compile(r"(?<!\w)'[^']+'|\"[^\"]+\"|\d+|torch\.\w+|\[[^\]]*\]|…")
 def rows() -> list[str]:
     """The texts of errors, from the tables' second column."""
     table = [line.split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    return [cells[1].strip("`") for cells in table if cells[1].startswith("`")]
+    return [text for cells in table for text in re.findall(r"`(.+)`$", cells[1])]
 
 
 def is_documented(message: str) -> bool:

@@ -186,6 +186,12 @@ class CompressedMean:
         buffer[: self.numel].addcmul_(self.reference, buffer[-1])
         self.worked_s += time.perf_counter() - start
 
+    def codes_are_equal(self) -> bool:
+        """Whether all workers' last codes are, as far as this one has got them (all, or its part)."""
+        mine = self._spans[self.communicator.rank] if self.two_stages else slice(0, self.numel)
+        codes = self._received[:, 4 * self.extra :]
+        return mine.stop > mine.start and bool((codes == codes[0]).all())
+
     def merging(self, mean: Tensor) -> None:
         """Remember a mean, which is about to be merged, unless a shared value is the reference."""
         if self._keeps:

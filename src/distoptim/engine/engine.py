@@ -20,6 +20,7 @@ from distoptim.comm.codecs import Coding
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
 from distoptim.engine.identity import SIZE, Identity, Kind, identify
+from distoptim.engine.likeness import Likeness
 from distoptim.engine.reducer import Reducer, is_finite, mark_finite
 from distoptim.engine.stats import Counters
 from distoptim.engine.weights import Weights
@@ -140,6 +141,7 @@ class Engine(Rounds):
         self._ended = False
         self._activate()
         measured = len(clock.period.measures)
+        compares = communicator.size > 1 and not may_be_empty
         self.syncs = [
             FragmentSync(
                 index,
@@ -147,6 +149,8 @@ class Engine(Rounds):
                 rule.start(fragment),
                 fragment.flat(extra=(0 if index else measured) + SIZE + 1),
                 extra=0 if index else measured,
+                # Groups of a level may well hold the same.
+                likeness=Likeness() if index == 0 and compares else None,
             )
             for index, fragment in enumerate(fragments)
         ]
@@ -217,6 +221,9 @@ class Engine(Rounds):
         start = time.perf_counter()
         with record_function("distoptim::launch"):
             finite = self._form(sync)
+            # Not in the first rounds, in which delayed algorithms have not yet moved x.
+            if sync.likeness is not None and sync.merges > 2:
+                sync.likeness.look(sync.buffer.tensor[: sync.fragment.numel])
             weight = 1.0
             extras: list[Tensor | float] = []
             weights = self.weights
@@ -287,6 +294,10 @@ class Engine(Rounds):
                 and sync.healed < sync.launched
             ):
                 self._quarantine(sync)
+            if sync.likeness is not None and sync.merges > 2:
+                mean = sync.buffer.tensor[: sync.fragment.numel]
+                if sync.likeness.compare(mean, sync.compressed):
+                    sync.likeness = None
             if sync.compressed is not None:
                 sync.compressed.merging(sync.buffer.tensor)
             self._active.merge(sync.fragment, sync.state, Mean(sync.buffer, workers, pending.lr))

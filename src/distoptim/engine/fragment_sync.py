@@ -12,6 +12,7 @@ from distoptim import rule as rules
 from distoptim.comm import Handle
 from distoptim.comm.compressed import CompressedMean
 from distoptim.engine.identity import Identity
+from distoptim.engine.likeness import Likeness
 from distoptim.fragments import Flat, Fragment
 from distoptim.rule import State
 
@@ -55,6 +56,7 @@ class FragmentSync:
         healed: local step at which parameters that were not finite were last replaced.
         seconds: how long the last mean took.
         samples: of this worker when it launched last (see `Weights`).
+        likeness: whether all workers send the same; None where that is settled, or not asked.
     """
 
     index: int
@@ -70,6 +72,7 @@ class FragmentSync:
     samples: float = 0.0
     pending: PendingMean | None = None
     compressed: CompressedMean | None = None
+    likeness: Likeness | None = None
 
     def __post_init__(self) -> None:
         """Note what messages call it, and how large they are without a codec."""
