@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import random
+import resource
+import sys
 import time
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -464,3 +468,32 @@ def test_methods_over_the_emulated_link_are_those_over_gloo():
     for gloo, emulated in zip(run(_methods, 4), run(_methods, 4, backend="emulated"), strict=True):
         for name in ALGORITHMS:
             torch.testing.assert_close(gloo[name], emulated[name])
+
+
+def _forget(rank):
+    """Optimizers that are dropped without close(), some with a mean in flight, on few files."""
+    own = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (own + 250, own + 250))
+    pairs = dist.new_group([0, 1])
+    threads = []
+    for i in range(40):
+        params = parameters(0.0, (3,))
+        # Circles of references, as they come about in a user's program.
+        optimizer = OverlapLocalSGD(params, lr=0.1, tau=2, group=pairs if i % 2 else None)
+        optimizer.me = optimizer
+        train(optimizer, params, 2 + i % 3, rank)
+        if rank and i % 4 == 0:
+            # At other times on every worker.
+            del optimizer
+            gc.collect()
+        threads.append(len(list(Path("/proc/self/task").iterdir())))
+    with optimizer.averaged():
+        return max(threads[10:]) - max(threads[:10]), params[0].detach().clone()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts files in /proc")
+def test_forgotten_optimizers_cost_nothing_in_the_long_run():
+    (grown, x), (other_grown, y) = run(_forget, 2)
+    assert torch.equal(x, y)
+    # A garbage collection more or less, not 6 threads each.
+    assert max(grown, other_grown) < 6 * 8

@@ -74,25 +74,23 @@ def _gather(text: bytes, chunks: int, group: dist.ProcessGroup) -> list[bytes]:
     """So many chunks of everybody's text, in rank order."""
     own = torch.frombuffer(bytearray(text.ljust(max(1, chunks) * CHUNK_BYTES)), dtype=torch.uint8)
     own = own.view(-1, CHUNK_BYTES).to(_device(group))
-    everybody = own.new_empty(dist.get_world_size(group), chunks, CHUNK_BYTES)
-    works = [
-        dist.all_gather(list(everybody[:, i].unbind()), own[i], group=group, async_op=True)
-        for i in range(chunks)
-    ]
+    everybody = own.new_empty(group.size(), chunks, CHUNK_BYTES)
+    works = [group.allgather([list(everybody[:, i].unbind())], [own[i]]) for i in range(chunks)]
     try:
-        for work in works:
-            assert work is not None
-            work.wait()
+        while works:
+            works.pop(0).wait()
     finally:
         # Peers hear of a failure only when nobody holds the works any more, as an exception's
         # traceback would.
         works.clear()
-        work = None
     return [theirs.numpy().tobytes() for theirs in everybody.cpu()]
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:
     """Whose memory the group's messages are in."""
+    if not isinstance(group, dist.ProcessGroup):
+        # gloo itself.
+        return torch.device("cpu")
     config = str(dist.get_backend_config(group))
     return torch.device("cuda" if "cuda:" in config and "cpu:" not in config else "cpu")
 

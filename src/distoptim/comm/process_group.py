@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import inspect
 import os
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,14 +23,19 @@ from torch import Tensor
 from distoptim.comm import control
 from distoptim.comm.communicator import CommunicationError, Communicator, SingleWorker
 from distoptim.comm.cuda import NcclHandle, Staging
+from distoptim.comm.emulated import BACKEND, EmulatedGroup
 from distoptim.comm.handles import Handle, TimedHandle, WorkHandle
 
 # Whose options of one collective have no types.
 _c10d: Any = dist.distributed_c10d
 
-# Groups that were left and whose place in torch's count of groups is free.
-_left = 0
+# How many communicators over these ranks this process has made; in step with the other members'.
+_made: Counter[tuple[int, ...]] = Counter()
 _open: weakref.WeakSet[ProcessGroupCommunicator] = weakref.WeakSet()
+# Groups of communicators that nobody holds any more.
+_forgotten: list[dict[str, Any]] = []
+# Of so many open communicators some may be garbage in circles, which are seen only when looked for.
+_MANY = 8
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -110,13 +117,20 @@ class ProcessGroupCommunicator(Communicator):
         self._backends = _backends(group)
         self._averages = {kind: _averages(backend) for kind, backend in self._backends.items()}
         self._staging: Staging | None = None
-        self._groups: dict[str, dist.ProcessGroup] = {}
+        # A torch ProcessGroup, or one of its backends.
+        self._groups: dict[str, Any] = {}
+        _leave_forgotten()
+        # Not left there and then: garbage is collected in any thread, at other times on every worker,
+        # and leaving a group waits for its threads.
+        self._finalizer = weakref.finalize(self, _forgotten.append, self._groups)
+        self._finalizer.atexit = False
+        _made[tuple(self.ranks)] += 1
         with self._one_error("the making of groups"):
-            self._groups["means"] = self._private(str(dist.get_backend(group)))
-            self._groups["control data"] = self._private("gloo")
+            self._make("means", str(dist.get_backend(group)))
+            self._make("control data", "gloo")
             if "cpu" in self._backends:
                 # Codes are in host memory. Over nccl alone there are none.
-                self._groups["second stages"] = self._private(self._backends["cpu"])
+                self._make("second stages", self._backends["cpu"])
         _open.add(self)
 
     @property
@@ -166,7 +180,9 @@ class ProcessGroupCommunicator(Communicator):
         group = self._group("control data" if self._nccl and not buffer.is_cuda else "means")
         host = buffer.cpu() if buffer.is_cuda and not self._nccl else buffer
         with self._one_error(f"a broadcast from rank {source}"):
-            dist.broadcast(host, src=dist.get_global_rank(group, source), group=group)
+            options = _c10d.BroadcastOptions()
+            options.rootRank = source
+            group.broadcast([host], options).wait()
         if host is not buffer:
             buffer.copy_(host)
 
@@ -177,22 +193,10 @@ class ProcessGroupCommunicator(Communicator):
 
     def close(self) -> None:
         """Leave the groups; gloo then ends what is in flight, or gives it up at the timeout."""
-        groups = list(self._groups.values())
-        self._groups = {}
         self.stages.queue.clear()
         _open.discard(self)
-        if groups:
-            # Let gloo's threads drop the tensors of what has just ended. They need the interpreter
-            # lock for it, and the group's destructor waits for them with the lock held: a deadlock,
-            # seen with torch 2.6.
-            time.sleep(0.02)
-        for group in groups:
-            global _left
-            _left += self._ranks is not None
-            # The program may have destroyed all groups before us: ours are gone with them.
-            with contextlib.suppress(ValueError, AssertionError):
-                if dist.is_initialized():
-                    dist.destroy_process_group(group)
+        self._finalizer.detach()
+        _leave(self._groups)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ProcessGroupCommunicator:
         """A copied optimizer talks over the same groups."""
@@ -210,21 +214,31 @@ class ProcessGroupCommunicator(Communicator):
     def _nccl(self) -> bool:
         return self._backends.get("cuda") == "nccl"
 
-    def _group(self, use: str) -> dist.ProcessGroup:
+    def _group(self, use: str) -> Any:
         if use not in self._groups:
             why = "nccl carries no codes" if self._groups else "this communicator has been closed"
             raise CommunicationError(f"no group for {use}: {why}")
         return self._groups[use]
 
-    def _private(self, backend: str) -> dist.ProcessGroup:
-        # Local synchronisation: only the members of an island call this, not the whole world.
-        local = self._ranks is not None
-        if local:
-            _keep_names_apart()
-        group: dist.ProcessGroup = dist.new_group(
-            self._ranks, timeout=self._timeout, backend=backend, use_local_synchronization=local
-        )
-        return group
+    def _make(self, use: str, backend: str) -> None:
+        """Make a group of our own.
+
+        Where we can, past `dist.new_group`: it names groups of some ranks after how many groups there
+        are in this process, so that one that was left anywhere would make the next one's members look
+        for each other under different names, or find addresses where nobody listens any more.
+        """
+        make = {"gloo": dist.ProcessGroupGloo, BACKEND: EmulatedGroup}.get(backend)
+        if make is None:
+            local = self._ranks is not None
+            self._groups[use] = dist.new_group(
+                self._ranks, timeout=self._timeout, backend=backend, use_local_synchronization=local
+            )
+            return
+        ranks = tuple(self.ranks)
+        name = f"distoptim/{'_'.join(map(str, ranks))}/{_made[ranks]}/{use}"
+        # torch has no public way to the store; `new_group` takes it from there too.
+        store = _c10d.PrefixStore(name, _c10d._get_default_store())  # noqa: SLF001
+        self._groups[use] = make(store, self.rank, self.size, self._timeout)
 
     def _one_error(self, what: str) -> contextlib.AbstractContextManager[None]:
         limit = self._timeout.total_seconds()
@@ -256,17 +270,27 @@ def _averages(backend: str) -> bool:
     return backend == "nccl" or (backend in ("gloo", "emulated") and torch.__version__ >= "2.8")
 
 
-def _keep_names_apart() -> None:
-    """Fill the places of groups that were left with groups of this rank alone.
+def _leave(groups: dict[str, Any]) -> None:
+    left = list(groups.values())
+    groups.clear()
+    if left:
+        # Let gloo's threads drop the tensors of what has just ended. They need the interpreter lock
+        # for it, and the group's destructor waits for them with the lock held: a deadlock, seen with
+        # torch 2.6.
+        time.sleep(0.02)
+    for group in left:
+        # Torch knows those alone that it has made, and no more once the program has destroyed all.
+        with contextlib.suppress(ValueError, AssertionError):
+            if dist.is_initialized():
+                dist.destroy_process_group(group)
 
-    Torch names a group after its ranks and the number of groups there are. A second group of the
-    same ranks at the same number would find the first one's addresses in the store, where nobody
-    listens any more.
-    """
-    global _left
-    while _left > 0:
-        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-        _left -= 1
+
+def _leave_forgotten() -> None:
+    """Leave the groups of optimizers that were dropped without close(): 10 files and 6 threads each."""
+    if len(_open) >= _MANY:
+        gc.collect()
+    while _forgotten:
+        _leave(_forgotten.pop())
 
 
 @atexit.register
@@ -277,3 +301,4 @@ def _close_all() -> None:
     """
     for communicator in list(_open):
         communicator.close()
+    _leave_forgotten()
