@@ -6,6 +6,8 @@ all they need: starting each anew takes some seconds of importing.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import runpy
 import shlex
 import subprocess
@@ -18,8 +20,8 @@ from distoptim import __main__ as console
 from distoptim.testing.processes import run
 
 
-def execute(line: str, folder: Path) -> None:
-    """Run one command in `folder`; it must end well."""
+def execute(line: str, folder: Path) -> list[str]:
+    """Run one command in `folder`; it must end well. Returns what torchrun's workers said, by rank."""
     words = shlex.split(line)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -32,21 +34,25 @@ def execute(line: str, folder: Path) -> None:
         elif words[0] == "torchrun":
             (workers,) = [int(w.partition("=")[2]) for w in words if w.startswith("--nproc")]
             program = [w for w in words[1:] if not w.startswith(("--nproc", "--max-restarts"))]
-            run(_worker, workers, program, backend=None)
+            return run(_worker, workers, program, backend=None)
         else:
             subprocess.run(line, shell=True, check=True, timeout=300)
+    return []
 
 
-def _worker(rank: int, program: list[str]) -> None:
+def _worker(rank: int, program: list[str]) -> str:
     """What `python PROGRAM` does."""
+    said = io.StringIO()
     module = program[0] == "-m"
     sys.argv = program[module:]
     sys.path.insert(0, str(Path.cwd() if module else Path(program[0]).parent))
     try:
-        if module:
-            runpy.run_module(program[1], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(program[0], run_name="__main__")
+        with contextlib.redirect_stdout(said):
+            if module:
+                runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(program[0], run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise RuntimeError(f"{program}: exit code {end.code}") from end
+    return said.getvalue()

@@ -6,8 +6,9 @@ And all algorithms to try on it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -82,6 +83,33 @@ def variants(
                     algorithm, tau=tau, fragments=count, **{**OPTIONS, **options, **delay}
                 )
     return out
+
+
+def spread() -> dict[str, Callable[..., AveragingOptimizer]]:
+    """Half of `variants`: every algorithm at every delay, in one message and in several by turns.
+
+    So every algorithm is met with every delay and with both, and every delay with both.
+    """
+    every = variants()
+    return {
+        labels[i]: every[labels[i]]
+        for turn, labels in enumerate(_by_algorithm(every))
+        for i in range(len(labels))
+        if i % 2 == (i // 2 + turn) % 2
+    }
+
+
+def once(turn: int) -> dict[str, Callable[..., AveragingOptimizer]]:
+    """Of `spread` every algorithm once, at another delay in another turn."""
+    makers = spread()
+    chosen = [labels[(i + turn) % len(labels)] for i, labels in enumerate(_by_algorithm(makers))]
+    return {label: makers[label] for label in chosen}
+
+
+def _by_algorithm(labels: Iterable[str]) -> list[list[str]]:
+    return [
+        list(group) for _, group in groupby(labels, key=lambda label: label.partition("-delay")[0])
+    ]
 
 
 def alone(make: Callable[..., AveragingOptimizer], params: Any, **options: Any) -> Any:

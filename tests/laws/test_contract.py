@@ -1,4 +1,4 @@
-"""What holds for every algorithm of the table, at every delay and split."""
+"""What holds for every algorithm of the table, at every delay, in one message and in several."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
 
-MAKERS = toy.variants()
+MAKERS = toy.spread()
 
 
 @pytest.fixture(params=MAKERS)
@@ -65,10 +65,14 @@ def test_all_start_from_rank_0(make):
         assert torch.equal(x, torch.cat([p.reshape(-1) for p in starts[0]]))
 
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.complex64]
+
+
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.complex64], ids=str
+    ("dtype", "name"), [(dtype, name) for i, dtype in enumerate(DTYPES) for name in toy.once(i)]
 )
-def test_dtype_is_kept(make, dtype):
+def test_dtype_is_kept(name, dtype):
+    make = MAKERS[name]
     workers = cluster(make, dtype)
     start = workers.x()
     x = workers.run(2 * toy.TAU, toy.gradient)[-1]
@@ -112,9 +116,17 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("how", COPIES)
-def test_a_copy_from_any_step_goes_on_bit_equally(make, how):
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        *(("state_dict", name) for name in MAKERS),
+        *(("pickle", name) for name in toy.once(0)),
+        *(("deepcopy", name) for name in toy.once(1)),
+    ],
+)
+def test_a_copy_from_any_step_goes_on_bit_equally(how, name):
     """Also with rounds in flight, which are most of the steps at a delay."""
+    make = MAKERS[name]
     rounds = 2 * toy.TAU
     workers = cluster(make)
     expected = workers.run(rounds + 2 * toy.TAU, toy.gradient)
@@ -122,6 +134,9 @@ def test_a_copy_from_any_step_goes_on_bit_equally(make, how):
     for step in range(rounds + 1):
         if step:
             workers.step(toy.gradient)
+        if step in (1, 3):
+            # At the start, in the first round, and after each step of one that follows another.
+            continue
         going_on = COPIES[how](make, workers)
         rest = going_on.run(2 * toy.TAU, toy.gradient)
         assert torch.equal(rest, expected[step : step + 2 * toy.TAU]), f"saved after step {step}"

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import os
 import re
 import signal
@@ -20,7 +22,7 @@ import distoptim
 from distoptim import __main__ as console
 from distoptim import cli
 from distoptim.algorithms import ALGORITHMS
-from distoptim.testing.processes import free_port
+from distoptim.testing.processes import free_port, run
 
 TINY = (
     "--data",
@@ -35,25 +37,6 @@ TINY = (
     "1",
 )
 COMMAND = (sys.executable, "-m", "distoptim")
-
-
-@pytest.fixture
-def invoke(monkeypatch, capfd, tmp_path):
-    """Runs the command line in this process, in an empty folder.
-
-    Returns exit code, stdout, stderr.
-    """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.delenv("RANK", raising=False)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["distoptim", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            console.main()
-        return end.value.code, *capfd.readouterr()
-
-    return run
 
 
 def test_version_and_help(invoke):
@@ -526,40 +509,23 @@ def test_torchrun(tmp_path):
     assert len(list(checkpoint.latest(folder).glob("rank-*.pt"))) == 2
 
 
+def _by_tcp(rank, port, folder):
+    """What it prints, apart from what the other one does."""
+    os.chdir(folder)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    meeting = ("--init", f"tcp://127.0.0.1:{port}", "--rank", str(rank), "--world-size", "2")
+    sys.argv = ["distoptim", "train", *TINY, "--steps", "4", *meeting, "--folder", "a"]
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+        console.main()
+    return end.value.code, said.getvalue()
+
+
 def test_two_commands_meet_by_tcp(tmp_path):
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [
-                *COMMAND,
-                "train",
-                *TINY,
-                "--steps",
-                "4",
-                "--init",
-                f"tcp://127.0.0.1:{port}",
-                "--rank",
-                str(rank),
-                "--world-size",
-                "2",
-                "--folder",
-                "a",
-            ],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "overlap-local-sgd" in outputs[0][0]
-    assert outputs[1][0] == ""
+    first, second = run(_by_tcp, 2, free_port(), tmp_path, backend=None)
+    assert first[0] == 0
+    assert "overlap-local-sgd" in first[1]
+    assert second == (0, "")
     assert records.read(tmp_path / "a").summary.step == 4
 
 

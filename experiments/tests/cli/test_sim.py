@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 from distoptim_experiments import records
 
-from distoptim.testing.processes import free_port
+from tests.helpers.shell import execute
 
 
-def distoptim(*arguments, check=0, **options):
-    done = subprocess.run(
-        [sys.executable, "-m", "distoptim", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,
-    )
-    assert done.returncode == check, done.stderr
-    return done
+@pytest.fixture
+def distoptim(invoke):
+    def run(*arguments, check=0):
+        code, out, err = invoke(*arguments)
+        assert code == check, err
+        return SimpleNamespace(stdout=out, stderr=err)
+
+    return run
 
 
 LINK = ("--workers", "4", "--latency-ms", "10", "--bandwidth-gbit-s", "1")
 
 
-def test_plan_prints_a_line_to_paste_and_json():
+def test_plan_prints_a_line_to_paste_and_json(distoptim):
     text = distoptim("plan", "--step-s", "0.1", "--params", "11e6", *LINK).stdout
     assert "optimizer = distoptim.OverlapBMUF(optimizer, tau=8)" in text
     assert "because: 7.1 times as fast as DDP" in text
@@ -69,13 +64,13 @@ def test_plan_prints_a_line_to_paste_and_json():
         (("probe", "json:dumps"), "torchrun"),
     ],
 )
-def test_bad_values_give_one_line(arguments, words):
+def test_bad_values_give_one_line(distoptim, arguments, words):
     error = distoptim(*arguments, check=2).stderr
     assert words in error
     assert len(error.strip().splitlines()) == 1
 
 
-def test_simulate_prints_a_table_and_goes_on(tmp_path):
+def test_simulate_prints_a_table_and_goes_on(distoptim, tmp_path):
     arguments = (
         "simulate",
         "--methods",
@@ -111,48 +106,23 @@ def test_simulate_prints_a_table_and_goes_on(tmp_path):
     assert len(before) == 3
 
 
-def test_timing_prints_and_draws(tmp_path):
+def test_timing_prints_and_draws(distoptim, tmp_path):
     text = distoptim("simulate", "--timing", "--params", "1e8", "--folder", str(tmp_path)).stdout
     assert "overlap-local-sgd" in text
     assert "layerwise-streaming-diloco-delay1" in text
     assert (tmp_path / "utilisation.png").stat().st_size > 10_000
 
 
-def test_a_probe_under_torchrun_feeds_the_plan(tmp_path):
+def test_a_probe_under_torchrun_feeds_the_plan(distoptim, tmp_path):
     (tmp_path / "mycode.py").write_text(
         "import time, torch\n\ndef prepare():\n    return torch.nn.Linear(10, 10), lambda: time.sleep(0.01)\n"
     )
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node=2",
-            "--master-port",
-            str(free_port()),
-            "-m",
-            "distoptim",
-            "probe",
-            "mycode:prepare",
-            "--steps",
-            "3",
-        ],
-        cwd=tmp_path,
-        env=_environment(tmp_path),
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    execute("torchrun --nproc-per-node=2 -m distoptim probe mycode:prepare --steps 3", tmp_path)
     made = json.loads(distoptim("plan", "--probe", str(tmp_path / "probe.json"), "--json").stdout)
     assert made["predictions"][0]["algorithm"] == "ddp"
 
 
-def test_a_damaged_probe_gives_one_line(tmp_path):
+def test_a_damaged_probe_gives_one_line(distoptim, tmp_path):
     (tmp_path / "probe.json").write_text("[1]")
     error = distoptim("plan", "--probe", str(tmp_path / "probe.json"), check=2).stderr
     assert "probe.json: not a file that" in error
-
-
-def _environment(folder):
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import torch
 from distoptim_experiments.report import histogram
 
@@ -15,29 +12,12 @@ def test_counts_are_those_of_the_shards():
     assert histogram.counts(labels, shards, 4) == [[1, 1, 1, 0], [0, 1, 2, 0]]
 
 
-def test_the_command_prints_the_table_and_draws(tmp_path):
+def test_the_command_prints_the_table_and_draws(invoke, tmp_path):
     path = tmp_path / "new" / "p.png"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "distoptim",
-            "partition",
-            "--data",
-            "synthetic",
-            "--workers",
-            "4",
-            "--partition",
-            "label-skew:1",
-            "--out",
-            str(path),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[1:5]]
+    options = ("--data", "synthetic", "--workers", "4", "--partition", "label-skew:1")
+    code, out, err = invoke("partition", *options, "--out", path)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()[1:5]]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
     assert [int(row[1 + rank]) for rank, row in enumerate(rows)] == [200] * 4
     assert [row[-1] for row in rows] == ["500"] * 4

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from distoptim_experiments import records
@@ -246,35 +243,9 @@ def test_a_resumed_run_is_bit_equal_and_virtual_workers_agree(folder, tmp_path, 
     assert summary.test_loss == pytest.approx(lines[-1].test_loss, rel=1e-4)
 
 
-def test_the_command_trains_a_gpt(folder, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "distoptim",
-            "train",
-            "--model",
-            "gpt-small",
-            "--data",
-            str(folder),
-            "--workers",
-            "2",
-            "--steps",
-            "4",
-            "--batch-size",
-            "4",
-            "--optimizer",
-            "adamw",
-            "--lr",
-            "1e-3",
-            "--clip-norm",
-            "1",
-            "--folder",
-            str(tmp_path / "run"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_command_trains_a_gpt(folder, invoke, tmp_path):
+    data = ("--model", "gpt-small", "--data", folder, "--workers", "2", "--batch-size", "4")
+    optimizer = ("--optimizer", "adamw", "--lr", "1e-3", "--clip-norm", "1")
+    code, _, err = invoke("train", *data, *optimizer, "--steps", "4", "--folder", tmp_path / "run")
+    assert code == 0, err
     assert records.read(tmp_path / "run").config.optimizer == "adamw"
