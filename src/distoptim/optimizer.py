@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distoptim.comm.mesh import WorkerMesh
-from distoptim.engine import checkpoint, evaluation, membership
+from distoptim.engine import checkpoint, evaluation, membership, saved
 from distoptim.engine.clock import Clock
 from distoptim.engine.engine import Engine, Inner, Rounds, tick_together
 from distoptim.engine.hierarchy import Hierarchy, check_levels, connect_levels
@@ -320,10 +320,11 @@ class AveragingOptimizer(torch.optim.Optimizer):
         """
         for pre in self._optimizer_state_dict_pre_hooks.values():
             pre(self)
-        state = {**self.inner.state_dict(), "distoptim": checkpoint.save(self._rounds)}
+        state = {**self.inner.state_dict(), checkpoint.KEY: checkpoint.save(self._rounds)}
         for post in self._optimizer_state_dict_post_hooks.values():
             state = post(self, state) or state
-        return state
+        # Last, since a hook may change what is saved.
+        return checkpoint.sealed(state) if checkpoint.KEY in state else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()`; load the model first. A plain optimizer's starts a new run.
@@ -332,21 +333,26 @@ class AveragingOptimizer(torch.optim.Optimizer):
         all go on from the one that is furthest: from its anchor, if there is one. After a failure or
         `close()` nobody is asked.
 
+        A worker's damaged or unfit state is an error on all workers, and nothing is changed.
+
         Raises:
-            ValueError: it is of another algorithm or of other parameters, or a plain optimizer's on
-                some workers only.
+            ValueError: it is damaged, of another algorithm, or of other parameters; a plain
+                optimizer's on some workers only; or workers saved different anchors.
         """
-        state = dict(state_dict)
-        for pre in self._optimizer_load_state_dict_pre_hooks.values():
-            state = pre(self, state) or state
-        ours = state.pop("distoptim", None)
-        if ours is not None:
-            ours = checkpoint.understood(ours)
-            checkpoint.check(self.engine, ours)
+        try:
+            state, ours = self._read(state_dict)
+            refusal = None
+        except ValueError as error:
+            # Not yet: the others would wait for this worker.
+            state = {}
+            ours = None
+            refusal = error
         # A mean on its way still writes into its buffer.
         self.engine.settle()
         if self.engine.reducer.failure is None:
-            ours = membership.catch_up(self._communicator, self._members[0], ours)
+            ours = membership.catch_up(self.engine, ours, refusal)
+        elif refusal is not None:
+            raise refusal
         self.inner.load_state_dict(state)
         if ours is not None:
             self._rounds.load_state_dict(ours)
@@ -354,6 +360,24 @@ class AveragingOptimizer(torch.optim.Optimizer):
             self._build()
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
+
+    def _read(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The inner optimizer's state and the rounds, if there are any, all of which fits.
+
+        Raises:
+            ValueError: something does not.
+        """
+        state = dict(state_dict)
+        if checkpoint.KEY in state:
+            checkpoint.verify(state)
+        for pre in self._optimizer_load_state_dict_pre_hooks.values():
+            state = pre(self, state) or state
+        ours = None
+        if checkpoint.KEY in state:
+            ours = checkpoint.understood(state.pop(checkpoint.KEY))
+            saved.check_rounds(self.engine, ours)
+        saved.check_inner(self.inner, state)
+        return state, ours
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the inner optimizer, the settings and the rounds."""
@@ -363,12 +387,12 @@ class AveragingOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the engine around the copied parameters, without talking to anybody."""
-        saved = state.pop("saved")
+        rounds = state.pop("saved")
         super().__init__([{"params": []}], state["inner"].defaults)
         self.__dict__.update(state)
         self._watch = Watch(self.inner, self._members[0], self._settings.modules)
         self._build()
-        self._rounds.load_state_dict(saved)
+        self._rounds.load_state_dict(rounds)
 
     # ---- what stays the inner optimizer's ---------------------------------------------------------
 

@@ -25,10 +25,12 @@ class Period(ABC):
             of "loss", "lr", "step_s" (computing a local step) and "communication_s" (all means of a
             round).
         start: local step until which the workers average after every local step.
+        remembers: what it keeps in memory, all of it or nothing; empty: whatever it likes.
     """
 
     measures: tuple[str, ...] = ()
     start: int = 0
+    remembers: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -170,6 +172,7 @@ class PostLocal(Period):
                 f"tau={tau!r} inside PostLocal: allowed is an integer or another kind of period"
             )
         self.measures = self.then.measures
+        self.remembers = self.then.remembers
 
     @property
     def smallest(self) -> int:
@@ -282,6 +285,7 @@ class AdaComm(Period):
     follow_lr: bool = False
     largest: int = 1000
     measures = ("loss", "lr")
+    remembers = ("loss0", "lr0", "lr", "since", "sum", "rounds")
 
     def __post_init__(self) -> None:
         """Check the ranges."""

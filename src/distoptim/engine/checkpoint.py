@@ -1,14 +1,17 @@
-"""Whether saved rounds fit an engine, and where in its rounds a worker was saved."""
+"""Saved rounds: their format, their checksum, and where in its rounds a worker was saved."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
-from distoptim import rule as rules
+from distoptim.checksum import checksum
 from distoptim.engine.engine import Engine, Rounds
 from distoptim.version import __version__
 
-FORMAT = 2
+FORMAT = 3
+KEY = "distoptim"
 # What format 1 (written before distoptim 0.2) calls by another name.
 _RENAMED_RULES = {"Elastic": "Spring", "Late": "Restart"}
 
@@ -18,6 +21,45 @@ def save(rounds: Rounds) -> dict[str, Any]:
     return {"format": FORMAT, "version": __version__, **rounds.state_dict()}
 
 
+def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with the checksum of all that is in it beside its rounds."""
+    return {**state, KEY: {**state[KEY], "checksum": _content(state)}}
+
+
+def verify(state: Mapping[str, Any]) -> None:
+    """Whether a state dict is as it was when it was sealed; older formats are not, which is said.
+
+    Raises:
+        ValueError: it is not.
+    """
+    saved = state[KEY]
+    if not isinstance(saved, Mapping):
+        return
+    if not isinstance(saved.get("format"), int):
+        return
+    if saved["format"] in (1, 2) and "checksum" not in saved:
+        warnings.warn(
+            "checkpoint is unchecked: it was written by an older distoptim, which kept no checksum, so a "
+            "damaged value in it may go unseen",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return
+    found = _content(state)
+    written = saved.get("checksum")
+    if not isinstance(written, int) or written != found:
+        raise ValueError(
+            f"checkpoint is damaged: its content has the checksum {found}, what was written "
+            f"{str(written)[:20]}. Or something in it has changed since state_dict(), whose tensors go "
+            "on with the training: copy or save them at once"
+        )
+
+
+def _content(state: Mapping[str, Any]) -> int:
+    rounds = {name: value for name, value in state[KEY].items() if name != "checksum"}
+    return checksum({**state, KEY: rounds})
+
+
 def understood(saved: Any) -> dict[str, Any]:
     """A saved state in today's format.
 
@@ -25,41 +67,16 @@ def understood(saved: Any) -> dict[str, Any]:
         ValueError: it has a format that is not known, or is none at all.
     """
     found = saved.get("format") if isinstance(saved, dict) else saved
-    if found == FORMAT:
+    if isinstance(found, int) and found == FORMAT:
         return dict(saved)
-    if found == 1:
-        return _of_format_1(saved)
+    if isinstance(found, int) and found in (1, 2):
+        older = saved if found == 2 else _of_format_1(saved)
+        return {**older, "format": FORMAT, "rank": None}
     by = saved.get("version") if isinstance(saved, dict) else None
     raise ValueError(
-        f"checkpoint has format {found!r}, written by distoptim {by or 'unknown'}: allowed is 1 or "
-        f"{FORMAT}"
+        f"checkpoint has format {str(found)[:60]!r}, written by distoptim {str(by or 'unknown')[:60]}: "
+        f"allowed is 1 to {FORMAT}"
     )
-
-
-def check(engine: Engine, saved: dict[str, Any]) -> None:
-    """Whether a saved state fits the engine.
-
-    Raises:
-        ValueError: it is of another algorithm, other parameters, or memory of another kind.
-    """
-    mine = {
-        "rule": type(engine.rule).__name__,
-        "fragments": [sync.fragment.signature() for sync in engine.syncs],
-        "state": [rules.layout(rules.save(sync.state)) for sync in engine.syncs],
-        "codec": [
-            _coding(None if sync.compressed is None else sync.compressed.state_dict())
-            for sync in engine.syncs
-        ],
-    }
-    theirs = {
-        "rule": saved["rule"],
-        "fragments": [f["signature"] for f in saved["fragments"]],
-        "state": [rules.layout(f["state"]) for f in saved["fragments"]],
-        "codec": [_coding(f["compressed"]) for f in saved["fragments"]],
-    }
-    for key, value in mine.items():
-        if theirs[key] != value:
-            raise ValueError(f"checkpoint has {key} {theirs[key]}, this optimizer {value}")
 
 
 def place(saved: dict[str, Any]) -> dict[str, Any]:
@@ -83,30 +100,47 @@ def progress(where: dict[str, Any]) -> tuple[int, int]:
     return sum(merges for merges, *_ in where["fragments"]), where["step"]
 
 
-def _coding(saved: dict[str, Any] | None) -> str:
-    """What a saved coded mean needs of another."""
-    if saved is None:
-        return "none"
-    return "with a residual" if saved["residual"] is not None else "without a residual"
+def shared(engine: Engine, saved: dict[str, Any]) -> dict[str, object]:
+    """By name, the checksums of what all workers have saved alike: anchors and outer states."""
+    out: dict[str, object] = {}
+    for sync, f in zip(engine.syncs, saved["fragments"], strict=True):
+        for name in engine.rule.shared(sync.state):
+            # Workers may have learning rates of their own.
+            if name != "lr":
+                value = f["state"][name]
+                memory = value["state"] if isinstance(value, Mapping) else value
+                out[f"{name} of {sync.name}"] = f"{checksum(memory):08x}"
+    return out
+
+
+def keeps_residual(saved: dict[str, Any]) -> bool:
+    """Whether something in it is the worker's that saved it: what its codes have lost."""
+    return any(
+        f["compressed"] and f["compressed"]["residual"] is not None for f in saved["fragments"]
+    )
 
 
 def _of_format_1(saved: dict[str, Any]) -> dict[str, Any]:
-    pace = saved["pace"]
-    kept = ("workers", "step", "tau", "delay", "levels")
-    fragments = [
-        {
-            **f,
-            "merges": f.get("merges", 0),
-            "pending": f["flight"],
-            "compressed": f.get("coder"),
+    try:
+        pace = saved["pace"]
+        kept = ("workers", "step", "tau", "delay", "levels")
+        fragments = [
+            {
+                **f,
+                "merges": f.get("merges", 0),
+                "pending": f["flight"],
+                "compressed": f.get("coder"),
+            }
+            for f in saved["fragments"]
+        ]
+        return {
+            **{key: saved[key] for key in kept if key in saved},
+            "rule": _RENAMED_RULES.get(saved["rule"], saved["rule"]),
+            "clock": {key: pace[key] for key in pace if key != "samples"},
+            "weights": {"samples": pace["samples"]},
+            "fragments": fragments,
         }
-        for f in saved["fragments"]
-    ]
-    return {
-        **{key: saved[key] for key in kept if key in saved},
-        "format": FORMAT,
-        "rule": _RENAMED_RULES.get(saved["rule"], saved["rule"]),
-        "clock": {key: pace[key] for key in pace if key != "samples"},
-        "weights": {"samples": pace["samples"]},
-        "fragments": fragments,
-    }
+    except KeyError as error:
+        raise ValueError(f"checkpoint of format 1 has no {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"checkpoint of format 1 is damaged: {error}") from error

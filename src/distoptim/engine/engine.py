@@ -474,6 +474,7 @@ class Engine(Rounds):
         return {
             "rule": type(self.rule).__name__,
             "workers": self.communicator.size,
+            "rank": self.communicator.rank,
             "step": self.step,
             "tau": self.clock.tau,
             "delay": self.clock.delay,
@@ -484,7 +485,7 @@ class Engine(Rounds):
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Put a state that fits (see `checkpoint.check`) into the engine.
+        """Put a state that fits (see `saved.check_rounds`) into the engine.
 
         With period, delay and number of workers unchanged the run goes on as if it had never stopped.
         Otherwise what was in flight is dropped and a new round begins; at another number of workers

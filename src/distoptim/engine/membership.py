@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from distoptim import module_state
 from distoptim.comm import Communicator
 from distoptim.comm.mesh import WorkerMesh, describe
 from distoptim.engine import checkpoint
+from distoptim.engine.engine import Engine
 from distoptim.fragments import Fragment
 
 logger = logging.getLogger("distoptim")
@@ -81,7 +83,7 @@ def agree(
 
 @torch.no_grad()
 def catch_up(
-    communicator: Communicator, params: Sequence[Tensor], saved: dict[str, Any] | None
+    engine: Engine, saved: dict[str, Any] | None, refusal: ValueError | None = None
 ) -> dict[str, Any] | None:
     """What this worker is to resume from, so that all resume from the same round.
 
@@ -91,32 +93,93 @@ def catch_up(
     dropped, workers start from the anchor, and a new round begins.
 
     Args:
-        communicator: to the other workers.
-        params: all that are averaged; the ranks of a worker's mesh resume at one local step too.
+        engine: that is to resume; the ranks of a worker's mesh resume at one local step too.
         saved: by `checkpoint.save`; None for a plain optimizer's state, which starts a new run.
+        refusal: why this worker cannot load its state.
 
     Raises:
-        ValueError: on every worker, if only some have rounds to resume.
+        ValueError: on every worker, if one cannot load its state, if only some have rounds to resume,
+            or if what all should have saved alike differs.
     """
-    own = None if saved is None else checkpoint.place(saved)
-    mesh = WorkerMesh(params)
+    communicator = engine.communicator
+    place = None if saved is None else checkpoint.place(saved)
+    of_rank = {"place": place, "refusal": None if refusal is None else str(refusal)}
+    own = {
+        "rank": communicator.rank,
+        "file": None if saved is None else saved["rank"],
+        "shared": {} if saved is None else checkpoint.shared(engine, saved),
+        **of_rank,
+    }
+    mesh = WorkerMesh([p for sync in engine.syncs for p in sync.fragment.params])
     what = "load_state_dict()"
     messages = cast(
-        "list[tuple[list[dict[str, Any] | None], dict[str, Any] | None]]",
-        communicator.all_gather_json([mesh.all_gather_json(own), own], what=what),
+        "list[tuple[list[Facts], Facts]]",
+        communicator.all_gather_json([mesh.all_gather_json(of_rank, what=what), own], what=what),
     )
-    everybody = [place for ranks, _ in messages for place in ranks]
+    everybody = [theirs for ranks, _ in messages for theirs in ranks]
+    _refuse_together([[theirs["refusal"] for theirs in ranks] for ranks, _ in messages], refusal)
     compare(
         [
-            {"what to resume": "a plain optimizer" if place is None else "rounds"}
-            for place in everybody
+            {"what to resume": "a plain optimizer" if theirs["place"] is None else "rounds"}
+            for theirs in everybody
         ]
     )
-    if saved is None or all(place == own for place in everybody):
+    if saved is None:
+        return None
+    places = cast("list[dict[str, Any]]", [theirs["place"] for theirs in everybody])
+    if all(theirs == place for theirs in places):
+        workers = [theirs for _, theirs in messages]
+        compare([cast("Facts", theirs["shared"]) for theirs in workers])
+        return _own_file(saved, workers)
+    return _furthest(communicator, saved, places, [theirs["place"] for _, theirs in messages])
+
+
+def _refuse_together(refusals: Sequence[Sequence[object]], own: ValueError | None) -> None:
+    if own is not None:
+        raise own
+    for rank, texts in enumerate(refusals):
+        for text in texts:
+            if text is not None:
+                raise ValueError(f"rank {rank} cannot load its state: {text}")
+
+
+def _own_file(saved: dict[str, Any], workers: Sequence[Facts]) -> dict[str, Any]:
+    """The state, where all load one file as one of nobody's if some of it is a worker's own.
+
+    Raises:
+        ValueError: on every worker, if some load another's.
+    """
+    others = [w for w in workers if w["file"] not in (None, w["rank"])]
+    if saved["workers"] != len(workers) or not others:
         return saved
-    places = [place for _, place in messages if place is not None]
+    own = checkpoint.keeps_residual(saved)
+    if len({w["file"] for w in workers}) == 1:
+        warnings.warn(
+            f"all {len(workers)} workers load the state of rank {saved['rank']}: the others' own"
+            + (" parts, and what their codes have lost, are dropped" if own else " parts are lost"),
+            RuntimeWarning,
+            # The caller of load_state_dict(); no_grad is a frame too.
+            stacklevel=5,
+        )
+        return {**saved, "workers": 0} if own else saved
+    if own:
+        first = others[0]
+        raise ValueError(
+            f"rank {first['rank']} loads the state of rank {first['file']}, in which is what that "
+            "worker's codes have lost: allowed is the own state, or one for all workers"
+        )
+    return saved
+
+
+def _furthest(
+    communicator: Communicator,
+    saved: dict[str, Any],
+    everybody: Sequence[dict[str, Any]],
+    places: Sequence[Any],
+) -> dict[str, Any]:
+    """The state of the worker that is furthest."""
     furthest = places.index(max(places, key=checkpoint.progress))
-    steps = [place["step"] for place in everybody if place is not None]
+    steps = [place["step"] for place in everybody]
     logger.warning(
         "workers saved different rounds (local steps %d to %d): all go on from rank %d's, at a new "
         "round",
