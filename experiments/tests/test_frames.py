@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import pytest
 from distoptim_experiments import frames
+from distoptim_experiments.report import report, runs
 
 from experiments.tests.report.records import lines, put
 
@@ -47,6 +50,28 @@ def test_curves_are_thinned_from_their_ends():
     curves = pd.DataFrame({"run": "a", "step": steps, "epoch": 1.0, "seconds": 1.0, "loss": 1.0})
     assert list(frames.thinned(curves, 50).step) == list(range(3, 121, 3))
     assert list(frames.thinned(curves, 120).step) == list(steps)
+
+
+@pytest.mark.parametrize(
+    ("line", "table", "values", "said"),
+    [
+        (0, "config", {"data": ""}, "without data"),
+        (0, "config", {"lr": math.nan}, "without lr"),
+        (0, "surroundings", {"date": ""}, "without date"),
+        (-1, None, {"seconds": math.nan, "diverged": True}, "without computation_s, seconds"),
+        (-1, None, {"bytes": 10**30}, None),
+        (0, "surroundings", {"machine": {"processor": "", "cores": 1, "system": ""}}, None),
+    ],
+)
+def test_odd_records_are_left_out_by_name_or_shown(tmp_path, line, table, values, said):
+    odd = lines(label="CoCoD-SGD")
+    (odd[line] if table is None else odd[line][table]).update(values)
+    put(tmp_path / "final", "a", lines())
+    put(tmp_path / "final", "b", odd)
+    found = runs.named(frames.read(tmp_path))
+    assert len(found.ended) == (2 if said is None else 1)
+    assert found.notes == ([] if said is None else [f"damaged, left out: final/b: {said}"])
+    report.write(found, tmp_path)
 
 
 @pytest.mark.parametrize(

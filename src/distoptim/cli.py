@@ -7,6 +7,7 @@ as cyclopts takes it; it is imported when it is called, or when the help lists i
 from __future__ import annotations
 
 import json
+import math
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,6 +26,9 @@ from distoptim.version import __version__
 
 COMMANDS = "distoptim.commands"
 """Group of the entry points that add subcommands."""
+
+_PROBE_CHARACTERS = 10_000
+"""A probe's file has a few hundred; what is longer is cut off, and so no JSON."""
 
 _EXPERIMENTS = ("compare", "train", "simulate", "reproduce", "report", "partition")
 
@@ -132,7 +136,9 @@ def plan(
     )
     link = Link(known["latency_ms"] / 1e3, known["bandwidth_gbit_s"])
     count = _count("params", known["params"])
-    made = planner.plan(Job(known["step_s"], count, int(known["workers"]), Ring([link])))
+    made = planner.plan(
+        Job(known["step_s"], count, _count("workers", known["workers"]), Ring([link]))
+    )
     if as_json:
         print(json.dumps(made.as_dict(), indent=1))
     else:
@@ -187,36 +193,42 @@ def _read(measured: Path) -> dict[str, Any]:
     if not measured.is_file():
         raise ValueError(f"--probe {measured}: there is no such file")
     try:
-        known = json.loads(measured.read_text())
+        with measured.open(encoding="utf-8") as file:
+            known = json.loads(file.read(_PROBE_CHARACTERS))
         return {**known, "latency_ms": known["latency_s"] * 1e3}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{measured}: not a file that `distoptim probe` wrote ({error})"
         ) from error
 
 
 def _count(name: str, value: float) -> int:
-    if value != int(value):
+    if not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
         raise ValueError(f"{name}={value!r}: allowed is a whole number, 1 or more")
     return int(value)
 
 
 def _print(made: Plan, everything: bool) -> None:
-    out = Table("method", "tau", "s/step", "times DDP", "exposed", "copies", "GB/hour", box=None)
-    for column in out.columns[1:]:
+    out = Table(
+        "method", "codec", "tau", "s/step", "times DDP", "exposed", "copies", "GB/hour", box=None
+    )
+    out.columns[0].no_wrap = True
+    for column in out.columns[2:]:
         column.justify = "right"
-    best: dict[str, Prediction] = {}
+    best: dict[tuple[str, str | None], Prediction] = {}
     for p in made.predictions:
-        if p.algorithm not in best or p.step_s < 0.95 * best[p.algorithm].step_s:
-            best[p.algorithm] = p
+        kind = (p.algorithm, p.codec)
+        if kind not in best or p.step_s < 0.95 * best[kind].step_s:
+            best[kind] = p
     for p in made.predictions if everything else best.values():
         out.add_row(
             p.algorithm,
+            p.codec or "",
             str(p.tau),
             f"{p.step_s:.4g}",
             f"{p.speed_up:.2f}",
             f"{p.exposed_share:.1%}",
-            f"{p.copies:g}",
+            f"{p.copies:.3g}",
             f"{p.gbytes_per_hour:.3g}",
             style="bold" if p == made.best else None,
         )

@@ -65,7 +65,18 @@ _FIGURES: dict[str, type] = {
     **dict.fromkeys(("lr", "seconds", "computation_s", "exposed_s", "test_accuracy"), float),
     **dict.fromkeys(("diverged", "virtual"), bool),
 }
-_ALWAYS = {"run", "stage", "label", "algorithm", "options", *_FIGURES} - {"test_accuracy"}
+_ALWAYS = {
+    "run",
+    "stage",
+    "label",
+    "algorithm",
+    "options",
+    "model",
+    "data",
+    "partition",
+    "slowdown",
+}
+_ALWAYS |= {"date", *_FIGURES} - {"test_accuracy"}
 """In every row of `runs.csv`."""
 _TEXTS = ["run", "stage", "label", "options", "date", "distoptim", "torch", "python", "commit"]
 _TEXTS += ["processor", "system"]
@@ -103,7 +114,9 @@ def read(folder: Path) -> Runs:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     recorded, notes = _recorded(folder)
-    ended = [_parsed(pd.DataFrame([_row(name, record) for name, record in recorded.items()]))]
+    rows, damaged = _whole([_row(name, record) for name, record in recorded.items()])
+    notes = [*damaged, *notes]
+    ended = [rows]
     curves = [_losses(name, record) for name, record in recorded.items()]
     for path in sorted(folder.rglob(RUNS)):
         place = path.parent.relative_to(folder)
@@ -214,9 +227,19 @@ def _types() -> dict[str, type]:
     return {**kinds, **dict.fromkeys(_TEXTS, str), **_FIGURES}
 
 
-def _parsed(table: pd.DataFrame) -> pd.DataFrame:
-    """As the file would be read, so that a report does not depend on where its runs come from."""
-    return _csv(io.StringIO(_text(table)), _types()) if len(table) else table
+def _whole(rows: list[dict[str, Any]]) -> tuple[pd.DataFrame, list[str]]:
+    """Rows as the file would be read, so that a report does not depend on where its runs come from;
+    and what is said of those that lack something."""
+    if not rows:
+        return pd.DataFrame(), []
+    table = _csv(io.StringIO(_text(pd.DataFrame(rows))), _types())
+    lacking = {
+        run: ", ".join(sorted(name for name in _ALWAYS if missing[name]))
+        for run, missing in zip(table.run, table.isna().to_dict("records"), strict=True)
+        if any(missing[name] for name in _ALWAYS)
+    }
+    notes = [f"damaged, left out: {run}: without {names}" for run, names in lacking.items()]
+    return table[~table.run.isin(list(lacking))], notes
 
 
 def _table(path: Path, types: dict[str, type]) -> pd.DataFrame:
@@ -225,7 +248,7 @@ def _table(path: Path, types: dict[str, type]) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ValueError(f"{path}: {why}") from error
-    needed = {*_FIRST, *_FIGURES, *_TEXTS} if path.name == RUNS else _CURVES
+    needed = {*_FIRST, *_ALWAYS, *_FIGURES, *_TEXTS} if path.name == RUNS else _CURVES
     for name in sorted(needed):
         if name not in table:
             raise ValueError(f"{path}: no column {name}")
@@ -248,12 +271,14 @@ def _typed(texts: pd.Series[str], kind: type) -> pd.Series[Any]:
         return known.astype(bool)
     if kind is str:
         return texts
-    # A whole number that may be missing is a float to numpy.
-    return texts.astype(float if texts.isna().any() else kind)
+    # A whole number that may be missing is a float to numpy, and so is one beyond all counting.
+    whole = kind is int and texts.notna().all() and all(abs(int(text)) < 2**63 for text in texts)
+    return texts.astype(int if whole else float)
 
 
 def _text(table: pd.DataFrame) -> str:
     """Without settings that no run has."""
     given = table.replace("", None)  # a file tells no empty text from nothing
-    empty = [name for name in SETTINGS if name in table and given[name].isna().all()]
+    optional = [name for name in SETTINGS if name in table and name not in _ALWAYS]
+    empty = [name for name in optional if given[name].isna().all()]
     return str(table.drop(columns=empty).to_csv(index=False, lineterminator="\n"))

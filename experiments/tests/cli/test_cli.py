@@ -275,6 +275,13 @@ def test_compare_leaves_table_picture_and_records(invoke, tmp_path):
         )
         assert [line.step for line in record.logs] == [1, 2, 3, 4, 5, 6]
         assert record.summary.step == 6
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, _, err = invoke("compare", *TINY, "--steps", "6", "--folder", folder)
+    assert (code, err) == (
+        2,
+        f"Error: --folder {folder}: there are runs in it; give another folder\n",
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_tau_that_is_measured_is_simulated_once(invoke):
@@ -425,6 +432,56 @@ def test_what_a_run_was_begun_with_may_be_said_again(invoke, begun):
     assert invoke("train", "--resume", "a", "--folder", "b")[2] == (
         "Error: --resume a with --folder b: a run goes on in its own folder\n"
     )
+
+
+def test_a_picture_goes_where_it_was_told_to_and_over_nothing(invoke, tmp_path):
+    command = ("partition", "--data", "synthetic", "--workers", "2", "--out")
+    assert invoke(*command, "foo")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["foo"]
+    assert (tmp_path / "foo").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "foo").write_text("mine")
+    (tmp_path / "utilisation.png").write_text("mine")
+    for args, where in (
+        ((*command, "foo"), "--out foo: is there"),
+        ((*command, "."), "--out .: is there"),
+        ((*command, "a.xyz"), "a.xyz: allowed are the suffixes"),
+        (("simulate", "--timing", "--folder", "."), "--folder .: utilisation.png is in it"),
+    ):
+        code, _, err = invoke(*args)
+        assert code == 2
+        assert err.startswith(f"Error: {where}")
+        assert err.count("\n") == 1
+    assert (tmp_path / "foo").read_text() == (tmp_path / "utilisation.png").read_text() == "mine"
+    assert invoke(*command, "foo", "--force")[0] == 0
+    assert (tmp_path / "foo").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 9000,
+        "[" * 90_000,
+        "[1]",
+        '{"latency_s": "x"}',
+        '{"latency_s": 1, "step_s": 1, "params": "3", "workers": 2, "bandwidth_gbit_s": 1}',
+        '{"latency_s": 1, "step_s": 1, "params": 1e999, "workers": 2, "bandwidth_gbit_s": 1}',
+        '{"latency_s": 1, "step_s": 1, "params": 3, "workers": 2.5, "bandwidth_gbit_s": 1}',
+        '{"latency_s": 1, "step_s": [1], "params": 3, "workers": 2, "bandwidth_gbit_s": 1}',
+    ],
+)
+def test_a_probe_that_is_none_gives_one_line(invoke, tmp_path, text):
+    (tmp_path / "probe.json").write_text(text)
+    code, _, err = invoke("plan", "--probe", "probe.json")
+    assert code == 2
+    assert re.match(r"Error: (probe.json: not a file|\w+=.*: allowed is)", err)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("plan", "--probe"), ("reproduce",)])
+def test_a_device_is_not_read_for_ever(invoke, command):
+    code, _, err = invoke(*command, "/dev/full")
+    assert code == 2
+    assert re.match(r"Error: (--probe )?/dev/full: .*no (such )?file\n", err)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,14 @@ def test_images_and_labels_must_belong_together(folder):
         idx.read_folder(folder, name="mnist")
 
 
+@pytest.mark.parametrize("of", ["train", "t10k"])
+def test_a_file_without_images_is_refused(folder, of):
+    for kind, shape in (("images-idx3", (0, 4, 4)), ("labels-idx1", (0,))):
+        write_idx(folder / f"{of}-{kind}-ubyte", torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"images are \[0, 1, 4, 4\]: allowed is at least one$"):
+        data.load("fashion-mnist", folder)
+
+
 def test_digits_are_split_the_same_way_every_time():
     a, b = data.load("digits"), data.load("digits")
     assert (len(a.train_labels), len(a.test_labels), a.classes) == (1438, 359, 10)

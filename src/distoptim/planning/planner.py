@@ -13,6 +13,7 @@ import torch
 
 from distoptim import checks
 from distoptim.algorithms import ALGORITHMS
+from distoptim.comm.codecs import CODECS as _CODECS
 from distoptim.fragments import Flat
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.settings import Params
@@ -24,9 +25,20 @@ from distoptim.simulator.network import Network
 TAUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Periods offered; more local steps than that are rarely trained with."""
 
+FURTHER_TAUS = (512, 1024, 2048, 4096)
+"""Periods offered where none of `TAUS` hides the link."""
+
+CODECS = ("int8", "e3m0")
+"""Offered where a period would be longer than `MANY` local steps; the mildest first."""
+
+MANY = 64
+"""From more local steps in a round on, sending fewer bytes is the lesser evil."""
+
 CLOSE = 1.05
 """Settings up to 5 % slower than the fastest count as equally fast: then the smaller tau trains better."""
 
+BELOW = "overlap-local-sgd"
+FROM_8 = "overlap-bmuf"
 FAVOURED_FROM = 8
 """From this tau on OverlapBMUF was compared with Overlap-Local-SGD, and better at 8 and 24 (results/beyond)."""
 
@@ -61,6 +73,10 @@ class Job:
         checks.integer("params", self.params, 1)
         checks.integer("workers", self.workers, 1)
 
+    def nbytes(self, codec: str | None = None) -> int:
+        """Of one mean, in a codec of `distoptim.comm.codecs`, by its name."""
+        return _ELEMENT_BYTES * self.params if codec is None else _CODECS[codec].nbytes(self.params)
+
     def all_reduce_s(self, nbytes: float) -> float:
         """Seconds of one mean."""
         return self.network.all_reduce_s(nbytes, self.workers) if self.workers > 1 else 0.0
@@ -78,6 +94,7 @@ class Prediction:
         exposed_share: exposed communication / computation.
         copies: memory beyond the model and its inner optimizer, in float32 copies of the model.
         gbytes_per_hour: payload per worker and hour, in 10^9 bytes.
+        codec: in which means travel; None: float32. Its time on the processor is not counted.
     """
 
     algorithm: str
@@ -87,6 +104,12 @@ class Prediction:
     exposed_share: float
     copies: float
     gbytes_per_hour: float
+    codec: str | None = None
+
+    @property
+    def hidden(self) -> bool:
+        """Whether so little is exposed that nothing could be more than 5 % faster."""
+        return self.exposed_share <= CLOSE - 1
 
 
 @dataclass(frozen=True)
@@ -109,17 +132,21 @@ class Plan:
         return asdict(self)
 
 
-def plan(job: Job, *, algorithms: Sequence[str] | None = None, taus: Sequence[int] = TAUS) -> Plan:
+def plan(
+    job: Job, *, algorithms: Sequence[str] | None = None, taus: Sequence[int] | None = None
+) -> Plan:
     """Predict every setting and choose one.
 
     Chosen is, of the settings within 5 % of the fastest, DDP if it is among them, else the one with
     the smallest tau, since workers drift apart for tau steps. Of equals it is the algorithm that
     comes first; by default OverlapBMUF from tau = 8 on and Overlap-Local-SGD below (docs/which.md).
+    Where that is more than `MANY` local steps, `CODECS` are offered too, and where none of `TAUS`
+    hides the link, `FURTHER_TAUS`; by default only with these two algorithms.
 
     Args:
         job: the model, the machines and their link.
         algorithms: names in `ALGORITHMS`; default all.
-        taus: the periods offered.
+        taus: the periods offered, and no others; default `TAUS`.
 
     Raises:
         ValueError: an unknown algorithm or a tau below 1.
@@ -128,23 +155,52 @@ def plan(job: Job, *, algorithms: Sequence[str] | None = None, taus: Sequence[in
     for name in names:
         if name not in ALGORITHMS:
             raise ValueError(f"algorithm {name!r}: allowed are {', '.join(ALGORITHMS)}")
+    offered = [checks.integer("tau", tau, 1) for tau in (TAUS if taus is None else taus)]
     ddp = _ddp(job)
     predictions = [ddp] + [
-        _predict(job, name, checks.integer("tau", tau, 1), ddp.step_s)
-        for name in names
-        for tau in taus
+        _predict(job, name, tau, ddp.step_s) for name in names for tau in offered
     ]
+    best = _best(predictions, favour=algorithms is None)
+    if best.tau > MANY:
+        further = () if taus is not None or best.hidden else FURTHER_TAUS
+        few = names if algorithms is not None else [BELOW, FROM_8]
+        predictions += _further(job, few, offered, further, ddp.step_s)
+        best = _best(predictions, favour=algorithms is None)
+    return Plan(predictions, best, _line(best), _reason(best, predictions))
+
+
+def _further(
+    job: Job, names: Sequence[str], taus: Sequence[int], further: Sequence[int], ddp_s: float
+) -> list[Prediction]:
+    """Longer periods, and all of them with fewer bytes."""
+    found = [_predict(job, name, tau, ddp_s) for name in names for tau in further]
+    return found + [
+        _predict(job, name, tau, ddp_s, codec)
+        for codec in CODECS
+        for name in names
+        for tau in (*taus, *further)
+    ]
+
+
+def _best(predictions: Sequence[Prediction], *, favour: bool) -> Prediction:
+    """See `plan`."""
     fastest = min(p.step_s for p in predictions)
     close = [p for p in predictions if p.step_s <= CLOSE * fastest]
-    best = min(
-        close, key=lambda p: (p.algorithm != "ddp", p.tau, algorithms is None and not _favoured(p))
+    codecs: list[str | None] = [None, *CODECS]
+    return min(
+        close,
+        key=lambda p: (
+            p.algorithm != "ddp",
+            p.tau,
+            codecs.index(p.codec),
+            favour and not _favoured(p),
+        ),
     )
-    return Plan(predictions, best, _line(best), _reason(best, ddp, job))
 
 
 def _ddp(job: Job) -> Prediction:
     """DDP sends gradients in buckets of 25 MiB as the backward pass, 2/3 of a step, makes them ready."""
-    nbytes = job.params * _ELEMENT_BYTES
+    nbytes = job.nbytes()
     buckets = math.ceil(nbytes / _BUCKET_BYTES)
     link_free = 0.0
     for k in range(1, buckets + 1):
@@ -154,7 +210,7 @@ def _ddp(job: Job) -> Prediction:
     return _prediction(job, "ddp", 1, step_s, copies=1.0, baseline=step_s)
 
 
-def _predict(job: Job, name: str, tau: int, ddp_s: float) -> Prediction:
+def _predict(job: Job, name: str, tau: int, ddp_s: float, codec: str | None = None) -> Prediction:
     """Run the algorithm's own engine on a clock.
 
     One virtual worker, who stands for all, on their network.
@@ -170,7 +226,7 @@ def _predict(job: Job, name: str, tau: int, ddp_s: float) -> Prediction:
         optimizer=optimizer,
         threads=1,
         compute=Constant(job.step_s),
-        network=_Whole(job),
+        network=_Whole(job, codec),
     )
     for _ in range(2 * tau):
         cluster.step()
@@ -178,18 +234,26 @@ def _predict(job: Job, name: str, tau: int, ddp_s: float) -> Prediction:
     for _ in range(_ROUNDS * tau):
         cluster.step()
     step_s = (cluster.seconds() - start) / (_ROUNDS * tau)
-    return _prediction(
-        job, name, tau, step_s, copies=_copies(cluster.optimizers[0]), baseline=ddp_s
-    )
+    copies = _copies(cluster.optimizers[0])
+    if codec is not None:
+        # Codes to send, codes received, and coded means.
+        copies += 3 * job.nbytes(codec) / job.nbytes()
+    return _prediction(job, name, tau, step_s, copies=copies, baseline=ddp_s, codec=codec)
 
 
 def _prediction(
-    job: Job, name: str, tau: int, step_s: float, *, copies: float, baseline: float
+    job: Job,
+    name: str,
+    tau: int,
+    step_s: float,
+    *,
+    copies: float,
+    baseline: float,
+    codec: str | None = None,
 ) -> Prediction:
-    per_hour = 3600 / (step_s * tau) * job.params * _ELEMENT_BYTES / 1e9 if job.workers > 1 else 0.0
-    return Prediction(
-        name, tau, step_s, baseline / step_s, max(0.0, step_s / job.step_s - 1), copies, per_hour
-    )
+    per_hour = 3600 / (step_s * tau) * job.nbytes(codec) / 1e9 if job.workers > 1 else 0.0
+    exposed = max(0.0, step_s / job.step_s - 1)
+    return Prediction(name, tau, step_s, baseline / step_s, exposed, copies, per_hour, codec)
 
 
 @dataclass(frozen=True)
@@ -197,10 +261,12 @@ class _Whole:
     """The job's network and all its parameters, whatever the virtual worker sends."""
 
     job: Job
+    codec: str | None
 
     def all_reduce_s(self, nbytes: float, workers: int) -> float:
-        """Seconds of a mean of the job's model over the job's workers."""
-        return self.job.all_reduce_s(self.job.params * _ELEMENT_BYTES)
+        """Seconds of a mean of the job's model over the job's workers; of codes they are the same,
+        for as many bytes."""
+        return self.job.all_reduce_s(self.job.nbytes(self.codec))
 
 
 def _copies(optimizer: AveragingOptimizer) -> float:
@@ -218,23 +284,45 @@ def _copies(optimizer: AveragingOptimizer) -> float:
 
 
 def _favoured(p: Prediction) -> bool:
-    return p.algorithm == ("overlap-bmuf" if p.tau >= FAVOURED_FROM else "overlap-local-sgd")
+    return p.algorithm == (FROM_8 if p.tau >= FAVOURED_FROM else BELOW)
 
 
 def _line(best: Prediction) -> str:
     if best.algorithm == "ddp":
         return "model = torch.nn.parallel.DistributedDataParallel(model)"
-    return f"optimizer = distoptim.{ALGORITHMS[best.algorithm].__name__}(optimizer, tau={best.tau})"
+    given = f"tau={best.tau}" + (f", codec={best.codec!r}" if best.codec else "")
+    return f"optimizer = distoptim.{ALGORITHMS[best.algorithm].__name__}(optimizer, {given})"
 
 
-def _reason(best: Prediction, ddp: Prediction, job: Job) -> str:
+def _reason(best: Prediction, predictions: Sequence[Prediction]) -> str:
+    """In one sentence, which begins with what is bad."""
+    ddp = predictions[0]
     if best.algorithm == "ddp":
         return (
             f"none of this pays: DDP waits {ddp.exposed_share:.1%} of the computation for communication, and "
             f"nothing is more than {CLOSE - 1:.0%} faster"
         )
-    return (
-        f"{best.speed_up:.1f} times as fast as DDP, which waits {ddp.exposed_share:.0%} of the computation; "
-        f"communication exposed {best.exposed_share:.1%}; no smaller tau is within {CLOSE - 1:.0%} of it; "
-        "why this one of the equally fast algorithms: docs/which.md"
-    )
+    told = [
+        f"{best.speed_up:.1f} times as fast as DDP, which waits {ddp.exposed_share:.0%} of the computation",
+        f"communication exposed {best.exposed_share:.1%}",
+        f"no smaller tau is within {CLOSE - 1:.0%} of it",
+        "why this one of the equally fast algorithms: docs/which.md",
+    ]
+    if not best.hidden:
+        told.insert(
+            0,
+            "nothing that is offered hides this link: even this waits for "
+            f"{best.exposed_share:.0%} of the computation; a faster link, a smaller model or longer "
+            "local steps would help",
+        )
+    if best.codec:
+        plain = [p.tau for p in predictions[1:] if p.codec is None and p.hidden]
+        told.append(
+            (
+                f"without a codec tau = {min(plain)} hides it"
+                if plain
+                else "no tau hides it without a codec"
+            )
+            + "; codecs are for float32 on CPUs (docs/compression.md)"
+        )
+    return "; ".join(told)

@@ -64,10 +64,36 @@ def test_recommends_the_smallest_tau_that_is_close_to_the_fastest(latency_s, ban
     assert made.best in close
     assert made.best.tau == min(p.tau for p in close)
     assert (
-        f"{'OverlapBMUF' if made.best.tau >= 8 else 'OverlapLocalSGD'}(optimizer, tau={made.best.tau})"
+        f"{'OverlapBMUF' if made.best.tau >= 8 else 'OverlapLocalSGD'}(optimizer, tau={made.best.tau}"
         in made.line
     )
+    assert made.best.hidden
     assert "docs/which.md" in made.reason
+
+
+def test_fewer_bytes_are_offered_where_a_round_would_be_very_long():
+    made = plan(job(0.01, 0.02, params=124_000_000))
+    hidden = {(p.codec, p.tau) for p in made.predictions if p.hidden and p.algorithm != "ddp"}
+    # An all-reduce takes 2976 local steps; in codes of 1.016 and 0.504 bytes a number 756 and 375.
+    assert hidden == {(None, 4096), *(("int8", t) for t in (1024, 2048, 4096))} | {
+        ("e3m0", tau) for tau in (512, 1024, 2048, 4096)
+    }
+    assert made.line == "optimizer = distoptim.OverlapBMUF(optimizer, tau=512, codec='e3m0')"
+    assert "without a codec tau = 4096 hides it; codecs are for float32 on CPUs" in made.reason
+    assert made.best.gbytes_per_hour == pytest.approx(0.504 * 0.124 * 3600 / 51.2, rel=2e-3)
+    assert {p.codec for p in plan(job()).predictions} == {None}
+
+
+def test_says_when_nothing_hides():
+    made = plan(job(0.01, 1e-4, params=124_000_000))
+    assert made.reason.startswith(
+        "nothing that is offered hides this link: even this waits for 1731%"
+    )
+    assert "no tau hides it without a codec" in made.reason
+    only = plan(job(0.01, 0.02, params=124_000_000), algorithms=["co2"], taus=[256])
+    assert {(p.algorithm, p.tau) for p in only.predictions} == {("ddp", 1), ("co2", 256)}
+    assert only.best.codec == "e3m0"
+    assert only.reason.startswith("nothing that is offered hides this link")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ class PartitionOptions(Settings):
     out: Annotated[Path, Field(description="The picture."), Option(RESULTS, metavar="FILE")] = Path(
         "partition.png"
     )
+    force: Annotated[
+        bool, Field(description="Overwrite a file that is there."), Option(RESULTS)
+    ] = False
 
 
 @command(
@@ -40,6 +43,10 @@ def partition(given: Given) -> None:
 
     given.check_effects()
     own = given.made(PartitionOptions)
+    if own.out.exists() and not own.force:
+        raise ValueError(
+            f"--out {own.out}: is there; give another file, or --force to overwrite it"
+        )
     values = given.all
     folder = values["data_dir"] and Path(values["data_dir"])
     loaded = datasets.parse(values["data"])(folder)
@@ -54,7 +61,6 @@ def partition(given: Given) -> None:
         table.add_row(str(rank), *map(str, row), str(sum(row)))
     console = Console(soft_wrap=True)
     console.print(table)
-    own.out.parent.mkdir(parents=True, exist_ok=True)
     title = f"{values['data']}, {values['partition']}, {own.workers} workers: samples of each class"
     histogram.draw(counted, own.out, title=title)
     console.print(f"picture: {own.out}", highlight=False)

@@ -177,6 +177,9 @@ def _listed(text: str, kind: type) -> list[Any]:
 
 def _time(given: Given, timing: TimingOptions, machines: Machines, folder: Path) -> None:
     """Print the table of bandwidths and draw utilisation against bandwidth."""
+    path = folder / "utilisation.png"
+    if path.exists():
+        raise ValueError(f"--folder {folder}: {path.name} is in it; give another folder")
     shape = ModelShape(
         params=timing.params,
         layers=timing.layers,
@@ -195,7 +198,5 @@ def _time(given: Given, timing: TimingOptions, machines: Machines, folder: Path)
         out.add_row(row["method"], *("-" if x is None else f"{x:.1f}" for x in row["gbit_s"]))
     console = Console(soft_wrap=True)
     console.print(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "utilisation.png"
     time_methods.draw(shape, timed, path, latency_s=latency_s, workers=workers)
     console.print(f"picture: {path}", highlight=False)

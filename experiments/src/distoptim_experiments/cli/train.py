@@ -63,6 +63,9 @@ _LASTING = (
 for nothing."""
 
 
+_PICTURE = "comparison.png"
+
+
 class Folder(Settings):
     """Where a command leaves what it makes."""
 
@@ -206,7 +209,9 @@ def compare(given: Given) -> int:
     config = given.made(RunConfig)
     configs = comparison.variants(config, methods, own_of(given.all))
     check_files(configs[0])
-    folder = given.made(Folder).folder or new_folder("compare")
+    folder = given.made(Folder).folder
+    _check_new(folder)
+    folder = folder or new_folder("compare")
     console = Console()
     with LiveProgress(console) as progress:
         signum = comparison.compare(
@@ -216,7 +221,7 @@ def compare(given: Given) -> int:
         print(f"Stopped; the records are in {folder}", file=sys.stderr)
         return 128 + signum
     runs = comparison.read(folder)
-    picture = folder / "comparison.png"
+    picture = folder / _PICTURE
     draw(runs, picture)
     console.print(table(runs))
     console.print(note(runs), soft_wrap=True, highlight=False)
@@ -239,6 +244,12 @@ def _check_free(folder: Path | None) -> None:
             f"--folder {folder}: there is a run in it; go on with --resume {folder}, or with "
             "--auto-resume beside --folder, or give another folder"
         )
+
+
+def _check_new(folder: Path | None) -> None:
+    """A comparison would overwrite what is there of an earlier one, and mix the rest with its own."""
+    if folder is not None and (records.folders(folder) or (folder / _PICTURE).exists()):
+        raise ValueError(f"--folder {folder}: there are runs in it; give another folder")
 
 
 def _resumed(resume: Path, folder: Path | None, given: Given) -> dict[str, Any]:

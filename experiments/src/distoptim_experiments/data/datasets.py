@@ -110,6 +110,9 @@ def has_files(name: str) -> bool:
 def _standardised(
     train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor
 ) -> Dataset:
+    for name, images in (("training", train_images), ("test", test_images)):
+        if not images.numel():
+            raise ValueError(f"the {name} images are {list(images.shape)}: allowed is at least one")
     if train_images.shape[1] == 1:
         mean, std = train_images.mean(), train_images.std()
     else:

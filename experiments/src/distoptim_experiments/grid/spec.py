@@ -196,6 +196,10 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None, virtual: boo
         resources.files("distoptim_experiments.grids") / f"{path.name.removesuffix('.toml')}.toml"
     )
     source = path if path.exists() or not shipped.is_file() else shipped
+    # A device would be read for ever.
+    if not source.is_file():
+        why = "is no file" if path.exists() else "no such file"
+        raise ValueError(f"{path}: {why}")
     try:
         content = tomllib.loads(source.read_text(encoding="utf-8"))
     except OSError as error:

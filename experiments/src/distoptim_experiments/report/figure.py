@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def draw(runs: Sequence[Record], path: Path) -> None:
 
     Args:
         runs: in the order in which they are to be shown, synchronous SGD first.
-        path: of the file; its folder exists.
+        path: of the file.
     """
     import matplotlib
 
@@ -55,7 +56,7 @@ def draw(runs: Sequence[Record], path: Path) -> None:
         _losses(left, runs)
         _bars(right, runs)
         figure.supxlabel(_caption(runs[0]), fontsize=9.5, color="0.35", x=0.01, ha="left")
-        figure.savefig(path, dpi=150)
+        save(figure, path, dpi=150)
         plt.close(figure)
 
 
@@ -141,6 +142,26 @@ def _legend(axes: Any) -> None:
         fontsize=10,
         handlelength=1.6,
     )
+
+
+def save(figure: Any, path: Path, *, dpi: int) -> None:
+    """Write a picture in the format that its suffix names, PNG without one.
+
+    Raises:
+        ValueError: naming the file, if it cannot be written, or there is no such format.
+    """
+    kind = path.suffix.removeprefix(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(f"{path}: allowed are the suffixes {', '.join(sorted(known))}")
+    made = io.BytesIO()
+    # Given a path, matplotlib appends ".png" where there is no suffix, and names no file in an error.
+    figure.savefig(made, format=kind, dpi=dpi)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(made.getvalue())
+    except OSError as error:
+        raise ValueError(f"{error.filename or path}: {error.strerror}") from error
 
 
 def smooth(values: Sequence[float], weight: float = 0.3) -> list[float]:

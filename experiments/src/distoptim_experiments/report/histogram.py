@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distoptim_experiments.report.figure import save
+
 
 def counts(labels: Tensor, shards: Sequence[Tensor], classes: int) -> list[list[int]]:
     """For each worker, how many samples of each class it has.
@@ -21,12 +23,12 @@ def counts(labels: Tensor, shards: Sequence[Tensor], classes: int) -> list[list[
 
 
 def draw(table: Sequence[Sequence[int]], path: Path, *, title: str) -> None:
-    """Write the picture as PNG: one row a worker, one column a class, the darker the more samples,
+    """Write the picture: one row a worker, one column a class, the darker the more samples,
     with the number.
 
     Args:
         table: see `counts`; the numbers are left out where there are more than 20 classes.
-        path: of the file; its folder exists.
+        path: see `figure.save`.
         title: above it.
     """
     import matplotlib
@@ -59,5 +61,5 @@ def draw(table: Sequence[Sequence[int]], path: Path, *, title: str) -> None:
     axes.set_xlabel("class")
     axes.set_ylabel("worker")
     axes.set_title(title, fontsize=11, loc="left")
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)
     plt.close(figure)

@@ -266,7 +266,8 @@ def _stragglers(runs: pd.DataFrame) -> Section:
 def _surroundings(runs: pd.DataFrame) -> list[str]:
     dates = sorted(runs.date.str[:16].str.replace("T", " ").unique())
     times = f"at {dates[0]}" if len(dates) == 1 else f"between {dates[0]} and {dates[-1]}"
-    machines = runs.cores.astype(str) + " cores of " + runs.processor + ", " + runs.system
+    named = runs[["processor", "system"]].fillna("unknown")
+    machines = runs.cores.astype(str) + " cores of " + named.processor + ", " + named.system
     lines = [
         f"Started {times} (UTC), with distoptim {_all(runs.distoptim)} (commit {_all(runs.commit)}), "
         f"torch {_all(runs.torch)} and python {_all(runs.python)}, on {'; '.join(sorted(machines.unique()))}."

@@ -199,7 +199,7 @@ def draw(
     Args:
         model: what is trained.
         timed: the methods.
-        path: of the file, whose ending says the format (png, svg, pdf); its folder exists.
+        path: of the file, whose ending says the format (png, svg, pdf); its folder is made.
         grid: rising bandwidths in Gbit/s, > 0.
         latency_s: seconds one message takes, >= 0.
         workers: >= 1.
@@ -209,7 +209,7 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    from distoptim_experiments.report.figure import COLOURS, MARKERS
+    from distoptim_experiments.report.figure import COLOURS, MARKERS, save
 
     names: dict[Method, list[str]] = {}
     for method in timed:
@@ -245,7 +245,7 @@ def draw(
         fontsize=10,
     )
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    save(figure, Path(path), dpi=150)
 
 
 def _default_delay(algorithm: Callable[..., Any], tau: int) -> int:
