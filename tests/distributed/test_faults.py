@@ -105,35 +105,30 @@ def test_survivors_get_an_error_and_go_on_with_three(name, signal_number, victim
 # two children of a process that has imported torch: unlike multiprocessing's, they end as a script
 # does.
 
-WAYS = {"gloo": ["exit", "destroy", "close and destroy", "raise"], "emulated": ["exit", "destroy"]}
+WAYS = [
+    *(("gloo", way) for way in ("exit", "destroy", "close and destroy", "raise")),
+    *(("emulated", way) for way in ("exit", "destroy")),
+]
 
 PROGRAM = """
 import json, os, sys, torch, torch._dynamo, torch.distributed as dist, distoptim
 from distoptim.testing.inspection import inspect
-backend, ports = sys.argv[1], json.loads(sys.argv[2])
-
-def fork(way, rank):
-    pid = os.fork()
-    if pid == 0:
-        return way, rank
-    children[pid] = way
-    return None
-
-children, me = {}, None
-for way in ports:
+me = None
+for backend, way, port in json.loads(sys.argv[1]):
     for rank in range(2):
-        me = me or fork(way, rank)
-    if me:
+        if me is None and os.fork() == 0:
+            me = rank
+            break
+    if me is not None:
         break
     codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)]
-    print(json.dumps([way, codes]), flush=True)
+    print(json.dumps([backend, way, codes]), flush=True)
 
-if me:
-    way, rank = me
+if me is not None:
     torch.set_num_threads(1)
     if backend == "emulated":
         distoptim.comm.emulate(latency_s=0.1, bandwidth_gbit_s=1.0)
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{ports[way]}", rank=rank, world_size=2)
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     params = [torch.nn.Parameter(torch.zeros(200_000))]
     optimizer = distoptim.CoCoDSGD(params, lr=0.1, tau=3)
     for _ in range(4):
@@ -153,18 +148,18 @@ if me:
 """
 
 
-@pytest.mark.parametrize("backend", WAYS)
-def test_a_program_can_end_with_a_round_in_flight(backend):
-    ports = json.dumps({way: free_port() for way in WAYS[backend]})
+def test_a_program_can_end_with_a_round_in_flight():
+    ways = json.dumps([(backend, way, free_port()) for backend, way in WAYS])
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, backend, ports],
+        [sys.executable, "-c", PROGRAM, ways],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
-    codes = dict(json.loads(line) for line in result.stdout.splitlines())
-    assert codes == {way: [int(way == "raise")] * 2 for way in WAYS[backend]}, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    expected = [[backend, way, [int(way == "raise")] * 2] for backend, way in WAYS]
+    assert found == expected, result.stderr
 
 
 # The harness itself

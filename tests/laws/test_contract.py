@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from functools import partial
 
 import pytest
@@ -16,6 +13,7 @@ from distoptim.periods import AdaComm, HideCommunication, PostLocal, Schedule
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
+from tests.helpers.copies import COPIES, resumed
 
 MAKERS = toy.spread()
 
@@ -89,31 +87,6 @@ def test_deterministic(make):
     assert torch.equal(
         cluster(make).run(2 * toy.TAU, toy.gradient), cluster(make).run(2 * toy.TAU, toy.gradient)
     )
-
-
-def resumed(make, workers):
-    """A fresh cluster that goes on from what `workers` put into files."""
-    fresh = Lockstep(make, [[torch.zeros_like(p) for p in workers.params[0]]] * toy.WORKERS)
-    for optimizer, params, new_optimizer, new_params in zip(
-        workers.optimizers, workers.params, fresh.optimizers, fresh.params, strict=True
-    ):
-        file = io.BytesIO()
-        torch.save(
-            {"model": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file
-        )
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        with torch.no_grad():
-            torch._foreach_copy_(new_params, saved["model"])
-        new_optimizer.load_state_dict(saved["optimizer"])
-    return fresh
-
-
-COPIES = {
-    "state_dict": resumed,
-    "pickle": lambda _, workers: pickle.loads(pickle.dumps(workers)),
-    "deepcopy": lambda _, workers: copy.deepcopy(workers),
-}
 
 
 @pytest.mark.parametrize(

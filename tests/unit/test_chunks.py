@@ -17,7 +17,7 @@ from distoptim.chunks import chunked
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
 
-MAKERS = toy.variants(fragments=(1,))
+MAKERS = toy.spread()
 
 
 @pytest.fixture
@@ -68,8 +68,14 @@ def test_what_is_small_is_whole():
     assert [part.data_ptr() for (part,) in chunked(x)] == [x.data_ptr()]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float64) for name in toy.spread()),
+        *((name, torch.float32) for name in toy.once(1)),
+        *((name, torch.bfloat16) for name in toy.once(2)),
+    ],
+)
 def test_no_algorithm_sees_the_chunked(name, dtype, request):
     def trajectory():
         workers = Lockstep(MAKERS[name], [toy.start(dtype)] * toy.WORKERS)
