@@ -238,16 +238,13 @@ def test_where_all_runs_diverged_the_picture_is_empty(tmp_path, monkeypatch):
 def test_what_is_far_from_all_others_stands_at_the_border_with_its_value(tmp_path, monkeypatch):
     for k, label in enumerate(METHODS):
         for tau in (2, 4, 8):
-            seconds, accuracy = 6.0 + k / tau, 0.9 - tau / 100 + k / 200
-            if label == "sync":
-                tau, seconds = 1, 300.0
-            elif label == "CoCoD-SGD" and tau == 8:
+            of_sync = label == "sync"
+            seconds = 300.0 if of_sync else 6.0 + k / tau
+            accuracy = 0.9 - tau / 100 + k / 200
+            if label == "CoCoD-SGD" and tau == 8:
                 accuracy = 0.1
-            put(
-                tmp_path,
-                f"{label}{tau}",
-                lines(label=label, tau=tau, seconds=seconds, accuracy=accuracy),
-            )
+            made = lines(label=label, tau=1 if of_sync else tau, seconds=seconds, accuracy=accuracy)
+            put(tmp_path, f"{label}{1 if of_sync else tau}", made)
     (axis,) = drawn(monkeypatch, lambda: front.front(final(tmp_path), "seconds"))
     said = {text.get_text() for text in texts(axis)}
     assert {"sync: 300 s", "CoCoD-SGD: 90.0 % (tau 8)"} <= said
