@@ -25,7 +25,35 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class AveragingOptimizer(torch.optim.Optimizer):
+class _ToldToAll(type):
+    """Makes optimizers; where this worker's arguments are refused, the others hear of it."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        """Make one, as `type` does, or tell the others, who would wait for this worker, why not."""
+        optimizer: Any = object.__new__(cls)  # type: ignore[arg-type]  # a class it is
+        try:
+            optimizer.__init__(*args, **options)
+        except (ValueError, TypeError) as error:
+            # Later than that, all have heard of it already.
+            if not hasattr(optimizer, "_communicator"):
+                _tell_others(error, options)
+            raise
+        return optimizer
+
+
+def _tell_others(error: Exception, options: dict[str, Any]) -> None:
+    """Refuse to take part, as far as the other workers can be found from these options."""
+    names = ("communicator", "group", "device_mesh", "timeout_s")
+    try:
+        settings = SyncSettings(tau=1, **{name: options[name] for name in names if name in options})
+        alone = settings.workers() == 1
+    except (ValueError, TypeError):
+        return
+    if not alone:
+        membership.refuse(settings.connect, error)
+
+
+class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
     """Base of all algorithms: a local (inner) optimizer on each worker, averaged every tau steps.
 
     `step()` is a local step of the inner optimizer; `average()` after it counts the step, merges a
@@ -118,8 +146,12 @@ class AveragingOptimizer(torch.optim.Optimizer):
         self._settings = settings
         self._parts = parts
         self._communicator = settings.connect()
-        groups = check_levels(settings.levels, mesh, self._communicator, tau=tau)
-        self._watch = Watch(inner, members, settings.modules)
+        try:
+            groups = check_levels(settings.levels, mesh, self._communicator, tau=tau)
+            self._watch = Watch(inner, members, settings.modules)
+        except (ValueError, TypeError) as error:
+            membership.refuse(lambda: self._communicator, error)
+            raise
         self._agree(list(groups), beside)
         # Making their groups is collective: only now all are known to have the same.
         self._levels = connect_levels(groups, settings.timeout_s)
@@ -135,6 +167,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
             "tau": settings.tau,
             "delay": settings.delay,
             "levels": list(levels),
+            "reset_inner": settings.reset_inner,
             "codec": repr(settings.coding),
             **self._rule.facts(),
         }

@@ -133,6 +133,22 @@ def test_steps_whose_mean_is_the_own_one_are_told_apart() -> None:
     assert run(balanced, 3) == [[0.0]] * 3
 
 
+def closing(rank: int) -> str:
+    """Worker 0 is a round ahead, and nobody merges the mean that it has sent."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = ALGORITHMS["overlap-local-sgd"]([parameter], lr=0.1, tau=4, timeout_s=TIMEOUT_S)
+    for _ in range(8 if rank else 12):
+        optimizer.average()
+    with pytest.raises(CommunicationError) as caught:
+        (optimizer.flush if rank else optimizer.close)()
+    return str(caught.value)
+
+
+def test_close_tells_of_a_mean_in_flight_that_was_of_unlike_calls() -> None:
+    for text in run(closing, 2):
+        assert "rank 1 in flush() at local step 8" in text
+
+
 def equal_counts(rank: int) -> float:
     """Workers that leave out other batches, equally many, are in phase."""
     parameter = torch.nn.Parameter(torch.zeros(1))

@@ -83,6 +83,10 @@ MISMATCHES = {
         lambda p, odd: OverlapLocalSGD(p, tau=4, alpha=0.5 if odd else 0.6),
         "alpha: rank 0 has 0.6, rank 2 has 0.5",
     ),
+    "reset_inner": (
+        lambda p, odd: LocalSGD(p, tau=4, reset_inner=odd),
+        "reset_inner: rank 0 has False, rank 2 has True",
+    ),
     "inner optimizer": (
         lambda p, odd: LocalSGD((torch.optim.Adam if odd else torch.optim.SGD)(p), tau=4),
         "inner optimizer: rank 0 has SGD, rank 2 has Adam",
@@ -139,6 +143,38 @@ def test_workers_that_disagree_all_fail_with_a_message_that_names_both():
     for result in run(_handshake, 3):
         for name, (_, message) in MISMATCHES.items():
             assert message in result[name], name
+
+
+REFUSED = {
+    "tau": lambda p, odd: LocalSGD(p, lr=0.1, tau=-1 if odd else 4),
+    "lr": lambda p, odd: LocalSGD(p, lr=-1.0 if odd else 0.1, tau=4),
+    "alpha": lambda p, odd: OverlapLocalSGD(p, lr=0.1, alpha=7.0 if odd else 0.5, tau=4),
+    "codec": lambda p, odd: LocalSGD(p, lr=0.1, tau=4, codec="nope" if odd else None),
+    "levels": lambda p, odd: LocalSGD(p, lr=0.1, tau=4, levels=3 if odd else None),
+    "empty parameter list": lambda p, odd: LocalSGD([] if odd else p, lr=0.1, tau=4),
+}
+
+
+def _refusals(rank):
+    """A bad value on rank 2 alone, then on all."""
+    messages = []
+    for name, make in REFUSED.items():
+        for odd in (rank == 2, True):
+            with pytest.raises((ValueError, TypeError), match=name) as caught:
+                make(parameters(0), odd)
+            messages.append(str(caught.value))
+    LocalSGD(parameters(0), tau=4).close()
+    return messages
+
+
+def test_a_bad_value_on_one_worker_is_told_to_all():
+    results = run(_refusals, 3)
+    for alone, other, everywhere in zip(
+        results[2][::2], results[0][::2], results[0][1::2], strict=True
+    ):
+        assert other == f"rank 2 was refused its arguments: {alone}"
+        assert everywhere == alone
+    assert results[0] == results[1]
 
 
 # Groups

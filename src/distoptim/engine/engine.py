@@ -511,9 +511,17 @@ class Engine(Rounds):
         self.resume_at(saved["step"])
 
     def close(self) -> None:
-        """Wait for what is in flight, then leave the communicator; what comes after fails."""
+        """Wait for what is in flight, then leave the communicator; what comes after fails.
+
+        Raises:
+            CommunicationError: what was in flight showed that workers are in unlike calls.
+        """
+        known = self.reducer.mismatched
         self.settle()
+        failure = self.reducer.failure
         self.reducer.close()
+        if self.reducer.mismatched and not known and failure is not None:
+            raise failure
 
     # ---- pieces -----------------------------------------------------------------------------------
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from distoptim import module_state
-from distoptim.comm import Communicator
+from distoptim.comm import CommunicationError, Communicator
 from distoptim.comm.mesh import WorkerMesh, describe
 from distoptim.engine import checkpoint
 from distoptim.engine.engine import Engine
@@ -21,6 +21,7 @@ from distoptim.fragments import Fragment
 logger = logging.getLogger("distoptim")
 
 Facts = dict[str, object]
+_CONSTRUCTION = "construction"
 
 
 @torch.no_grad()
@@ -62,11 +63,12 @@ def agree(
     mesh = WorkerMesh(params)
     # One message, compared only when everybody has them all: who finds a difference leaves nobody
     # waiting.
-    messages = cast(
-        "list[tuple[list[Facts], Facts]]",
-        communicator.all_gather_json([mesh.all_gather_json(plain), own], what="construction"),
-    )
+    answers = communicator.all_gather_json([mesh.all_gather_json(plain), own], what=_CONSTRUCTION)
     try:
+        for rank, answer in enumerate(answers):
+            if isinstance(answer, str):
+                raise ValueError(f"rank {rank} was refused its arguments: {answer}")
+        messages = cast("list[tuple[list[Facts], Facts]]", answers)
         compare([theirs for ranks, _ in messages for theirs in ranks])
         compare([theirs for _, theirs in messages])
         module_state.make_equal(communicator, mesh, beside, sync=sync)
@@ -79,6 +81,25 @@ def agree(
         f.read(start)
         communicator.broadcast(start.tensor)
         f.write(start)
+
+
+def refuse(connect: Callable[[], Communicator], error: Exception) -> None:
+    """Tell the other workers, who are in `agree`, why this one will not take part.
+
+    Where they do not come, that is noted after the communicator's timeout.
+
+    Args:
+        connect: gives the communicator, which is closed afterwards.
+        error: what is wrong with this worker's arguments.
+    """
+    try:
+        communicator = connect()
+        # Virtual workers are made one after the other: nobody waits.
+        if not communicator.in_lockstep:
+            communicator.all_gather_json(str(error), what=_CONSTRUCTION)
+        communicator.close()
+    except CommunicationError as silence:
+        logger.warning("the other workers could not be told of this error: %s", silence)
 
 
 @torch.no_grad()

@@ -49,6 +49,8 @@ class Reducer:
         self.timeout_s = timeout_s
         self.codec = codec
         self.failure: CommunicationError | None = None
+        # Whether the failure is that workers were in unlike calls.
+        self.mismatched = False
         # How many messages this worker has sent; in step with the other workers'.
         self.messages = 0
         self._abandon = abandon
@@ -246,6 +248,7 @@ class Reducer:
 
     def _mismatch(self, identity: Identity) -> NoReturn:
         """Tell who is where; all workers that took part in the mean come here."""
+        self.mismatched = True
         try:
             places = self.communicator.all_gather_json(str(identity), what="where the workers are")
             where = ", ".join(f"rank {rank} in {place}" for rank, place in enumerate(places))
