@@ -31,6 +31,8 @@ _WORK_DTYPE = {
     torch.complex128: torch.float64,
 }
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass(frozen=True)
 class Flat:
@@ -84,6 +86,11 @@ class Fragment:
             return self.params
         shards = [mesh.local(p) for p in self.params]
         return [torch.view_as_real(x) if x.is_complex() else x for x in shards]
+
+    def fingerprint(self) -> int:
+        """Equal for parameters of equal bits, on whatever device; of a DTensor, of this rank's shard."""
+        bits = [x.detach().view(_BITS[x.element_size()]) for x in self.local()]
+        return sum(torch.stack([x.sum(dtype=torch.int64) for x in bits]).tolist())
 
     def finite_everywhere(self, finite: Tensor) -> Tensor:
         """Whether a flag is true on all ranks that are one worker together; collective among them."""

@@ -171,6 +171,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "codec": repr(settings.coding),
             **self._rule.facts(),
         }
+        before = self._fingerprint()
         membership.agree(
             self._communicator,
             facts,
@@ -179,6 +180,12 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             beside=beside,
             sync=settings.sync_module,
         )
+        self._overwritten = (before, self._fingerprint())
+
+    @torch.no_grad()
+    def _fingerprint(self) -> int:
+        """Of the parameters as they are now."""
+        return sum(fragment.fingerprint() for fragment in build(*self._members, self._parts))
 
     @torch.no_grad()
     def _build(self) -> None:
@@ -353,14 +360,15 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         """
         for pre in self._optimizer_state_dict_pre_hooks.values():
             pre(self)
-        state = {**self.inner.state_dict(), checkpoint.KEY: checkpoint.save(self._rounds)}
+        rounds = {**checkpoint.save(self._rounds), "parameters": self._fingerprint()}
+        state = {**self.inner.state_dict(), checkpoint.KEY: rounds}
         for post in self._optimizer_state_dict_post_hooks.values():
             state = post(self, state) or state
         # Last, since a hook may change what is saved.
         return checkpoint.sealed(state) if checkpoint.KEY in state else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict()`; load the model first. A plain optimizer's starts a new run.
+        """Resume from `state_dict()`, after the model was loaded. A plain optimizer's starts a new run.
 
         Collective: all workers load, each what it saved. Where a failure has left them a round apart,
         all go on from the one that is furthest: from its anchor, if there is one. After a failure or
@@ -370,7 +378,8 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
 
         Raises:
             ValueError: it is damaged, of another algorithm, or of other parameters; a plain
-                optimizer's on some workers only; or workers saved different anchors.
+                optimizer's on some workers only; workers saved different anchors; or the model was
+                loaded before the optimizer was made.
         """
         try:
             state, ours = self._read(state_dict)
@@ -409,12 +418,37 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         if checkpoint.KEY in state:
             ours = checkpoint.understood(state.pop(checkpoint.KEY))
             saved.check_rounds(self.engine, ours)
+            self._check_order(ours)
         saved.check_inner(self.inner, state)
         return state, ours
 
+    def _check_order(self, rounds: dict[str, Any]) -> None:
+        """Whether the parameters beside which the rounds were saved are still there.
+
+        They are lost where the model was loaded first and the optimizer, which gives everybody rank
+        0's, was made after it.
+        """
+        before, after = self._overwritten
+        # Of any type, where the file is damaged.
+        found = rounds.get("parameters")
+        if isinstance(found, int) and found == before != after == self._fingerprint():
+            raise ValueError(
+                "parameters were loaded before the optimizer was made, which has given everybody rank "
+                "0's: make the optimizer first, then load the model, then call load_state_dict()"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the inner optimizer, the settings and the rounds."""
-        keep = ("inner", "_rule", "_settings", "_members", "_parts", "_communicator", "_levels")
+        keep = [
+            "inner",
+            "_rule",
+            "_settings",
+            "_members",
+            "_parts",
+            "_communicator",
+            "_levels",
+            "_overwritten",
+        ]
         kept = {name: self.__dict__[name] for name in keep}
         return {**kept, "saved": checkpoint.save(self._rounds)}
 

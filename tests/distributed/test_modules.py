@@ -284,6 +284,41 @@ def test_copies_are_refused_with_what_to_do():
     assert all(run(_copies, 2))
 
 
+def _resumed(rank):
+    for algorithm, options in (
+        *((algorithm, {}) for algorithm in ALGORITHMS.values()),
+        (distoptim.OverlapLocalSGD, {"fragments": 2, "codec": "int8"}),
+    ):
+        make = partial(algorithm, lr=0.1, tau=4, **options)
+        module = nn.Linear(2, 2)
+        optimizer = make(module.parameters())
+        train(module, [optimizer], 6, rank)
+        saved = copy.deepcopy(optimizer.state_dict())
+        again = copy.deepcopy(module)
+        late = make(again.parameters())
+        with documented("parameters were loaded before the optimizer was made"):
+            late.load_state_dict(saved)
+        # As the error says.
+        again.load_state_dict(module.state_dict())
+        late.load_state_dict(saved)
+        train(again, [late], 5, rank)
+        train(module, [optimizer], 5, rank)
+        assert all(map(torch.equal, state(again).values(), state(module).values()))
+        # The state that was saved before the first step is no such case.
+        fresh = nn.Linear(2, 2)
+        optimizer = make(fresh.parameters())
+        first = copy.deepcopy(optimizer.state_dict())
+        train(fresh, [optimizer], 2, rank)
+        optimizer.load_state_dict(first)
+        late.close()
+        optimizer.close()
+    return True
+
+
+def test_loading_in_another_order_is_refused_by_all():
+    assert all(run(_resumed, 2))
+
+
 def _sharded(rank):
     for original in (False, True):
         torch.manual_seed(0)

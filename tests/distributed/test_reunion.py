@@ -51,7 +51,7 @@ def _apart(rank, name):
     torch.distributed.barrier()
     optimizer.close()
 
-    params = [torch.nn.Parameter(x) for x in saved[1]]
+    params = [torch.nn.Parameter(x.clone()) for x in saved[1]]
     optimizer = make(params)
     with torch.no_grad():
         torch._foreach_copy_(params, saved[1])
