@@ -96,6 +96,11 @@ class SyncSettings:
             )
         checks.number("timeout_s", self.timeout_s, 1e-3, 1e9)
         checks.flag("average_in_step", self.average_in_step)
+        if self.average_in_step and "loss" in period.measures:
+            raise ValueError(
+                f"average_in_step=True with tau={self.tau!r}: the period follows the loss, which step() is "
+                "not told; allowed is average(loss=loss) after each step, or another tau"
+            )
         checks.flag("reset_inner", self.reset_inner)
         checks.flag("sync_module", self.sync_module)
         _ = self.modules
@@ -189,8 +194,22 @@ class SyncSettings:
                 raise ValueError(
                     f"{', '.join(given)}: belongs to the optimizer that was given; set it there"
                 )
+            _check_rates(params)
             return params
-        return torch.optim.SGD(params, **{n: _of_sgd(n, value) for n, value in given.items()})
+        made = torch.optim.SGD(params, **{n: _of_sgd(n, value) for n, value in given.items()})
+        _check_rates(made)
+        return made
+
+
+def _check_rates(inner: torch.optim.Optimizer) -> None:
+    """Whether every param group has a learning rate, or none in an optimizer that needs none."""
+    needs_none = inner.defaults.get("lr") is None
+    for i, group in enumerate(inner.param_groups):
+        lr = group.get("lr")
+        if lr is None and needs_none:
+            continue
+        value = lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+        checks.number(f"lr of param group {i}", value, 0, checks.LARGEST)
 
 
 def _of_sgd(name: str, value: object) -> Any:

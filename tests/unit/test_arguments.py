@@ -23,6 +23,8 @@ from distoptim import (
     StreamingDiLoCo,
 )
 from distoptim.comm import Link, SingleWorker, emulate
+from distoptim.comm.codecs import ErrorFeedback, Int8
+from distoptim.periods import AdaComm, PostLocal
 from distoptim.testing.inspection import inspect
 from tests.helpers.toy import alone
 
@@ -229,12 +231,53 @@ def test_all_algorithms_are_tried():
         (SlowMo, {"tau": 4, "size": 2}, r"size=2, but the process group has 1 worker"),
         (SlowMo, {"tau": 4, "reset_inner": 1}, r"reset_inner=1: allowed is True or False"),
         (SlowMo, {"tau": 4, "communicator": "gloo"}, r"communicator='gloo'"),
+        (SlowMo, {"tau": 4, "communicator": SingleWorker}, r"allowed is an instance"),
+        (SlowMo, {"tau": 4, "levels": torch.zeros(2)}, r"levels=tensor.*allowed is a mapping"),
+        (SlowMo, {"tau": 4, "codec": Int8}, r"codec=<class.*allowed is a Codec"),
+        (DiLoCo, {"tau": 4, "outer": torch.optim.LBFGS}, r"outer: LBFGS cannot step"),
+        (DiLoCo, {"tau": 4, "outer": torch.optim.SparseAdam}, r"outer: SparseAdam cannot step"),
+        *(
+            (
+                LocalSGD,
+                {"tau": tau, "average_in_step": True},
+                r"average_in_step=True with tau=.*loss",
+            )
+            for tau in (AdaComm(4), PostLocal(start=2, tau=AdaComm(4)))
+        ),
     ],
 )
 def test_messages_name_value_and_range(make, options, message):
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     with pytest.raises(ValueError, match=message):
         make(params, **{"communicator": SingleWorker(), **options})
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "lr", [math.nan, math.inf, -0.1, True, "0.1", [0.1], {}, torch.tensor(math.nan), torch.zeros(2)]
+)
+def test_learning_rates_of_groups(name, lr):
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    groups = [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": lr}]
+    given = torch.optim.AdamW(params)
+    given.param_groups[0]["lr"] = lr
+    for made, group in ((groups, 1), (given, 0)):
+        with pytest.raises(ValueError, match=f"lr of param group {group}=.*: allowed is a number"):
+            alone(ALGORITHMS[name], made, tau=4)
+
+
+@pytest.mark.parametrize(
+    "p", [torch.zeros(3, device="meta"), torch.zeros(1).expand(3), torch.zeros(3).to_sparse()]
+)
+def test_parameters_that_cannot_be_averaged(p):
+    with pytest.raises(ValueError, match=r"cannot average a parameter: .*(load|allowed)"):
+        alone(LocalSGD, [torch.nn.Parameter(p)], tau=4, lr=0.1)
+
+
+@pytest.mark.parametrize("codec", ["int8", None, Int8, ErrorFeedback(Int8())], ids=repr)
+def test_error_feedback_takes_a_codec(codec):
+    with pytest.raises(ValueError, match=r"ErrorFeedback\(.*allowed is a Codec"):
+        ErrorFeedback(codec)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
