@@ -16,7 +16,7 @@ import torch
 from distoptim import ALGORITHMS, CommunicationError
 from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import WorkerFailure, free_port, run
-from tests.distributed.test_process_group import parameters, train
+from tests.helpers.real import parameters, train
 
 TAU = 4
 SHAPES = [(300, 300), (300,)]

@@ -22,11 +22,7 @@ from distoptim.comm import SingleWorker
 from distoptim.periods import AdaComm
 from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
-
-# With torch 2.6 FSDP2 asks a CPU "stream" for what it has not.
-fsdp = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs a GPU"
-)
+from tests.helpers.marks import fsdp
 
 STEPS, BATCH = 10, 4
 EXAMPLE = Path(__file__).parents[2] / "examples" / "islands.py"

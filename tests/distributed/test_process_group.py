@@ -22,22 +22,10 @@ from distoptim import ALGORITHMS, EASGD, CoCoDSGD, LocalSGD, OverlapLocalSGD, Qu
 from distoptim.comm import Link, ProcessGroupCommunicator, emulate
 from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
+from tests.helpers.real import parameters, train
 
 TAU = 3
 BACKENDS = ["gloo", "emulated"]
-
-
-def parameters(value, *shapes):
-    return [torch.nn.Parameter(torch.full(shape, float(value))) for shape in shapes or [(3,)]]
-
-
-def train(optimizer, params, steps, rank):
-    """Constant gradients, other ones on every worker."""
-    for _ in range(steps):
-        for p in params:
-            p.grad = torch.full_like(p, float(rank))
-        optimizer.step()
-        optimizer.average()
 
 
 # The start

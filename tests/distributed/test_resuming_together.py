@@ -11,7 +11,7 @@ import torch
 import distoptim
 from distoptim.engine import checkpoint
 from distoptim.testing.processes import run
-from tests.distributed.test_process_group import parameters, train
+from tests.helpers.real import parameters, train
 
 TAU, WORKERS = 3, 3
 

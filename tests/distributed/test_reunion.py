@@ -13,7 +13,7 @@ import distoptim
 from distoptim import ALGORITHMS
 from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
-from tests.distributed.test_process_group import parameters, train
+from tests.helpers.real import parameters, train
 
 TAU, WORKERS, AHEAD = 4, 3, 1
 MAKES = {

@@ -12,7 +12,7 @@ from distoptim_experiments.grid import spec
 
 import distoptim
 from distoptim.testing.processes import free_port, run
-from tests.distributed.test_islands import fsdp
+from tests.helpers.marks import fsdp
 from tests.helpers.shell import execute
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from distoptim import EASGD, QuarantineWarning
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-from tests.laws.test_semantics import parameters, set_gradients, train
+from tests.helpers.script import parameters, set_gradients, train
 
 MAKERS = toy.variants(fragments=(1,))
 SICK, HEALTHY = 1, [0, 2, 3]

@@ -33,25 +33,10 @@ from distoptim.rule import Average
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
+from tests.helpers.script import parameters, set_gradients, train
 from tests.helpers.toy import alone
 
 TAU = 3
-
-
-def parameters(*shapes):
-    return [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
-
-
-def set_gradients(params, value=1.0):
-    for p in params:
-        p.grad = torch.full_like(p, value)
-
-
-def train(optimizer, params, steps):
-    for _ in range(steps):
-        set_gradients(params)
-        optimizer.step()
-        optimizer.average()
 
 
 # Mixed precision, accumulation, schedulers

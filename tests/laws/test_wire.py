@@ -30,7 +30,7 @@ from distoptim.simulator import VirtualCommunicator
 from distoptim.testing import processes as workers
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
-from tests.unit.comm.test_codecs import ALGORITHMS, START, cluster, gradient, numbers
+from tests.helpers.coded import ALGORITHMS, START, cluster, gradient, numbers
 
 NUMEL = sum(p.numel() for p in START)
 

@@ -26,7 +26,7 @@ from distoptim.comm import emulate
 from distoptim.testing.processes import free_port, run
 from experiments.tests.training.test_loop import flatten, same, train
 from experiments.tests.training.test_restart import VICTIM
-from tests.distributed.test_islands import fsdp
+from tests.helpers.marks import fsdp
 
 KINDS = ["ddp", pytest.param("fsdp2", marks=fsdp)]
 BASE = RunConfig(

@@ -22,44 +22,12 @@ from distoptim.testing import processes as workers
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
-
-
-def numbers(numel: int, seed: int = 0) -> Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
-
+from tests.helpers.coded import ALGORITHMS, START, cluster, gradient, numbers
 
 SIZES = (1, 255, 256, 257, 65536, 70001)
 # Of the root mean square error over that of the numbers, for numbers of a normal law.
 ERRORS = {"bf16": 0.0018, "int8": 0.008, "e3m0": 0.21, "2bit": 0.48}
 NAMES = [*CODECS, *(f"{name}+ef" for name in CODECS)]
-# 15 blocks of 256, the last one not full: enough for two stages of up to 7 workers, and of 8 with
-# parts of two blocks.
-START = [
-    numbers(n, seed).view(shape)
-    for seed, (n, shape) in enumerate([(3500, (70, 50)), (130, (130,)), (1, ())])
-]
-MINIMA = [
-    [numbers(p.numel(), 10 * (rank + 1) + i).view(p.shape) for i, p in enumerate(START)]
-    for rank in range(8)
-]
-ALGORITHMS: dict[str, Any] = {
-    "local": partial(distoptim.LocalSGD, tau=3),
-    "cocod": partial(distoptim.CoCoDSGD, tau=3),
-    "overlap": partial(distoptim.OverlapLocalSGD, tau=3, fragments=2),
-    "overlap1": partial(distoptim.OverlapLocalSGD, tau=3, delay=1),
-    "easgd": partial(distoptim.EASGD, tau=3, alpha=0.2),
-    "diloco": partial(distoptim.DiLoCo, tau=3),
-    "eager": partial(distoptim.EagerDiLoCo, tau=3),
-    "co2": partial(distoptim.CO2, tau=3),
-    "slowmo": partial(distoptim.SlowMo, tau=3),
-}
-
-
-def gradient(rank: int, params: list[Tensor]) -> list[Tensor]:
-    """Of a quadratic whose minimum is another one on every worker."""
-    return [
-        (p - c) * (1 + 0.1 * i) for i, (p, c) in enumerate(zip(params, MINIMA[rank], strict=True))
-    ]
 
 
 def through(codec: Codec, x: Tensor) -> Tensor:
@@ -68,10 +36,6 @@ def through(codec: Codec, x: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     codec.add_decoded(code, out)
     return out
-
-
-def cluster(make: Any, size: int = 4, **options: Any) -> Lockstep:
-    return Lockstep(partial(make, lr=0.05, momentum=0.5, **options), [START] * size)
 
 
 @pytest.mark.parametrize("name", CODECS)

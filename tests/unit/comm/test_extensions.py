@@ -15,7 +15,7 @@ from torch import Tensor
 from distoptim import ALGORITHMS, LocalSGD
 from distoptim.comm import Codec, Communicator, ErrorFeedback, Handle, codecs, register_codec
 from distoptim.testing.lockstep import Lockstep
-from tests.unit.comm.test_codecs import START, gradient
+from tests.helpers.coded import START, gradient
 
 WORKERS = 3
 STEPS = 13
