@@ -35,7 +35,6 @@ from distoptim_experiments.machines import Machines
 from distoptim_experiments.settings import Settings
 
 FILE = "record.jsonl"
-DRAFT = f"{FILE}.draft"
 S = TypeVar("S", bound=Settings)
 
 
@@ -303,8 +302,8 @@ def file(folder: Path) -> Path:
 
 
 def folders(root: Path) -> list[Path]:
-    """The folders of all runs below `root` that have a record, or the draft of one."""
-    inside = {path.parent for name in (FILE, DRAFT) for path in root.rglob(name)}
+    """The folders of all runs below `root` that have a record, whole or not."""
+    inside = {path.parent for path in root.rglob(FILE)}
     beside = {
         path.with_name(path.name.removesuffix(f".{FILE}")) for path in root.rglob(f"*.{FILE}")
     }

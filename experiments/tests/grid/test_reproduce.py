@@ -17,7 +17,8 @@ from distoptim_experiments.config import RunConfig
 from distoptim_experiments.data import cifar
 from distoptim_experiments.grid import run, spec
 from distoptim_experiments.report import report, runs
-from distoptim_experiments.training.virtual import STATE, VirtualRun
+from distoptim_experiments.training import checkpoint
+from distoptim_experiments.training.virtual import Virtual
 from distoptim_experiments.training.virtual import run as run_one
 
 from distoptim.cli import application
@@ -173,24 +174,24 @@ def test_a_run_goes_on_at_its_last_epoch_as_if_it_had_never_stopped(
     )
     machines = spec.read(written(tmp_path)).machines[0]
     run_one(config, machines, tmp_path / "whole", threads=1)
-    step = VirtualRun._step
+    step = Virtual.step
 
-    def dying(self):
-        if self.cluster.steps == 2 * self.steps_per_epoch + 1:
+    def dying(self, at):
+        if at == 2 * self.problem.steps_per_epoch + 1:
             raise Killed
-        return step(self)
+        return step(self, at)
 
-    monkeypatch.setattr(VirtualRun, "_step", dying)
+    monkeypatch.setattr(Virtual, "step", dying)
     with pytest.raises(Killed):
         run_one(config, machines, tmp_path / "parts", threads=1)
     made = []
-    monkeypatch.setattr(VirtualRun, "_step", lambda self: made.append(1) or step(self))
+    monkeypatch.setattr(Virtual, "step", lambda self, at: made.append(at) or step(self, at))
     run_one(config, machines, tmp_path / "parts", threads=1)
     whole, parts = records.read(tmp_path / "whole"), records.read(tmp_path / "parts")
     assert len(made) == parts.start.steps_per_epoch
     assert (parts.logs, parts.evaluations) == (whole.logs, whole.evaluations)
     assert parts.summary == whole.summary
-    assert not (tmp_path / "parts" / STATE).exists()
+    assert not (tmp_path / "parts" / checkpoint.FOLDER).exists()
 
 
 def test_kill_dash_nine_loses_no_finished_run(tmp_path):
@@ -201,17 +202,20 @@ def test_kill_dash_nine_loses_no_finished_run(tmp_path):
     command = [sys.executable, "-m", "distoptim", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not list((tmp_path / "out").glob(f"*/*/{STATE}")) and time.monotonic() < deadline:
+    while (
+        not list((tmp_path / "out").glob(f"*/*/{checkpoint.FOLDER}/latest"))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     process.kill()
     # Ends when nobody holds the pipe any more: the processes of the pool end too, though nobody
     # killed them.
     process.communicate(timeout=300)
-    states = list((tmp_path / "out").glob(f"*/*/{STATE}"))
+    states = list((tmp_path / "out").glob(f"*/*/{checkpoint.FOLDER}/latest"))
     assert states
     assert not application()(arguments)
     assert len(list((tmp_path / "out" / run.FINAL).glob("*/record.jsonl"))) == 3
-    assert not list((tmp_path / "out").glob(f"*/*/{STATE}"))
+    assert not list((tmp_path / "out").glob(f"*/*/{checkpoint.FOLDER}/latest"))
 
 
 @pytest.mark.parametrize(
@@ -324,16 +328,18 @@ def test_what_only_real_workers_can_do_is_read_for_them(tmp_path):
 def test_a_damaged_state_and_a_full_disk_name_the_file(tmp_path, monkeypatch):
     config = RunConfig(data="synthetic", model="mlp", workers=2, steps=4, batch_size=16)
     machines = spec.read(written(tmp_path)).machines[0]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / STATE).write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"run/state\.pt: damaged, not a checkpoint$"):
+    damaged = tmp_path / "run" / checkpoint.FOLDER / "step-9"
+    damaged.mkdir(parents=True)
+    (damaged / "rank-0.pt").write_bytes(b"nonsense")
+    (damaged.parent / "latest").write_text(damaged.name)
+    with pytest.raises(ValueError, match=r"rank-0\.pt: damaged, not a checkpoint$"):
         run_one(config, machines, tmp_path / "run", threads=1)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("distoptim_experiments.training.checkpoint.torch.save", full)
-    with pytest.raises(ValueError, match=r"state\.pt: cannot be written: .*No space left"):
+    with pytest.raises(ValueError, match=r"rank-0\.pt: cannot be written: No space left"):
         run_one(
             RunConfig(data="synthetic", model="mlp", workers=2, epochs=2, batch_size=16),
             machines,

@@ -7,7 +7,7 @@ from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.grid import simulated as grid
 from distoptim_experiments.machines import Machines
-from distoptim_experiments.training.virtual import VirtualRun, run
+from distoptim_experiments.training.virtual import check_virtual, run
 
 MACHINES = Machines(step_ms=30, slowdown="exponential", latency_ms=10, bandwidth_gbit_s=1)
 CONFIG = RunConfig(data="synthetic", model="mlp", workers=3, steps=12, batch_size=16, log_every=4)
@@ -40,11 +40,11 @@ def test_a_run_is_deterministic_and_its_time_virtual(tmp_path):
     assert lines[0][2].seconds > 12 * 0.03
 
 
-def test_a_failed_run_leaves_no_record(tmp_path, monkeypatch):
-    monkeypatch.setattr("distoptim_experiments.training.virtual.methods.evaluate", lambda *_: 1 / 0)
+def test_a_failed_run_is_not_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr("distoptim_experiments.training.virtual.score", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(CONFIG, MACHINES, tmp_path)
-    assert not (tmp_path / records.FILE).exists()
+    assert not records.finished(tmp_path)
 
 
 def test_synchronous_is_large_batch_sgd(tmp_path):
@@ -99,7 +99,7 @@ def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):
 
 def test_what_virtual_workers_cannot_do_is_refused():
     with pytest.raises(ValueError, match="levels='1:2': virtual workers are in no process group"):
-        VirtualRun(CONFIG.replace(levels="1:2", workers=4), MACHINES)
+        check_virtual(CONFIG.replace(levels="1:2", workers=4))
 
 
 def test_names_of_finished_runs_stay():

@@ -16,15 +16,14 @@ import torch.distributed as dist
 from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.data import datasets as data
-from distoptim_experiments.machines import Machines
-from distoptim_experiments.training import checkpoint, methods, world
-from distoptim_experiments.training.loop import Run
-from distoptim_experiments.training.virtual import VirtualRun
+from distoptim_experiments.training import checkpoint, world
+from distoptim_experiments.training.methods import registry
+from distoptim_experiments.training.virtual import check_virtual
 from distoptim_experiments.training.world import World
 
 from distoptim.comm import emulate
 from distoptim.testing.processes import free_port, run
-from experiments.tests.training.test_loop import flatten, same, train
+from experiments.tests.training.ranks import TAIL, differing, made, train
 from experiments.tests.training.test_restart import VICTIM
 from tests.helpers.marks import fsdp
 
@@ -83,7 +82,7 @@ def in_double(rank, folder, config, resume=False):
         )
 
     data.load = doubled
-    train(config, folder, World(config.island_size), resume=resume)
+    train(config, folder, resume=resume)
 
 
 def numbers(folder):
@@ -99,14 +98,14 @@ def numbers(folder):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A run of plain workers of each case, made once."""
-    made = {}
+    found = {}
 
     def folder(case):
-        if case not in made:
-            path = made[case] = tmp_path_factory.mktemp(case)
+        if case not in found:
+            path = found[case] = tmp_path_factory.mktemp(case)
             config = config_of(case, path)
             run(in_double, config.workers, path, config)
-        return made[case]
+        return found[case]
 
     return folder
 
@@ -131,13 +130,16 @@ def test_islands_equal_plain_workers_with_the_same_batches(plain, tmp_path, case
         one.summary.syncs,
     )
     if case == "overlap":
-        # DDP: each rank sends the whole model; FSDP2: its shard. And each one its weight beside, in
+        # DDP: each rank sends the whole model; FSDP2: its shard. And each one its tail, in numbers of
         # 8 bytes.
-        weights, factor = 8 * one.summary.syncs, 2 if kind == "ddp" else 1
-        assert other.summary.bytes - 2 * weights == factor * (one.summary.bytes - weights)
+        tails = 8 * TAIL * one.summary.syncs
+        factor = 2 if kind == "ddp" else 1
+        assert other.summary.bytes - 2 * tails == factor * (one.summary.bytes - tails)
     if kind == "ddp":
         saved = [
-            torch.load(checkpoint.latest(tmp_path) / f"rank-{rank}.pt", weights_only=True)["model"]
+            torch.load(checkpoint.latest(tmp_path) / f"rank-{rank}.pt", weights_only=True)[
+                "workers"
+            ]["model"]
             for rank in range(config.ranks)
         ]
         for first, second in zip(saved[::2], saved[1::2], strict=True):
@@ -145,21 +147,16 @@ def test_islands_equal_plain_workers_with_the_same_batches(plain, tmp_path, case
 
 
 def resumed_equals_uninterrupted(rank, folder, kind):
-    place = World(2)
+    ranks = World(2)
     config = BASE.replace(model="cnn-small", optimizer="adamw", island_size=2, island_kind=kind)
-    train(config, folder / "whole", place)
-    train(config.replace(steps=5), folder / "parts", place)
-    train(config, folder / "parts", place, resume=True)
-    (whole, mine), (parts, _) = (
-        checkpoint.load(folder / name, world=place) for name in ("whole", "parts")
+    train(config, folder / "whole", ranks)
+    train(config.replace(steps=5), folder / "parts", ranks)
+    train(config, folder / "parts", ranks, resume=True)
+    (whole, own), (parts, _) = (
+        checkpoint.load(folder / name, seat=ranks.seat) for name in ("whole", "parts")
     )
-    assert mine
-    whole, parts = flatten(whole), flatten(parts)
-    return sorted(
-        key
-        for key in whole.keys() | parts.keys()
-        if not key.endswith(("/seconds", "_s")) and not same(whole.get(key), parts.get(key))
-    )
+    assert own
+    return differing(whole, parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,17 +165,15 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(tmp_path, kind):
     whole, parts = (records.read(tmp_path / name) for name in ("whole", "parts"))
     # The first part has a line at its last step, 5, and the next one is of one step less.
     assert [line.loss for line in whole.logs[3:]] == [line.loss for line in parts.logs[4:]] != []
-    assert whole.evaluations[-1]["test_loss"] == parts.evaluations[-1]["test_loss"]
+    assert whole.evaluations[-1].test_loss == parts.evaluations[-1].test_loss
 
 
 def stops_when_told(rank, folder, config):
-    return train(
-        config, folder, World(config.island_size), told=2 if rank == config.ranks - 1 else 0
-    )
+    return train(config, folder, told=2 if rank == config.ranks - 1 else 0)
 
 
 def goes_on(rank, folder, config):
-    return train(config, folder, World(config.island_size), resume=True)
+    return train(config, folder, resume=True)
 
 
 def refuses_to_go_on(rank, folder, config):
@@ -186,7 +181,7 @@ def refuses_to_go_on(rank, folder, config):
         ValueError,
         match=r"island_size=\d: the checkpoint has island_kind='\w+', island_size=\d; sh",
     ):
-        Run(config, World(config.island_size), folder, resume=True)
+        made(config, folder, World(config.island_size), resume=True)
 
 
 @fsdp
@@ -218,9 +213,9 @@ def test_plain_workers_go_on_as_ddp_islands_as_if_they_had_always_been_plain(pla
 def backends(rank):
     emulate(latency_s=0.0, bandwidth_gbit_s=1000.0)
     config = BASE.replace(island_size=2)
-    method = methods.build(torch.nn.Linear(3, 2), config)
+    method = registry.build(torch.nn.Linear(3, 2), config)
     try:
-        return dist.get_backend(method._inside), method._averaging._communicator._backend
+        return dist.get_backend(method.inside), dist.get_backend(method.between)
     finally:
         method.close()
 
@@ -271,7 +266,7 @@ def test_what_does_not_go_together_is_refused(values, message):
 
 def test_virtual_workers_and_numbers_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="island_size=2: a virtual worker is one machine"):
-        VirtualRun(BASE.replace(slowdown="none", slowdown_ms=0.0, island_size=2), Machines())
+        check_virtual(BASE.replace(slowdown="none", slowdown_ms=0.0, island_size=2))
     with pytest.raises(
         ValueError, match="island_size=2 with 3 ranks: allowed is a number that divides it"
     ):

@@ -9,7 +9,7 @@ from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training.launch import Job, WorkerError, run_local
-from distoptim_experiments.training.world import Meeting, from_torchrun
+from distoptim_experiments.training.rendezvous import Rendezvous, from_torchrun
 
 LONG = RunConfig(
     data="synthetic",
@@ -104,9 +104,9 @@ def test_torchrun_is_recognised_by_its_variables(monkeypatch):
         from_torchrun()
     monkeypatch.setenv("MASTER_ADDR", socket.gethostname())
     monkeypatch.setenv("MASTER_PORT", "1234")
-    assert from_torchrun() == Meeting(socket.gethostname(), 1234, 1, 2, hosted=False)
+    assert from_torchrun() == Rendezvous(socket.gethostname(), 1234, 1, 2, hosted=False)
     # Agents of two hosts may count restarts differently; only their own store outlives an attempt.
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert from_torchrun().prefix == ""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert from_torchrun() == Meeting(socket.gethostname(), 1234, 1, 2, "attempt1", hosted=True)
+    assert from_torchrun() == Rendezvous(socket.gethostname(), 1234, 1, 2, "attempt1", hosted=True)

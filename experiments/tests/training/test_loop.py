@@ -5,13 +5,17 @@ import torch
 from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.machines import Machines
-from distoptim_experiments.training import checkpoint
+from distoptim_experiments.training import checkpoint, virtual
 from distoptim_experiments.training.loop import Run
-from distoptim_experiments.training.virtual import VirtualRun
-from distoptim_experiments.training.world import StopSignals, World
+from distoptim_experiments.training.problem import Problem
+from distoptim_experiments.training.processes import Processes
+from distoptim_experiments.training.signals import StopSignals
+from distoptim_experiments.training.virtual import Virtual
+from distoptim_experiments.training.world import World
 
 from distoptim.comm import Link, emulate
 from distoptim.testing.processes import run
+from experiments.tests.training.ranks import TAIL, differing, train
 
 SMALL = RunConfig(
     data="synthetic",
@@ -28,47 +32,17 @@ SMALL = RunConfig(
 LINK = Link(latency_s=0.01, bandwidth_gbit_s=10.0)
 
 
-def flatten(value, name=""):
-    if isinstance(value, dict):
-        return {k: v for key in value for k, v in flatten(value[key], f"{name}/{key}").items()}
-    if isinstance(value, list):
-        return {
-            k: v for i, item in enumerate(value) for k, v in flatten(item, f"{name}/{i}").items()
-        }
-    return {name: value}
-
-
-def same(a, b):
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def train(config, folder, world, *, resume=False, told=0):
-    """Run to the end, or until the signal `told`; returns what it stopped for."""
-    signals = StopSignals()
-    signals.received = told
-    part = Run(config, world, folder, resume=resume)
-    signum = part.train(signals)
-    part.close()
-    return signum
-
-
 def resumed_equals_uninterrupted(rank, folder, algorithm, stop):
     world = World()
     config = SMALL.replace(algorithm=algorithm)
     train(config, folder / "whole", world)
     train(config.replace(steps=stop), folder / "parts", world)
     train(config, folder / "parts", world, resume=True)
-    (whole, mine), (parts, _) = (
-        checkpoint.load(folder / name, world=world) for name in ("whole", "parts")
+    (whole, own), (parts, _) = (
+        checkpoint.load(folder / name, seat=world.seat) for name in ("whole", "parts")
     )
-    assert mine
-    whole, parts = flatten(whole), flatten(parts)
-    timing = ("/seconds", "/exposed_s", "/overhead_s", "/hidden_s")
-    return sorted(
-        key
-        for key in whole.keys() | parts.keys()
-        if not key.endswith(timing) and not same(whole.get(key), parts.get(key))
-    )
+    assert own
+    return differing(whole, parts)
 
 
 # With tau = 3: before a launch, with a round in flight, and right at a sync.
@@ -104,12 +78,12 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(tmp_path, algorith
 
 
 def stops_when_told(rank, folder):
-    return train(SMALL, folder, World(), told=2 if rank == 1 else 0)
+    return train(SMALL, folder, told=2 if rank == 1 else 0)
 
 
 def resumes_at_another_size(rank, folder):
     config = SMALL.replace(workers=3)
-    return train(config, folder, World(), resume=True)
+    return train(config, folder, resume=True)
 
 
 def test_all_stop_together_when_one_is_told_and_another_number_of_workers_goes_on(tmp_path):
@@ -130,7 +104,7 @@ def test_adacomm_is_told_the_loss(tmp_path):
 
 
 def trained(rank, folder, config):
-    train(config, folder, World())
+    train(config, folder)
 
 
 class Blind:
@@ -147,11 +121,17 @@ class Blind:
         return self.batches.state_dict()
 
 
+def blinded(config, sick):
+    """The problem, of which the workers `sick` see nothing."""
+    problem = Problem(config)
+    batches = problem.batches
+    problem.batches = lambda worker: Blind(batches(worker)) if worker in sick else batches(worker)
+    return problem
+
+
 def on_real_workers(rank, folder, config, sick):
-    part = Run(config, World(), folder)
-    if rank in sick:
-        part._batches = Blind(part._batches)
-    part.train(StopSignals())
+    part = Run(Processes(blinded(config, sick), World(), StopSignals()), folder)
+    part.train()
     part.close()
 
 
@@ -160,16 +140,15 @@ def real(folder, config, sick):
     return list(records.read_lines(folder / records.FILE))
 
 
-def virtual(folder, config, sick):
-    made, lines = VirtualRun(config, Machines(), threads=1), []
-    for rank in sick:
-        made._batches[rank] = Blind(made._batches[rank])
-    made.train(lines.append)
+def simulated(folder, config, sick):
+    lines = []
+    workers = Virtual(blinded(config, sick), Machines(), threads=1)
+    Run(workers, folder, observers=[lines.append]).train()
     return lines
 
 
 @pytest.mark.filterwarnings("ignore::distoptim.QuarantineWarning")
-@pytest.mark.parametrize("trained", [real, virtual])
+@pytest.mark.parametrize("trained", [real, simulated])
 def test_a_run_diverges_when_no_worker_is_finite_not_when_one_is_not(tmp_path, trained):
     """The same rule for both kinds of workers; means leave out the one that sees nothing."""
     # Of rounds of 3, so that at the end its parameters are not finite.
@@ -188,7 +167,7 @@ def test_a_run_diverges_when_no_worker_is_finite_not_when_one_is_not(tmp_path, t
 
 def on_a_slow_link(rank, folder, algorithm):
     emulate(latency_s=LINK.latency_s, bandwidth_gbit_s=LINK.bandwidth_gbit_s)
-    train(SMALL.replace(algorithm=algorithm), folder, World())
+    train(SMALL.replace(algorithm=algorithm), folder)
 
 
 @pytest.mark.parametrize("algorithm", ["local-sgd", "ddp"])
@@ -200,8 +179,8 @@ def test_the_summary_adds_up(tmp_path, algorithm):
     assert s.exposed_share == pytest.approx(s.exposed_s / s.computation_s)
     assert LINK.all_reduce_s(0, 2) * s.syncs <= s.exposed_s < s.seconds
     assert s.syncs == (3 if algorithm == "local-sgd" else 10)
-    # The payload of an averaging algorithm has one element more: the worker's weight.
-    assert s.bytes == s.syncs * 4 * (record.start.parameters + (algorithm == "local-sgd"))
+    tail = TAIL if algorithm == "local-sgd" else 0
+    assert s.bytes == s.syncs * 4 * (record.start.parameters + tail)
     assert [line.step for line in record.evaluations] == [4, 8, 10]
     if algorithm == "ddp":
         # DDP does not say what it hides or works; there are no rounds.
@@ -212,33 +191,41 @@ def test_the_summary_adds_up(tmp_path, algorithm):
         assert (s.tau, s.staleness, s.quarantined) == (3, 0, 0)
 
 
-def test_an_unfinished_checkpoint_is_not_the_latest(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint there to resume from"):
-        checkpoint.latest(tmp_path)
-    good = tmp_path / checkpoint.FOLDER / "step-5"
-    good.mkdir(parents=True)
-    (good.parent / "latest").write_text("step-5")
-    (good.parent / "step-9").mkdir()
-    assert checkpoint.latest(tmp_path) == good
+def kinds(folder):
+    """Of a record's lines, with their steps."""
+    return [(line.kind, line.step) for line in records.read_lines(folder / records.FILE)]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    class Alone:
-        rank, size = 0, 1
+def test_real_and_virtual_workers_leave_the_same_record(tmp_path):
+    config = SMALL.replace(checkpoint_every=4, algorithm="overlap-local-sgd", model="mlp")
+    run(trained, 2, tmp_path / "real", config)
+    virtual.run(config, Machines(), tmp_path / "virtual", threads=1)
+    # Only real ones leave a checkpoint at the end, from which more steps can be made.
+    *expected, last, summary = kinds(tmp_path / "real")
+    assert (last, summary) == (("checkpoint", 10), ("summary", 10))
+    assert kinds(tmp_path / "virtual") == [*expected, summary]
+    assert not (tmp_path / "virtual" / checkpoint.FOLDER).exists()
+    assert checkpoint.exists(tmp_path / "real")
+    one, other = (records.read(tmp_path / name) for name in ("real", "virtual"))
+    # A real one logs the loss of rank 0, a virtual one the mean over the workers.
+    assert [e.test_loss for e in one.evaluations] == pytest.approx(
+        [e.test_loss for e in other.evaluations], rel=1e-4
+    )
+    assert (one.summary.syncs, one.summary.bytes) == (other.summary.syncs, other.summary.bytes)
 
-    folder = tmp_path / checkpoint.FOLDER / "step-5"
-    folder.mkdir(parents=True)
-    (folder.parent / "latest").write_text("step-5")
-    path = folder / "rank-0.pt"
-    for damage in (
-        lambda: path.write_bytes(b"no"),
-        lambda: path.write_bytes(b"l" * 9),
-        lambda: torch.save([1], path),
-    ):
-        damage()
-        with pytest.raises(ValueError, match="damaged") as error:
-            checkpoint.load(tmp_path, world=Alone())
-        assert str(error.value) == f"{path}: damaged, not a checkpoint"
-    path.unlink()
-    with pytest.raises(ValueError, match=r"rank-0\.pt: cannot be read: No such file"):
-        checkpoint.load(tmp_path, world=Alone())
+
+def resumed_by_real_ones(rank, folder, config):
+    with pytest.raises(ValueError, match="a checkpoint of virtual workers, with which real ones"):
+        train(config, folder, resume=True)
+
+
+def test_workers_of_one_kind_do_not_go_on_from_a_checkpoint_of_the_other(tmp_path):
+    config = SMALL.replace(model="mlp")
+    workers = Virtual(Problem(config), Machines(), threads=1)
+    Run(workers, tmp_path / "virtual").train()
+    run(resumed_by_real_ones, 2, tmp_path / "virtual", config)
+    run(trained, 2, tmp_path / "real", config)
+    with pytest.raises(ValueError, match="a checkpoint of real workers, with which virtual ones"):
+        virtual.run(config, Machines(), tmp_path / "real", threads=1)
+    with pytest.raises(ValueError, match="workers=3: the checkpoint is of another number"):
+        virtual.run(config.replace(workers=3), Machines(), tmp_path / "virtual", threads=1)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from distoptim_experiments.config import RunConfig
-from distoptim_experiments.machines import Machines
-from distoptim_experiments.training import methods
-from distoptim_experiments.training.powersgd import FULL_STEPS
-from distoptim_experiments.training.virtual import VirtualRun
+from distoptim_experiments.optimizers import check
+from distoptim_experiments.training.methods import registry
+from distoptim_experiments.training.methods.powersgd import FULL_STEPS
+from distoptim_experiments.training.virtual import check_virtual
 
 from distoptim.testing.processes import run
 
@@ -21,7 +21,7 @@ def seen(rank, approximation_rank):
     )
     torch.manual_seed(0)
     model = torch.nn.Linear(M, N)
-    method = methods.build(model, config)
+    method = registry.build(model, config)
     reduce, sent, counted = dist.all_reduce, [0], []
 
     def count(tensor, *args, **kwargs):
@@ -66,22 +66,22 @@ def stopped_and_not(rank, stop):
         for step in range(first, last):
             g = torch.Generator().manual_seed(100 * rank + step)
             method.step(torch.randn(8, M, generator=g), torch.randint(N, (8,), generator=g))
-        return method
 
-    whole = steps(methods.build(large_model(), CONFIG), 0, 6)
-    first = steps(methods.build(large_model(), CONFIG), 0, stop)
-    second = methods.build(large_model(), CONFIG)
-    second._model.load_state_dict(first._model.state_dict())
+    models = [large_model() for _ in range(3)]
+    whole, first, second = (registry.build(model, CONFIG) for model in models)
+    steps(whole, 0, 6)
+    steps(first, 0, stop)
+    models[2].load_state_dict(models[1].state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.load_state_dict(first.state_dict())
     steps(second, stop, 6)
     a, b = (
         [
-            *method._model.parameters(),
+            *model.parameters(),
             *method.state_dict()["error_dict"].values(),
             *method.state_dict()["q_memory_dict"].values(),
         ]
-        for method in (whole, second)
+        for model, method in ((models[0], whole), (models[2], second))
     )
     return sum(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -93,9 +93,9 @@ def test_errors_and_factors_are_kept(stop):
 
 def test_it_is_refused_where_there_is_no_ddp():
     with pytest.raises(ValueError, match="powersgd: torch's hook runs inside of DDP"):
-        VirtualRun(CONFIG, Machines())
+        check_virtual(CONFIG)
 
 
 def test_a_wrong_rank_is_refused():
     with pytest.raises(ValueError, match="approximation_rank=0"):
-        RunConfig(**{**CONFIG.to_dict(), "options": {"approximation_rank": 0}})
+        check(RunConfig(**{**CONFIG.to_dict(), "options": {"approximation_rank": 0}}))

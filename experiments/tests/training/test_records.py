@@ -52,7 +52,7 @@ def test_a_record_may_lie_beside_its_folder(tmp_path):
     assert not records.finished(folder)
     write(tmp_path / "run.record.jsonl", START, log(1), END)
     (tmp_path / "begun").mkdir()
-    write(tmp_path / "begun" / records.DRAFT, START)
+    write(tmp_path / "begun" / records.FILE, START)
     assert records.finished(folder)
     assert records.read(folder).logs == [log(1)]
     assert records.folders(tmp_path) == [tmp_path / "begun", folder]

@@ -14,14 +14,15 @@ from distoptim.testing.processes import free_port
 VICTIM = """
 import os, signal
 from distoptim.cli import main
-from distoptim_experiments.training.loop import Run
+from distoptim_experiments.training import checkpoint
 
-save = Run._save
-def save_and_die(run):
-    save(run)
+save = checkpoint.save
+def save_and_die(*args, **options):
+    path = save(*args, **options)
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-Run._save = save_and_die
+    return path
+checkpoint.save = save_and_die
 main()
 """
 

@@ -4,14 +4,12 @@ from types import SimpleNamespace
 import pytest
 from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig
-from distoptim_experiments.machines import Machines
-from distoptim_experiments.training import loop, slowdown
-from distoptim_experiments.training.loop import Run
-from distoptim_experiments.training.virtual import VirtualRun
-from distoptim_experiments.training.world import StopSignals, World
+from distoptim_experiments.training import processes, slowdown
+from distoptim_experiments.training.virtual import check_virtual
 
 from distoptim.simulator.compute import Pareto, ShiftedExponential
 from distoptim.testing.processes import run
+from experiments.tests.training.ranks import train
 
 CONFIG = RunConfig(
     data="synthetic",
@@ -28,13 +26,11 @@ def slept(rank, folder, kind):
     """What a worker asked time.sleep for, without sleeping."""
     calls = []
     # Not the whole module: others sleep too.
-    loop.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=calls.append)
-    part = Run(RunConfig(**{**CONFIG.to_dict(), "slowdown": kind}), World(), folder)
+    processes.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=calls.append)
     try:
-        part.train(StopSignals())
+        train(RunConfig(**{**CONFIG.to_dict(), "slowdown": kind}), folder)
     finally:
-        loop.time = time
-        part.close()
+        processes.time = time
     return calls
 
 
@@ -71,4 +67,4 @@ def test_a_wrong_slowdown_is_refused(wrong, message):
 
 def test_virtual_workers_have_their_own():
     with pytest.raises(ValueError, match="is for real workers"):
-        VirtualRun(CONFIG, Machines())
+        check_virtual(CONFIG)

@@ -25,8 +25,9 @@ from distoptim_experiments import records
 from distoptim_experiments.cli.options import check_files, worker_errors
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.grid import estimate, run, spec
-from distoptim_experiments.grid.real import Processes, Stopped, Worker
-from distoptim_experiments.training.world import Meeting, from_torchrun
+from distoptim_experiments.grid.real import Processes, Worker
+from distoptim_experiments.training.rendezvous import Rendezvous, from_torchrun
+from distoptim_experiments.training.signals import Stopped
 
 _SHIPPED = ", ".join(
     sorted(
@@ -71,20 +72,20 @@ def reproduce(
         dry_run: Show all runs, and how long those that are left would take; make none.
     """
     given = dict(spec.assignment(text) for text in assignments)
-    meeting = from_torchrun()
-    if processes and (real or meeting):
+    rendezvous = from_torchrun()
+    if processes and (real or rendezvous):
         raise ValueError(f"--processes {processes}: has an effect only on virtual workers")
     grid = spec.read(
         file,
         overrides={**given, **({"run.data_dir": data_dir} if data_dir else {})},
-        virtual=meeting is None and not real,
+        virtual=rendezvous is None and not real,
     )
     configs = [case.config for case in (*grid.trials(), *grid.cases())]
     for config in {repr((config.data, config.data_dir)): config for config in configs}.values():
         check_files(config)
     folder = folder or Path("runs") / file.stem
-    console = Console(quiet=meeting is not None and meeting.rank > 0)
-    runner = _runner(file, configs, meeting) if meeting else Processes() if real else None
+    console = Console(quiet=rendezvous is not None and rendezvous.rank > 0)
+    runner = _runner(file, configs, rendezvous) if rendezvous else Processes() if real else None
     if dry_run:
         _show(
             list(run.stages(grid, folder, runner=runner)), processes or os.cpu_count() or 1, console
@@ -117,14 +118,14 @@ def _tell_diverged(folders: Sequence[Path], console: Console) -> None:
             )
 
 
-def _runner(file: Path, configs: Sequence[RunConfig], meeting: Meeting) -> Worker:
+def _runner(file: Path, configs: Sequence[RunConfig], rendezvous: Rendezvous) -> Worker:
     for config in configs:
-        if config.ranks != meeting.size:
+        if config.ranks != rendezvous.size:
             of = f" of {config.island_size} ranks" if config.island_size > 1 else ""
             raise ValueError(
-                f"{file}: workers={config.workers}{of}, but torchrun has started {meeting.size} processes"
+                f"{file}: workers={config.workers}{of}, but torchrun has started {rendezvous.size} processes"
             )
-    return Worker(meeting, max(config.timeout_s for config in configs))
+    return Worker(rendezvous, max(config.timeout_s for config in configs))
 
 
 def _run(

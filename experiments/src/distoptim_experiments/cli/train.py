@@ -29,7 +29,8 @@ from distoptim_experiments.settings import Option, Settings
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training import compare as comparison
 from distoptim_experiments.training.launch import Job, run_local, run_worker
-from distoptim_experiments.training.world import Meeting, from_torchrun, workers_of
+from distoptim_experiments.training.rendezvous import Rendezvous, at_url, from_torchrun
+from distoptim_experiments.training.world import workers_of
 
 DEMO = {
     "epochs": 36,
@@ -124,7 +125,7 @@ class CompareOptions(Settings):
         str,
         Field(description="What is compared, one after the other."),
         Option(TRAINING, metavar="NAME,NAME,..."),
-    ] = ",".join(comparison.METHODS)
+    ] = ",".join(comparison.COMPARED)
 
 
 @command(options_of(RunConfig), options_of(Folder), options_of(TrainOptions), algorithm_options())
@@ -137,13 +138,13 @@ def train(given: Given) -> int:
     own = given.made(TrainOptions)
     folder = given.made(Folder).folder
     resume = own.resume
-    meeting = _meeting(own.init, own.rank, own.world_size) or from_torchrun()
+    rendezvous = _rendezvous(own.init, own.rank, own.world_size) or from_torchrun()
     if own.auto_resume:
         resume = _found(folder, resume)
     elif resume is None:
         _check_free(folder)
     fields = given.all if resume is None else _resumed(resume, folder, given)
-    started = meeting and workers_of(meeting.size, fields.get("island_size", 1))
+    started = rendezvous and workers_of(rendezvous.size, fields.get("island_size", 1))
     # Records of earlier versions lack the newest options.
     given.check_effects({**given.all, **fields, "started": started})
     if started:
@@ -156,16 +157,16 @@ def train(given: Given) -> int:
         resume is not None,
         own.tensorboard,
     )
-    return _run(job, meeting)
+    return _run(job, rendezvous)
 
 
-def _run(job: Job, meeting: Meeting | None) -> int:
+def _run(job: Job, rendezvous: Rendezvous | None) -> int:
     """Start the run and say what came of it."""
-    speaks = meeting is None or meeting.rank == 0
+    speaks = rendezvous is None or rendezvous.rank == 0
     console = Console(quiet=not speaks)
     with LiveProgress(console) as progress:
         watch = [progress.watch(job.config.algorithm)] if speaks else []
-        signum = run_local(job, watch) if meeting is None else run_worker(job, meeting, watch)
+        signum = run_local(job, watch) if rendezvous is None else run_worker(job, rendezvous, watch)
     if signum and speaks:
         go_on = f"go on with: distoptim train --resume {job.folder}"
         print(
@@ -279,16 +280,9 @@ def _same(name: str, before: Any, now: Any) -> bool:
     )
 
 
-def _meeting(init: str | None, rank: int | None, size: int | None) -> Meeting | None:
-    if init is None:
-        if rank is not None or size is not None:
-            raise ValueError("--rank and --world-size go with --init tcp://HOST:PORT")
-        return None
-    host, colon, port = init.removeprefix("tcp://").rpartition(":")
-    if not init.startswith("tcp://") or not colon or not port.isdigit():
-        raise ValueError(f"--init {init}: expected tcp://HOST:PORT")
-    if rank is None or size is None or not 0 <= rank < size:
-        raise ValueError(
-            f"--init needs --rank and --world-size with 0 <= rank < world size, got {rank} and {size}"
-        )
-    return Meeting(host, int(port), rank, size, hosted=False)
+def _rendezvous(init: str | None, rank: int | None, size: int | None) -> Rendezvous | None:
+    if init is not None:
+        return at_url(init, rank, size)
+    if rank is not None or size is not None:
+        raise ValueError("--rank and --world-size go with --init tcp://HOST:PORT")
+    return None

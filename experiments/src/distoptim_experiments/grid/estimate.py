@@ -11,7 +11,7 @@ import torch
 from distoptim_experiments.config import DTYPES, RunConfig
 from distoptim_experiments.data import datasets as data
 from distoptim_experiments.models import registry as models
-from distoptim_experiments.training import methods
+from distoptim_experiments.training.methods.base import batch_loss
 
 
 def seconds(configs: Sequence[RunConfig], *, virtual: bool) -> float:
@@ -56,7 +56,7 @@ def _measure(config: RunConfig) -> tuple[int, float]:
     torch.set_num_threads(1)
     for _ in range(2):
         begin = time.perf_counter()
-        methods.batch_loss(model, *next(batches), DTYPES[config.dtype]).backward()
+        batch_loss(model, *next(batches), DTYPES[config.dtype]).backward()
         step_s = min(step_s, time.perf_counter() - begin)
     torch.set_num_threads(threads)
     return len(loaded.train_labels), step_s

@@ -6,7 +6,6 @@ One run after the other.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,15 +18,8 @@ from distoptim_experiments.grid.spec import Case
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training.launch import Job, run_local, run_worker
 from distoptim_experiments.training.loop import Observer
-from distoptim_experiments.training.world import Meeting
-
-
-class Stopped(Exception):
-    """A signal stopped the grid; the run that was on its way has left a checkpoint."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
+from distoptim_experiments.training.rendezvous import Rendezvous
+from distoptim_experiments.training.signals import Stopped, interruptible
 
 
 def _share(finished: int, total: int, done: Done) -> Observer:
@@ -54,6 +46,9 @@ class Processes(Runner):
         """Run what has no whole record yet, going on from checkpoints.
 
         Returns all records' folders, in order.
+
+        Raises:
+            Stopped: a signal did; the run that was on its way has left a checkpoint.
         """
         places = self.places(cases, folder)
         left = self.decide(
@@ -67,12 +62,11 @@ class Processes(Runner):
         for i, resume in left:
             case, path = places[i]
             signum = self.run(
-                Job(case.config, path, resume, label=case.label),
+                Job(case.config, path, resume, label=case.label, keep_checkpoint=False),
                 [_share(finished, len(cases), done)],
             )
             if signum:
                 raise Stopped(signum)
-            shutil.rmtree(path / checkpoint.FOLDER, ignore_errors=True)
             done(finished := finished + 1, len(cases))
         return [path for _, path in places]
 
@@ -86,23 +80,24 @@ class Worker(Processes):
     is run.
 
     Args:
-        meeting: where the workers find each other.
+        rendezvous: where the workers find each other.
         timeout_s: bound of every wait for rank 0's decisions.
     """
 
-    def __init__(self, meeting: Meeting, timeout_s: float) -> None:
-        self.meeting = meeting
-        self._store = meeting.connect(timeout_s)
-        self._decisions = self._runs = 0
+    def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
+        self.rendezvous = rendezvous
+        self._store = rendezvous.connect(timeout_s)
+        self._decisions = 0
+        self._runs = 0
 
     def decide(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on all workers."""
         self._decisions += 1
         key = f"decision{self._decisions}"
-        if self.meeting.rank == 0:
+        if self.rendezvous.rank == 0:
             # No pickle: whoever reaches the store could put one there that runs code on all workers.
             self._store.set(key, json.dumps(make()))
-        made: T = json.loads(self._store.get(key))
+        made: T = json.loads(interruptible(lambda: self._store.get(key)))
         return made
 
     def run(self, job: Job, observers: Sequence[Observer]) -> int:
@@ -110,5 +105,5 @@ class Worker(Processes):
         self._runs += 1
         # A group must not find the addresses of the one before.
         return run_worker(
-            job, self.meeting, observers, store=PrefixStore(f"run{self._runs}", self._store)
+            job, self.rendezvous, observers, store=PrefixStore(f"run{self._runs}", self._store)
         )

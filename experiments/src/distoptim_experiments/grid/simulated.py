@@ -7,7 +7,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -19,7 +18,7 @@ from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig, compared
 from distoptim_experiments.machines import Machines
 from distoptim_experiments.optimizers import check
-from distoptim_experiments.training.launch import PRELOAD
+from distoptim_experiments.training.launch import PRELOAD, end_with_parent
 from distoptim_experiments.training.virtual import run
 
 
@@ -135,11 +134,4 @@ def _begin() -> None:
     The next call goes on with the same runs, and would meet whoever still writes their records.
     """
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()

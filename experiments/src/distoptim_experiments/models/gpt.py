@@ -78,12 +78,12 @@ class Attention(nn.Module):
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(x).chunk(3, dim=2)
         )
-        mixed = functional.scaled_dot_product_attention(_rotated(q), _rotated(k), v, is_causal=True)
+        mixed = functional.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         y: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return y
 
 
-def _rotated(x: Tensor) -> Tensor:
+def rotated(x: Tensor) -> Tensor:
     """Pairs of features turned by angles that grow with the position, so that q k depends on the
     distance alone.
 

@@ -1,47 +1,65 @@
 """Checkpoints of a run.
 
-One file a rank, in a folder that becomes the latest only when all have written theirs.
+One file a process, in a folder that becomes the latest only when all have written theirs.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from distoptim_experiments.training.world import World
+from distoptim_experiments.training.world import Seat
 
 FOLDER = "checkpoints"
 _LATEST = "latest"
 
 
-def save(folder: Path, *, world: World, step: int, state: dict[str, Any]) -> Path:
-    """Write every rank's state and make it the latest; collective. Killed at any moment, an older
-    one stays.
+def save(
+    folder: Path,
+    *,
+    seat: Seat,
+    step: int,
+    state: dict[str, Any],
+    barrier: Callable[[], object],
+) -> Path:
+    """Write every process's state and make it the latest; collective. Killed at any moment, an
+    older one stays.
 
     Args:
         folder: the run's.
-        world: the workers.
+        seat: this process's.
         step: local steps made; names the checkpoint.
-        state: this rank's; tensors and plain data, readable with torch.load(weights_only=True).
+        state: this process's; tensors and plain data, readable with torch.load(weights_only=True).
+        barrier: waits for all processes.
+
+    Returns: the folder of the checkpoint.
+
+    Raises:
+        ValueError: naming the file that cannot be written.
     """
     target = folder / FOLDER / f"step-{step}"
-    target.mkdir(parents=True, exist_ok=True)
-    whole = {**state, "step": step, "workers": world.workers, "island_size": world.island_size}
-    replace(target / f"rank-{world.rank}.pt", whole)
-    world.barrier()
+    whole = {**state, "step": step, "of": asdict(seat)}
+    _replace(target / f"rank-{seat.rank}.pt", lambda file: torch.save(whole, file))
+    barrier()
     # All write it, since on several machines each has a folder of its own.
-    draft = target.parent / f"{_LATEST}-{world.rank}.draft"
-    draft.write_text(target.name)
-    os.replace(draft, target.parent / _LATEST)
-    world.barrier()
+    name = target.name.encode()
+    _replace(target.parent / _LATEST, lambda file: file.write(name), by=seat.rank)
+    barrier()
     for old in target.parent.glob("step-*"):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def remove(folder: Path) -> None:
+    """Delete a run's checkpoints, if there are any."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
 def exists(folder: Path) -> bool:
@@ -60,22 +78,29 @@ def latest(folder: Path) -> Path:
     return folder / FOLDER / (folder / FOLDER / _LATEST).read_text()
 
 
-def load(folder: Path, *, world: World) -> tuple[dict[str, Any], bool]:
-    """This rank's state of the latest checkpoint, and whether it is really its worker's.
+def load(folder: Path, *, seat: Seat) -> tuple[dict[str, Any], bool]:
+    """This process's state of the latest checkpoint, and whether it is really its worker's.
 
     At another number of workers, those for whom there is no state of their own get one of
     another's; none of them can then go on where it was. At another size of islands ranks get that
     of their worker's first rank.
 
     Raises:
-        ValueError: there is no checkpoint, or its file is damaged.
+        ValueError: there is no checkpoint, its file is damaged, or it is of virtual workers and
+            these are real, or the other way round.
     """
     source = latest(folder)
-    saved = read(source / "rank-0.pt")
-    size = saved.get("island_size", 1)
-    place = world.place if size == world.island_size else 0
-    state = read(source / f"rank-{world.worker % saved['workers'] * size + place}.pt")
-    return state, saved["workers"] == world.workers
+    first = Seat(**read(source / "rank-0.pt")["of"])
+    if first.virtual != seat.virtual:
+        kinds = ("real", "virtual")
+        raise ValueError(
+            f"{folder}: a checkpoint of {kinds[first.virtual]} workers, with which "
+            f"{kinds[seat.virtual]} ones cannot go on"
+        )
+    size = first.island_size
+    part = seat.part if size == seat.island_size else 0
+    state = read(source / f"rank-{seat.worker % first.workers * size + part}.pt")
+    return state, first.workers == seat.workers
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -87,20 +112,38 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:
         # What torch says of it is long, and advises to trust the file.
         raise ValueError(f"{path}: damaged, not a checkpoint") from error
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not {"step", "of"} <= state.keys():
         raise ValueError(f"{path}: damaged, not a checkpoint")
     return state
 
 
-def replace(path: Path, state: dict[str, Any]) -> None:
-    """Save a state; killed or without room on the disk, what was there stays.
+def _replace(path: Path, write: Callable[[IO[bytes]], object], *, by: int = 0) -> None:
+    """Write a file; killed or without room on the disk, what was there stays.
 
     Raises:
         ValueError: naming the file, if it cannot be written.
     """
-    draft = path.with_suffix(".draft")
+    draft = path.with_name(f"{path.name}-{by}.draft")
     try:
-        torch.save(state, draft)
-        os.replace(draft, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") as file:
+            write(file)
+            file.flush()
+            # The name must not be on the disk before the content is.
+            os.fsync(file.fileno())
+        draft.replace(path)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: cannot be written: {error}") from error
+        # On a full disk half a draft takes room that somebody may need.
+        if draft.is_file():
+            draft.unlink(missing_ok=True)
+        raise ValueError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; torch hides that of the system behind its own, a count of bytes."""
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, OSError) and at.strerror:
+            return at.strerror
+        at = at.__context__
+    return str(error).partition("\n")[0]

@@ -11,7 +11,7 @@ from distoptim_experiments.config import RunConfig, compared
 from distoptim_experiments.training.launch import Job, run_local
 from distoptim_experiments.training.loop import Observer
 
-METHODS = ("ddp", "local-sgd", "easgd", "cocod-sgd", "bmuf", "overlap-local-sgd")
+COMPARED = ("ddp", "local-sgd", "easgd", "cocod-sgd", "bmuf", "overlap-local-sgd")
 
 
 def variants(

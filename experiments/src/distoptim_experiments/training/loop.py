@@ -1,114 +1,71 @@
-"""The training loop of both commands.
+"""The training loop: train, evaluate the workers' mean, record, checkpoint, stop.
 
-Train, keep time, evaluate the workers' mean, record, checkpoint, stop.
+It is the same for real and for virtual workers; what differs is theirs, behind `Workers`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distoptim_experiments import records
-from distoptim_experiments.config import RunConfig
-from distoptim_experiments.data import datasets as data
-from distoptim_experiments.data import partition
-from distoptim_experiments.models import registry as models
-from distoptim_experiments.training import checkpoint, islands, methods, slowdown
-from distoptim_experiments.training.world import StopSignals, StopVote, World
+from distoptim_experiments.training import checkpoint
+from distoptim_experiments.training.evaluation import diverged, mean_loss
+from distoptim_experiments.training.workers import Workers
 
 Observer = Callable[[records.Line], None]
 
 
-@dataclass
-class Place:
-    """Where a run is.
-
-    The local step, the losses since the last log line, the seconds of the training steps, and what
-    communication had cost before this process.
-    """
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    before: methods.Costs = field(default_factory=methods.Costs)
-
-
 class Run:
-    """One rank's part of a run; making it and all of its methods are collective.
-
-    The clock of a training step covers everything from fetching the batch to the end of
-    `average()`. Evaluation and checkpoints lie outside of it, between barriers, so that no worker's
-    waiting for them is counted.
+    """One process's part of a run; making it and all of its methods are collective.
 
     Args:
-        config: the run.
-        world: the workers.
+        workers: those that this process holds.
         folder: for record and checkpoints.
         observers: get every line of the record, on rank 0.
         resume: go on from the latest checkpoint in `folder`.
         label: the run's name in tables; default its algorithm.
+        keep_checkpoint: leave one at the end, from which more steps can be made.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or these workers cannot go on from it.
     """
 
     def __init__(
         self,
-        config: RunConfig,
-        world: World,
+        workers: Workers,
         folder: Path,
         *,
-        observers: Sequence[Observer] = (),
+        observers: Iterable[Observer] = (),
         resume: bool = False,
         label: str | None = None,
+        keep_checkpoint: bool = True,
     ) -> None:
-        self.config, self.world, self.folder, self.label = (
-            config,
-            world,
-            folder,
-            label or config.algorithm,
-        )
-        self._data = data.load(
-            config.data,
-            None if config.data_dir is None else Path(config.data_dir),
-            validation=config.validation,
-        )
-        shard = partition.partition(
-            config.partition, self._data.train_labels, workers=world.workers, seed=config.seed
-        )[world.worker]
-        self._batches = data.Batches(
-            self._data.train_images[shard],
-            self._data.train_labels[shard],
-            batch_size=config.batch_size,
-            seed=config.seed + 1 + world.worker,
-            augment=config.augment,
-        )
-        torch.manual_seed(config.seed)
-        self.model = models.build(
-            config.model, self._data.train_images.shape[1:], self._data.classes
-        )
-        self._method = methods.build(self.model, config)
-        self._place = Place()
-        self._score: dict[str, float] = {}
-        self.steps_per_epoch, self.steps = config.length(
-            len(self._data.train_labels), world.workers
-        )
+        self.workers = workers
+        self.folder = folder
+        self.step = 0
+        self._config = config = workers.problem.config
+        self._label = label or config.algorithm
+        self._keep_checkpoint = keep_checkpoint
         self._schedule = config.learning_rate(
-            steps=self.steps, steps_per_epoch=self.steps_per_epoch
+            steps=workers.problem.steps, steps_per_epoch=workers.problem.steps_per_epoch
         )
+        # Since the last line that tells their mean.
+        self._losses: list[float] = []
+        self._score: dict[str, float] = {}
         if resume:
             self._load()
         self._observers = list(observers)
-        if world.rank == 0:
+        self._record: records.RecordWriter | None = None
+        if workers.seat.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self._record = records.RecordWriter(
-                folder / records.FILE, after_step=self._place.step if resume else None
+                folder / records.FILE, after_step=self.step if resume else None
             )
             self._observers.insert(0, self._record.write)
 
-    def train(self, signals: StopSignals) -> int:
+    def train(self) -> int:
         """All steps that are left; returns the signal that stopped them early, after a checkpoint,
         or 0.
 
@@ -116,186 +73,137 @@ class Run:
         parameters.
         """
         self._introduce()
-        vote = StopVote(self.world, signals)
-        self.model.train()
-        self.world.barrier()
+        self.workers.begin()
         try:
-            signum = self._steps(vote)
+            signum = self._steps()
         except FloatingPointError:
             # Raised on all workers at the same step.
             signum = 0
         if not signum:
             self._summarise()
-            # Too late to stop: what is told now is only read, so that nothing stays in flight.
-            vote.close()
+            if not self._keep_checkpoint:
+                checkpoint.remove(self.folder)
         return signum
 
-    def _steps(self, vote: StopVote) -> int:
-        every = self.config.evaluate_every or self.steps_per_epoch
-        save_every = (
-            self.steps_per_epoch
-            if self.config.checkpoint_every is None
-            else self.config.checkpoint_every
-        )
-        first = self._place.step
-        if first >= self.steps:
+    def close(self) -> None:
+        """Leave the communication groups and close the record."""
+        self.workers.close()
+        if self._record is not None:
+            self._record.close()
+
+    def _steps(self) -> int:
+        steps = self.workers.problem.steps
+        every = self._config.evaluate_every or self.workers.problem.steps_per_epoch
+        if self.step >= steps:
             self._evaluate()
-        while self._place.step < self.steps:
-            step_s = self._step()
-            step, loss = self._place.step, self._place.losses[-1]
-            if step % self.config.log_every == 0 or step == self.steps:
+        while self.step < steps:
+            losses = self._one_step()
+            last = self.step == steps
+            if last or self.step % self._config.log_every == 0:
                 self._log()
-            if step % every == 0 or step == self.steps:
+            if last or self.step % every == 0:
                 self._evaluate()
-            signum = vote.verdict(step - first, step_s, methods.goes_on([loss]))
-            if signum or step == self.steps or (save_every and step % save_every == 0):
+            signum = self.workers.verdict(losses)
+            if signum or self._is_checkpoint_due():
                 self._save()
             if signum:
                 return signum
         return 0
 
-    def close(self) -> None:
-        """Leave the communication groups and close the record."""
-        self._method.close()
-        if self.world.rank == 0:
-            self._record.close()
+    def _one_step(self) -> list[float]:
+        """A local step of every worker; returns the losses of those held here."""
+        for optimizer in self.workers.optimizers:
+            self._schedule.set(optimizer, self.step, self._config.peak_lr)
+        losses = list(self.workers.step(self.step))
+        self.step += 1
+        self._losses += losses
+        return losses
 
-    def _step(self) -> float:
-        place = self._place
-        begin = time.perf_counter()
-        self._delay()
-        self._schedule.set(self._method.optimizer, place.step, self.config.peak_lr)
-        loss = self._method.step(*next(self._batches))
-        seconds = time.perf_counter() - begin
-        place.step += 1
-        place.losses.append(loss)
-        place.seconds += seconds
-        return seconds
+    def _is_checkpoint_due(self) -> bool:
+        if self.step == self.workers.problem.steps:
+            return self._keep_checkpoint
+        every = self._config.checkpoint_every
+        if every is None:
+            every = self.workers.problem.steps_per_epoch
+        return every > 0 and self.step % every == 0
 
-    def _delay(self) -> None:
-        config = self.config
-        late_s = slowdown.seconds(
-            config.slowdown,
-            mean_ms=config.slowdown_ms,
-            seed=config.seed,
-            rank=self.world.worker,
-            step=self._place.step,
-        )
-        if late_s:
-            time.sleep(late_s)
-
-    def _costs(self) -> methods.Costs:
-        """Since the start of the run, over all processes that made it."""
-        return self._place.before + self._method.costs()
+    # ---- the lines of the record ------------------------------------------------------------------
 
     def _tell(self, kind: type[records.Line], **values: Any) -> None:
-        if self.world.rank == 0:
-            line = kind(step=self._place.step, **values)
+        if self.workers.seat.rank == 0:
+            line = kind(step=self.step, **values)
             for observer in self._observers:
                 observer(line)
 
     def _introduce(self) -> None:
-        if self._place.step:
-            self._tell(
-                records.Resume,
-                config=self.config,
-                surroundings=records.surroundings(),
-                steps=self.steps,
-            )
+        config = self._config
+        if self.workers.machines is not None:
+            # Results of virtual machines do not depend on where the data lie.
+            config = config.replace(data_dir=None)
+        common = {
+            "config": config,
+            "surroundings": records.surroundings(),
+            "steps": self.workers.problem.steps,
+        }
+        if self.step:
+            self._tell(records.Resume, **common)
         else:
             self._tell(
                 records.Start,
-                label=self.label,
-                config=self.config,
-                surroundings=records.surroundings(),
-                steps=self.steps,
-                steps_per_epoch=self.steps_per_epoch,
-                parameters=sum(p.numel() for p in self.model.parameters()),
+                label=self._label,
+                machines=self.workers.machines,
+                steps_per_epoch=self.workers.problem.steps_per_epoch,
+                parameters=self.workers.parameters,
+                **common,
             )
+
+    def _at(self) -> dict[str, float]:
+        return {
+            "epoch": self.step / self.workers.problem.steps_per_epoch,
+            "seconds": self.workers.seconds(),
+        }
 
     def _log(self) -> None:
-        losses = self._place.losses
-        self._tell(
-            records.Log,
-            epoch=self._place.step / self.steps_per_epoch,
-            seconds=self._place.seconds,
-            loss=methods.mean_loss(losses),
-        )
-        losses.clear()
+        self._tell(records.Log, **self._at(), loss=mean_loss(self._losses))
+        self._losses.clear()
 
     def _evaluate(self) -> None:
-        workers = self.world.gather(methods.worker_accuracy(self.model, self._data))
-        with self._method.averaged():
-            # All ranks of a worker, since FSDP2 gathers parameters from all of them.
-            if self.world.worker == 0:
-                score = {
-                    **methods.score(self.model, self._data),
-                    "worker_accuracy": sum(workers) / len(workers),
-                }
-                self._tell(
-                    records.Evaluation,
-                    epoch=self._place.step / self.steps_per_epoch,
-                    seconds=self._place.seconds,
-                    **score,
-                )
-                self._score = score
-        self.world.barrier()
+        self._score = self.workers.evaluate()
+        self._tell(records.Evaluation, **self._at(), **self._score)
 
     def _summarise(self) -> None:
-        """Seconds are means over the ranks, bytes are each worker's, of all its ranks.
-
-        Syncs and what is told of rounds are rank 0's.
-        """
-        costs = self.world.gather({"seconds": self._place.seconds, **asdict(self._costs())})
-        if self.world.rank == 0:
-            diverged = methods.diverged(
-                self._score, self._data.classes, whole=self._place.step >= self.steps
-            )
+        totals = self.workers.totals()
+        problem = self.workers.problem
+        if self.workers.seat.rank == 0:
+            whole = self.step >= problem.steps
             self._tell(
                 records.Summary,
                 **self._score,
-                diverged=diverged,
-                **{
-                    name: _mean([cost[name] for cost in costs])
-                    for name in ("seconds", "exposed_s", "overhead_s", "hidden_s")
-                },
-                syncs=costs[0]["syncs"],
-                bytes=sum(cost["bytes"] for cost in costs[: self.world.island_size]),
-                **self._method.stats(),
+                diverged=diverged(self._score, problem.data.classes, whole=whole),
+                **totals,
             )
 
+    # ---- checkpoints ------------------------------------------------------------------------------
+
     def _save(self) -> None:
-        place = self._place
+        state = {
+            "losses": self._losses,
+            "score": self._score,
+            "workers": self.workers.state_dict(),
+        }
         path = checkpoint.save(
             self.folder,
-            world=self.world,
-            step=place.step,
-            state={
-                **islands.state_dict(self.model, self._method.optimizer, self.config),
-                "method": self._method.state_dict(),
-                "batches": self._batches.state_dict(),
-                "rng": torch.get_rng_state(),
-                "losses": place.losses,
-                "seconds": place.seconds,
-                "costs": asdict(self._costs()),
-            },
+            seat=self.workers.seat,
+            step=self.step,
+            state=state,
+            barrier=self.workers.barrier,
         )
         self._tell(records.Checkpoint, path=str(path.relative_to(self.folder)))
 
     def _load(self) -> None:
-        state, mine = checkpoint.load(self.folder, world=self.world)
-        islands.load_state_dict(self.model, self._method.optimizer, self.config, state)
-        self._place.step = state["step"]
-        self._place.seconds = state["seconds"]
-        self._place.before = methods.Costs(**state["costs"])
-        torch.set_rng_state(state["rng"])
-        if mine:
-            self._batches.load_state_dict(state["batches"])
-            self._method.load_state_dict(state["method"])
-            self._place.losses = state["losses"]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """None where it is not measured."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
+        state, own = checkpoint.load(self.folder, seat=self.workers.seat)
+        self.workers.load_state_dict(state["workers"], own=own)
+        self.step = state["step"]
+        self._score = state["score"]
+        if own:
+            self._losses = state["losses"]

@@ -1,14 +1,17 @@
 """PowerSGD as a baseline: DistributedDataParallel whose gradients travel as low-rank factors."""
 
-from typing import Any
+import contextlib
+from dataclasses import replace
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from distoptim_experiments.config import RunConfig
-from distoptim_experiments.training.methods import Synchronous, batch_loss
+from distoptim_experiments.config import DTYPES, RunConfig
+from distoptim_experiments.training.methods.base import Costs, Method, batch_loss
+from distoptim_experiments.training.methods.ddp import Synchronous
 
 # The fewest that torch's hook can do with.
 FULL_STEPS = 2
@@ -17,7 +20,8 @@ ONE_BUCKET_MB = 2**40
 REMEMBERED = ("iter", "error_dict", "p_memory_dict", "q_memory_dict")
 
 
-class PowerSGD(Synchronous):
+@final
+class PowerSGD(Method):
     """Synchronous SGD with torch's PowerSGD hook: error feedback, warm start, FULL_STEPS steps
     without compression.
 
@@ -30,10 +34,17 @@ class PowerSGD(Synchronous):
     several up on gloo: it launches the second from threads whose order differs between the workers.
 
     Source: Vogels et al., "PowerSGD", arXiv:1905.13727, algorithms 1 and 2.
+
+    Args:
+        model: what is trained in place.
+        config: the run.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
-        super().__init__(model, config, bucket_cap_mb=ONE_BUCKET_MB)
+        self._model = model
+        self._dtype = DTYPES[config.dtype]
+        self._synchronous = Synchronous(model, config, bucket_cap_mb=ONE_BUCKET_MB)
+        self.optimizer = self._synchronous.optimizer
         self._sent_bytes = 0
         self._arranged = False
         self._state = PowerSGDState(
@@ -42,7 +53,7 @@ class PowerSGD(Synchronous):
             start_powerSGD_iter=FULL_STEPS,
             random_seed=config.seed,
         )
-        self._ddp.register_comm_hook(self._state, self._send)
+        self._synchronous.module.register_comm_hook(self._state, self._send)
 
     def step(self, images: Tensor, labels: Tensor) -> float:
         """As synchronous SGD; the first step of a process is preceded by a backward pass that only
@@ -53,12 +64,13 @@ class PowerSGD(Synchronous):
         be rounded differently.
         """
         if not self._arranged:
+            # In evaluation mode, so that batch norm's statistics do not see the batch twice.
             self._model.eval()
-            batch_loss(self._ddp, images, labels, self._dtype).backward()
+            batch_loss(self._synchronous.module, images, labels, self._dtype).backward()
             self.optimizer.zero_grad()
             self._model.train()
             self._arranged = True
-        return super().step(images, labels)
+        return self._synchronous.step(images, labels)
 
     # DDP wants these very names and types, not as text: hence no `annotations` from __future__
     # here.
@@ -69,7 +81,8 @@ class PowerSGD(Synchronous):
             unsent: torch.futures.Future[Tensor] = torch.futures.Future()
             unsent.set_result(gradient)
             return unsent
-        whole, before = state.iter < FULL_STEPS, state.total_numel_after_compression
+        whole = state.iter < FULL_STEPS
+        before = state.total_numel_after_compression
         if not (bucket.index() == 0 and bucket.is_last()):
             raise RuntimeError(
                 "powersgd: DDP made several buckets of the gradients, where one is wanted"
@@ -79,9 +92,13 @@ class PowerSGD(Synchronous):
         self._sent_bytes += sent * gradient.element_size()
         return future
 
-    def _bytes(self) -> int:
-        """What the hook handed to all-reduce."""
-        return self._sent_bytes
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """As synchronous SGD."""
+        return self._synchronous.averaged()
+
+    def costs(self) -> Costs:
+        """Bytes are what the hook handed to all-reduce."""
+        return replace(self._synchronous.costs(), bytes=self._sent_bytes)
 
     def state_dict(self) -> dict[str, Any]:
         """What the hook remembers: errors, P and Q by bucket, and how many steps were made."""
