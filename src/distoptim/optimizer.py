@@ -324,6 +324,36 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         with evaluation.averaged([self.engine], module):
             yield
 
+    def consolidate(self, module: torch.nn.Module | None = None) -> None:
+        """Parameters become the workers' mean for good: x_i <- mean of x_j, as at the end of a run.
+
+        What is in flight moves the anchor and is no more in flight; a new round begins at this step.
+        Twice changes nothing more. Blocking and collective.
+
+        Args:
+            module: the one that is trained; its statistics become the mean too, as in `averaged`.
+
+        Raises:
+            ValueError: as `averaged`.
+        """
+        evaluation.consolidate(self.engine, module)
+
+    def average_module(self, module: torch.nn.Module) -> None:
+        """The workers' mean of any other module, in place: of a moving average of the weights.
+
+        Parameters, trainable or not, and statistics (batch norm's, and what `distoptim.statistics`
+        declares) are averaged. What is a worker's own is left alone; all else, such as integers and
+        masks, must be equal on all workers. Rounds go on untouched. Blocking and collective.
+
+        Args:
+            module: a copy, such as `torch.optim.swa_utils.AveragedModel`; of equal shapes everywhere.
+
+        Raises:
+            ValueError: this optimizer trains its parameters, or something in it differs that is not
+                averaged; on all workers.
+        """
+        evaluation.average_module(self.engine, module)
+
     def consensus_distance(self) -> float:
         """Root mean square over the workers of |x_i - mean x|, the Euclidean norm.
 

@@ -381,20 +381,42 @@ class Engine(Rounds):
             (tick or self.tick)()
         self._end_join(made)
 
-    @torch.no_grad()
     def _end_join(self, weight: float) -> None:
         """Drop what is in flight of workers that have all run out of data; x <- weighted mean."""
+        # Here the mean comes after what is in flight, which the last steps of others are in.
         self.drain()
-        means = self.means(Kind.JOIN, weight=weight, may_be_empty=True)
+        self.adopt(self.means(Kind.JOIN, weight=weight, may_be_empty=True))
+        self._ended = False
+        self.weights.left_at = None
+        self.resume_at(self.step)
+
+    @torch.no_grad()
+    def adopt(self, means: Sequence[Flat]) -> None:
+        """x <- means of now, for good: what is in flight meets the state alone, and a round begins.
+
+        Args:
+            means: of all fragments, as `means` gives them; one to which nobody added leaves x alone.
+        """
+        self.drain()
         for sync, mean in zip(self.syncs, means, strict=True):
             if mean.tensor[-1]:
                 sync.fragment.write(mean)
             sync.launched = self.step
             sync.samples = self.weights.total
             sync.place(self.step, self.clock.tau)
-        self._ended = False
-        self.weights.left_at = None
-        self.resume_at(self.step)
+        self.plan()
+
+    def meet(self, kind: Kind) -> None:
+        """See that all workers are in the same call.
+
+        Raises:
+            CommunicationError: on all workers, if they are not.
+        """
+        self.reducer.check()
+        self.settle()
+        self.reducer.check()
+        first = self._next_first()[0]
+        self.reducer.meet(first, self._identity(kind, first))
 
     def means(self, kind: Kind, *, weight: float = 1.0, may_be_empty: bool = False) -> list[Flat]:
         """The workers' means of all fragments' values now, in new buffers; blocking and collective.

@@ -13,7 +13,7 @@ from distoptim import module_state
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine.engine import Engine
 from distoptim.engine.identity import Kind
-from distoptim.fragments import build
+from distoptim.fragments import Flat, Fragment, build, unfit
 from distoptim.module_state import Parts
 
 
@@ -33,11 +33,8 @@ def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Itera
         for engine in engines
         for sync, mean in zip(engine.syncs, engine.means(Kind.AVERAGED), strict=True)
     ]
-    _compare(engines, parts)
-    statistics = list(parts.statistics.values())
-    if statistics:
-        for fragment in build(statistics, [0] * len(statistics), [range(len(statistics))]):
-            means.append((fragment, engines[0].mean_of(fragment, Kind.AVERAGED)))
+    statistics, more = _statistics(engines, parts, Kind.AVERAGED)
+    means += more
     # Tensors made in inference mode can be written in it alone.
     mode = any(x.is_inference() for x in statistics)
     with torch.inference_mode(mode), torch.no_grad():
@@ -59,6 +56,65 @@ def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Itera
                 torch._foreach_copy_(fragment.local(), values)
         module_state.recompute_weights(module)
         _reshard(module)
+
+
+@torch.no_grad()
+def consolidate(engine: Engine, module: torch.nn.Module | None) -> None:
+    """The engine's parameters, and the module's statistics, become the workers' mean for good.
+
+    Raises:
+        ValueError: as `averaged`.
+    """
+    engine.check_local()
+    parts = _parts([engine], module)
+    means = engine.means(Kind.CONSOLIDATE)
+    statistics, more = _statistics([engine], parts, Kind.CONSOLIDATE)
+    engine.adopt(means)
+    with torch.inference_mode(any(x.is_inference() for x in statistics)), torch.no_grad():
+        for fragment, mean in more:
+            fragment.write(mean)
+    module_state.recompute_weights(module)
+    _reshard(module)
+
+
+@torch.no_grad()
+def average_module(engine: Engine, module: torch.nn.Module) -> None:
+    """A module that the engine does not train becomes the workers' mean, in place.
+
+    Raises:
+        ValueError: the engine trains it, or something in it differs between workers that is neither a
+            parameter nor a statistic nor a worker's own.
+    """
+    own = {id(p) for p in _params([engine])}
+    kind = type(module).__name__
+    if any(id(p) in own for p in module.parameters()):
+        raise ValueError(
+            f"average_module({kind}): it has parameters that this optimizer trains; allowed is a copy, "
+            "such as a moving average of the weights. For the module that is trained there are "
+            "averaged(module) and consolidate(module)"
+        )
+    parts = module_state.parts_of([module], own)
+    params = {n: p for n, p in module.named_parameters() if not unfit(p)}
+    averaged_too = {n: t for n, t in {**parts.equal, **parts.trained}.items() if n in params}
+    equal = {n: t for n, t in parts.equal.items() if n not in params}
+    parts = Parts({**parts.statistics, **averaged_too}, equal)
+    engine.meet(Kind.MODULE)
+    _, means = _statistics([engine], parts, Kind.MODULE)
+    for fragment, mean in means:
+        fragment.write(mean)
+    module_state.recompute_weights(module)
+
+
+def _statistics(
+    engines: Sequence[Engine], parts: Parts, kind: Kind
+) -> tuple[list[Tensor], list[tuple[Fragment, Flat]]]:
+    """What of a module is averaged beside the parameters, and its means; collective."""
+    _compare(engines, parts, kind)
+    tensors = list(parts.statistics.values())
+    if not tensors:
+        return [], []
+    fragments = build(tensors, [0] * len(tensors), [range(len(tensors))])
+    return tensors, [(fragment, engines[0].mean_of(fragment, kind)) for fragment in fragments]
 
 
 def _params(engines: Sequence[Engine]) -> list[Tensor]:
@@ -90,20 +146,21 @@ def _parts(engines: Sequence[Engine], module: torch.nn.Module | None) -> Parts:
     return parts
 
 
-def _compare(engines: Sequence[Engine], parts: Parts) -> None:
+def _compare(engines: Sequence[Engine], parts: Parts, kind: Kind) -> None:
     """Whether what is to be equal is, and statistics have equal shapes; collective."""
     communicator = engines[0].communicator
     if communicator.size == 1 or not (parts.statistics or parts.equal):
         return
+    call = kind.call
     own = {name: module_state.look(t) for name, t in parts.statistics.items()}
     own |= {name: module_state.digest(t) for name, t in parts.equal.items()}
     # Ranks that are one worker find the same difference, or one would go on alone.
-    ranks = WorkerMesh(_params(engines)).all_gather_json(own, what="averaged()")
-    everybody = communicator.all_gather_json(ranks, what="averaged()")
+    ranks = WorkerMesh(_params(engines)).all_gather_json(own, what=call)
+    everybody = communicator.all_gather_json(ranks, what=call)
     found = module_state.differences(cast("list[list[dict[str, str]]]", everybody))
     for name, rank in found.items():
         raise ValueError(
-            f"averaged(): {name!r} differs between rank 0 and rank {rank}, and is neither a statistic "
+            f"{call}: {name!r} differs between rank 0 and rank {rank}, and is neither a statistic "
             "nor a worker's own. Make it equal at the start with module=model in the optimizer's "
             f"constructor, or say what it is: distoptim.statistics(model, {name!r}) to average it, "
             f"distoptim.local(model, {name!r}) to leave it alone"

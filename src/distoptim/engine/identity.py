@@ -31,14 +31,21 @@ class Kind(IntEnum):
     AVERAGED = 3
     CONSENSUS = 4
     JOIN = 5
+    CONSOLIDATE = 6
+    MODULE = 7
 
-
-_CALLS = {
-    Kind.FLUSH: "flush()",
-    Kind.AVERAGED: "averaged()",
-    Kind.CONSENSUS: "consensus_distance()",
-    Kind.JOIN: "the end of join()",
-}
+    @property
+    def call(self) -> str:
+        """What users write."""
+        return {
+            Kind.ROUND: "average()",
+            Kind.FLUSH: "flush()",
+            Kind.AVERAGED: "averaged()",
+            Kind.CONSENSUS: "consensus_distance()",
+            Kind.JOIN: "the end of join()",
+            Kind.CONSOLIDATE: "consolidate()",
+            Kind.MODULE: "average_module()",
+        }[self]
 
 
 @final
@@ -57,8 +64,8 @@ class Identity:
 
     def __str__(self) -> str:
         """As messages to people say it."""
-        call = _CALLS.get(self.kind, f"average(), the mean of fragment {self.fragment},")
-        return f"{call} at local step {self.step}"
+        which = f", the mean of fragment {self.fragment}," if self.kind is Kind.ROUND else ""
+        return f"{self.kind.call}{which} at local step {self.step}"
 
 
 def identify(kind: Kind, fragment: int, message: int, step: int) -> Identity:
