@@ -12,6 +12,7 @@ from torch import Tensor
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine import checkpoint, evaluation, membership, saved
 from distoptim.engine.clock import Clock
+from distoptim.engine.copies import Copies
 from distoptim.engine.engine import Engine, Inner, Rounds, tick_together
 from distoptim.engine.hierarchy import Hierarchy, check_levels, connect_levels
 from distoptim.fragments import Watch, build, names, partition, trainable
@@ -193,6 +194,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         settings = self._settings
         fragments = build(*self._members, self._parts)
         inner = Inner(self.inner, reset_at_merge=settings.reset_inner)
+        self._copies = Copies(self.inner)
         self.engine = Engine(
             fragments,
             self._rule,
@@ -217,7 +219,9 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         args = () if closure is None else (closure,)
         for pre in self._optimizer_step_pre_hooks.values():
             pre(self, args, {})
+        self._copies.follow()
         loss = self._inner_step(closure)
+        self._copies.look()
         for post in self._optimizer_step_post_hooks.values():
             post(self, args, {})
         if self._settings.average_in_step:
@@ -321,7 +325,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             ValueError: on all workers, naming what of the module differs, or is trained by another
                 optimizer (see `distoptim.averaged`).
         """
-        with evaluation.averaged([self.engine], module):
+        with self._copies.untouched(), evaluation.averaged([self.engine], module):
             yield
 
     def consolidate(self, module: torch.nn.Module | None = None) -> None:
@@ -426,6 +430,8 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         elif refusal is not None:
             raise refusal
         self.inner.load_state_dict(state)
+        # Before the rounds may move x.
+        self._copies.restore(state)
         if ours is not None:
             self._rounds.load_state_dict(ours)
         else:
@@ -479,6 +485,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "_levels",
             "_overwritten",
         ]
+        self._copies.follow()
         kept = {name: self.__dict__[name] for name in keep}
         return {**kept, "saved": checkpoint.save(self._rounds)}
 
@@ -489,6 +496,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         self.__dict__.update(state)
         self._watch = Watch(self.inner, self._members[0], self._settings.modules)
         self._build()
+        self._copies.look()
         self._rounds.load_state_dict(rounds)
 
     # ---- what stays the inner optimizer's ---------------------------------------------------------
