@@ -80,7 +80,8 @@ def _digits(data_dir: Path | None) -> Dataset:
     images = torch.from_numpy(digits.images).float().unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    test, train = order[: len(order) // 5], order[len(order) // 5 :]
+    test = order[: len(order) // 5]
+    train = order[len(order) // 5 :]
     return _standardised(images[train], labels[train], images[test], labels[test])
 
 
@@ -114,7 +115,8 @@ def _standardised(
         if not images.numel():
             raise ValueError(f"the {name} images are {list(images.shape)}: allowed is at least one")
     if train_images.shape[1] == 1:
-        mean, std = train_images.mean(), train_images.std()
+        mean = train_images.mean()
+        std = train_images.std()
     else:
         std, mean = torch.std_mean(train_images, dim=(0, 2, 3), keepdim=True)
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
@@ -175,7 +177,9 @@ class Batches:
     def __init__(
         self, images: Tensor, labels: Tensor, *, batch_size: int, seed: int, augment: bool = False
     ) -> None:
-        self._images, self._labels, self._batch_size = images, labels, batch_size
+        self._images = images
+        self._labels = labels
+        self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(seed)
         self._augment = torch.Generator().manual_seed(seed) if augment else None
         self._position = 0

@@ -51,7 +51,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attention, self.perceptron = Attention(width, heads), Perceptron(width)
+        self.attention = Attention(width, heads)
+        self.perceptron = Perceptron(width)
         self.norms = nn.ModuleList(nn.LayerNorm(width, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,10 +68,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv, self.out = (
-            nn.Linear(width, 3 * width, bias=False),
-            nn.Linear(width, width, bias=False),
-        )
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the same shape as x."""
@@ -91,10 +90,12 @@ def rotated(x: Tensor) -> Tensor:
     look beyond the last
     byte. Source: Su et al. 2021 (arXiv 2104.09864).
     """
-    positions, pairs = x.shape[-2], x.shape[-1] // 2
+    positions = x.shape[-2]
+    pairs = x.shape[-1] // 2
     speeds = 10000.0 ** (-torch.arange(pairs, device=x.device) / pairs)
     angles = torch.arange(positions, device=x.device).unsqueeze(1) * speeds
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos = angles.cos().to(x.dtype)
+    sin = angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -104,10 +105,8 @@ class Perceptron(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden, self.out = (
-            nn.Linear(width, 4 * width, bias=False),
-            nn.Linear(4 * width, width, bias=False),
-        )
+        self.hidden = nn.Linear(width, 4 * width, bias=False)
+        self.out = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the same shape as x."""

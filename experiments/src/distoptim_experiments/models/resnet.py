@@ -18,7 +18,8 @@ def resnet18(image: Size, classes: int) -> nn.Module:
         image: channels, height, width.
         classes: how many outputs.
     """
-    widths, strides = (64, 64, 128, 256, 512), (1, 2, 2, 2)
+    widths = (64, 64, 128, 256, 512)
+    strides = (1, 2, 2, 2)
     blocks = [
         block
         for (inputs, outputs), stride in zip(pairwise(widths), strides, strict=True)
@@ -72,7 +73,8 @@ def wrn28_10(image: Size, classes: int) -> nn.Module:
         image: channels, height, width.
         classes: how many outputs.
     """
-    widths, strides = (16, 160, 320, 640), (1, 2, 2)
+    widths = (16, 160, 320, 640)
+    strides = (1, 2, 2)
     blocks = [
         _Wide(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1)
         for (inputs, outputs), stride in zip(pairwise(widths), strides, strict=True)

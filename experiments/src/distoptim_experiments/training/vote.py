@@ -20,7 +20,8 @@ class StopVote:
     """
 
     def __init__(self, world: World, signals: StopSignals) -> None:
-        self._world, self._signals = world, signals
+        self._world = world
+        self._signals = signals
         self._due = 1
         self._ballot: torch.Tensor | None = None
         self._work: Any = None
