@@ -13,12 +13,6 @@ import distoptim
 from distoptim.testing.processes import run
 from tests.helpers import house
 
-
-def until(step):
-    """What the rebuild has still to mend, and which of its steps does."""
-    return pytest.mark.xfail(strict=True, reason=step)
-
-
 # These need more than torch, or the library's public names.
 ABOVE = ("distoptim.__main__", "distoptim.cli", "distoptim.integrations", "distoptim.testing")
 
@@ -52,14 +46,7 @@ def test_functions_fit_a_screen(package):
     assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
 
 
-@pytest.mark.parametrize(
-    "package",
-    [
-        house.LIBRARY,
-        pytest.param(house.EXPERIMENTS, marks=until("experiments: one statement a line")),
-    ],
-    ids=lambda p: p.name,
-)
+@pytest.mark.parametrize("package", [house.LIBRARY, house.EXPERIMENTS], ids=lambda p: p.name)
 def test_a_line_holds_one_statement(package):
     assert house.packed_per_1000_lines(package) <= 2
 
