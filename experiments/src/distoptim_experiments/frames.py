@@ -168,11 +168,11 @@ def _recorded(folder: Path) -> tuple[dict[str, Record], list[str]]:
     for place in records.folders(folder):
         name = place.relative_to(folder).as_posix()
         try:
-            record = records.read(place) if records.file(place).exists() else None
+            record = records.read(place)
         except ValueError as error:
             damaged.append(f"damaged, left out: {str(error).replace(f'{folder}/', '')}")
             continue
-        if record is None or record.summary is None:
+        if record.summary is None:
             unfinished.append(name)
         else:
             found[name] = record

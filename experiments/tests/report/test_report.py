@@ -42,8 +42,7 @@ def made(tmp_path_factory):
     for lr, accuracy in ((0.03, 0.7), (0.1, 0.8), (0.3, 0.75)):
         put(folder / "trials", f"t{lr}", lines(lr=lr, accuracy=accuracy))
     put(folder / "final", "cut-short", lines()[:-1])
-    (folder / "final" / "on-its-way").mkdir()
-    (folder / "final" / "on-its-way" / "record.jsonl.draft").write_text("")
+    put(folder / "final", "on-its-way", lines()[:1])
     put(folder / "final", "broken", lines()).write_text('{"kind": "start"\n{}\n')
     out = folder / "out"
     return [path.read_text() for path in report.write(read(folder), out)], out
