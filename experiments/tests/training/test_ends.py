@@ -145,3 +145,19 @@ def answered(host, port):
     with contextlib.suppress(ConnectionRefusedError):
         return socket.create_connection((host, port))
     return None
+
+
+def test_a_long_folder_for_temporary_files_is_named_in_one_line(tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    done = subprocess.run(
+        [*TRAIN, "--steps", "1", "--folder", str(tmp_path / "run")],
+        env={**os.environ, "TMPDIR": str(long)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    # Later versions of Python put the socket elsewhere.
+    if done.returncode:
+        assert re.fullmatch(rf"Error: TMPDIR={long}: too long .*\n", done.stderr)
