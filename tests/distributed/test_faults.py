@@ -48,7 +48,7 @@ def _survive(rank, victim, signal_number, name, timeout_s):
 
 def _resume(rank, name, files):
     saved = torch.load(io.BytesIO(files[rank]), weights_only=True)
-    params = [torch.nn.Parameter(p) for p in saved["model"]]
+    params = [torch.nn.Parameter(torch.zeros_like(p)) for p in saved["model"]]
     optimizer = build(name, params)
     with torch.no_grad():
         torch._foreach_copy_(params, saved["model"])
