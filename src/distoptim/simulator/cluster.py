@@ -5,9 +5,11 @@ The same optimizers and engine, another communicator and clock.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -90,8 +92,19 @@ class Cluster:
             for rank in ranks:
                 self.fabric.clocks[rank] += self._compute.seconds(rank, self.steps)
         self.steps += 1
-        average_together(self.optimizers, losses=losses)
+        with self._expected():
+            average_together(self.optimizers, losses=losses)
         return losses
+
+    @contextlib.contextmanager
+    def _expected(self) -> Iterator[None]:
+        """With equal gradients all workers compute the same, which is no reason for a warning."""
+        if not self._synchronous:
+            yield
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="all workers have sent equal parameters")
+            yield
 
     def mean_model(self) -> torch.nn.Module:
         """A copy of worker 0's model with the mean parameters and statistics; takes no time.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -111,3 +113,22 @@ def test_many_workers_cost_memory_in_proportion():
         return sum(view.buffer.nbytes + view.anchor.nbytes for view in views)
 
     assert held(64) == 16 * held(4)
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_only_workers_that_were_meant_to_differ_are_told_that_they_do_not(synchronous):
+    workers = Cluster(
+        workers=2,
+        model=model,
+        optimizer=lambda params, **options: ALGORITHMS["local-sgd"](
+            params, tau=1, lr=0.01, **options
+        ),
+        threads=1,
+        synchronous=synchronous,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(10):
+            workers.step(lambda model, rank: sum(p.square().sum() for p in model.parameters()))
+    told = [w for w in caught if "all workers have sent equal parameters" in str(w.message)]
+    assert bool(told) == (not synchronous)
