@@ -89,6 +89,10 @@ class Saved:
             self.refuse("a text")
         return self.value
 
+    def parameter(self) -> int | str:
+        """What stands for a parameter: a number, or a name, as in torch.distributed.checkpoint."""
+        return self.text() if isinstance(self.value, str) else self.integer(0)
+
     def tensor(self, like: Tensor | None = None) -> None:
         """A tensor; of the shape and dtype of another."""
         found = self.value
@@ -265,19 +269,21 @@ def check_inner(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> N
         return
     saved = Saved(dict(state), "state_dict")
     groups = saved["param_groups"].parts(len(optimizer.param_groups))
-    ids = []
+    ids: list[int | str] = []
     for mine, group in zip(optimizer.param_groups, groups, strict=True):
-        ids += [p.integer(0) for p in group["params"].parts(len(mine["params"]))]
+        ids += [p.parameter() for p in group["params"].parts(len(mine["params"]))]
         for name, value in mine.items():
             # What else there is is others', as a scheduler's initial_lr.
             if name in optimizer.defaults:
                 _check_hyperparameter(value, name, group)
     if len(set(ids)) != len(ids):
         saved["param_groups"].refuse("groups in which each parameter is once")
-    memory = {key: value for key, value in saved["state"].items() if not isinstance(key, str)}
-    for key, value in memory.items():
-        if key not in ids:
-            value.refuse(f"nothing: parameters are {min(ids)} to {max(ids)}")
+    memory = {}
+    for key, value in saved["state"].items():
+        if key in ids:
+            memory[key] = value
+        elif not isinstance(key, str):
+            value.refuse(f"nothing: parameters are {_short(ids)}")
     # Saved numbers stand for this optimizer's parameters in the order of the groups.
     places = {key: place for place, key in enumerate(ids)}
     _check_memory(
