@@ -124,6 +124,20 @@ def _another_tau(rank):
     _made(_model(), tau=2 + rank)
 
 
+def _refused(rank):
+    _made(_model(), tau=2 if rank == 0 else 0)
+
+
+def _nobody_is_finite(rank):
+    module = _model()
+    optimizer = _made(module, tau=1)
+    with torch.no_grad():
+        next(module.parameters()).fill_(float("nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.average()
+
+
 def _damaged(rank):
     module = _model()
     optimizer = _made(module)
@@ -152,6 +166,8 @@ FAULTS: list[Callable[[int], object]] = [
     _meta,
     _equal_workers,
     _alone_in_a_call,
+    _refused,
+    _nobody_is_finite,
     _another_tau,
     _damaged,
     _another_algorithm,
@@ -166,7 +182,7 @@ def _texts(rank: int) -> dict[str, str]:
 def _told(fault: Callable[[int], object], rank: int) -> str:
     try:
         fault(rank)
-    except (ValueError, distoptim.CommunicationError, RuntimeWarning) as error:
+    except (ValueError, ArithmeticError, distoptim.CommunicationError, RuntimeWarning) as error:
         return str(error)
     return ""
 
