@@ -513,6 +513,25 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
                 "the parameters of a distoptim optimizer are fixed at construction; make a new one"
             )
 
+    def train(self) -> None:
+        """Tell the inner optimizer that training goes on; for those that have train(), else nothing.
+
+        Schedule-free ones put the weights in the parameters at which gradients are taken.
+        """
+        self._tell("train")
+
+    def eval(self) -> None:
+        """Tell the inner optimizer that parameters are evaluated; for those that have eval().
+
+        Within, `averaged()` is the mean of the weights to be evaluated.
+        """
+        self._tell("eval")
+
+    def _tell(self, mode: str) -> None:
+        tell = getattr(self.inner, mode, None)
+        if callable(tell):
+            tell()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients."""
         self.inner.zero_grad(set_to_none)

@@ -501,6 +501,31 @@ def test_one_worker_works_and_warns_once():
     torch.testing.assert_close(params[0].detach(), torch.full((2,), 0.5))
 
 
+class TwoSets(torch.optim.SGD):
+    """Keeps other weights for evaluation than for training, as schedule-free optimizers do."""
+
+    def train(self):
+        self.param_groups[0]["params"][0].data.sub_(10)
+
+    def eval(self):
+        self.param_groups[0]["params"][0].data.add_(10)
+
+
+def test_the_inner_optimizer_hears_of_training_and_evaluation():
+    params = parameters(2)
+    optimizer = alone(LocalSGD, TwoSets(params, lr=0.1), tau=2)
+    train(optimizer, params, 3)
+    before = params[0].detach().clone()
+    optimizer.eval()
+    with optimizer.averaged():
+        torch.testing.assert_close(params[0].detach(), before + 10)
+    optimizer.train()
+    torch.testing.assert_close(params[0].detach(), before)
+    plain = alone(LocalSGD, parameters(2), tau=2)
+    plain.eval()
+    plain.train()
+
+
 def test_closed():
     params = parameters(2)
     optimizer = alone(LocalSGD, params, tau=2)
