@@ -139,7 +139,8 @@ def test_digests_are_equal_for_equal_tensors_of_any_kind_and_differ_otherwise():
 
 
 def test_differences_come_in_the_order_of_names_with_the_first_rank():
-    a, b = {"x": "1", "y": "1", "z": "1"}, {"x": "1", "y": "2", "z": "1"}
+    a = {"x": "1", "y": "1", "z": "1"}
+    b = {"x": "1", "y": "2", "z": "1"}
     assert differences([[a], [a], [b]]) == {"y": 2}
     # A worker of two ranks, of which one shard differs; and a part that one does not have.
     assert differences([[a, a], [a, {"y": "1", "z": "0"}]]) == {"x": 1, "z": 1}

@@ -142,7 +142,8 @@ class Meeting:
     """A place where everybody reads what anybody has written."""
 
     def __init__(self, rank, store):
-        self.rank, self._store = rank, store
+        self.rank = rank
+        self._store = store
 
     def connect(self, timeout_s):
         return self._store

@@ -46,8 +46,7 @@ class Communicator(ABC):
         """The clock of this worker, in seconds; by default time.perf_counter()."""
         return time.perf_counter()
 
-    # Not abstract, since most have nothing to do.
-    def begin_round(self, due_in_s: float = 0.0) -> None:  # noqa: B027
+    def begin_round(self, due_in_s: float = 0.0) -> None:  # noqa: B027  # most have nothing to do
         """Settle who takes part in the mean that comes next; by default the same workers as before.
 
         Args:

@@ -345,6 +345,12 @@ class Engine(Rounds):
             if sync.pending is not None:
                 self._merge(sync)
 
+    def _settle_now(self) -> None:
+        """Wait for what is in flight; a failure is raised here, before anything more is sent."""
+        self.reducer.check()
+        self.settle()
+        self.reducer.check()
+
     def settle(self) -> None:
         """Wait for what is in flight without merging it; a failure comes up at the next step."""
         self.reducer.settle(list(self._in_flight))
@@ -412,9 +418,7 @@ class Engine(Rounds):
         Raises:
             CommunicationError: on all workers, if they are not.
         """
-        self.reducer.check()
-        self.settle()
-        self.reducer.check()
+        self._settle_now()
         first = self._next_first()[0]
         self.reducer.meet(first, self._identity(kind, first))
 
@@ -428,13 +432,12 @@ class Engine(Rounds):
             CommunicationError: on all workers, if they are not all here.
         """
         self.watch.check()
-        self.reducer.check()
-        self.settle()
-        self.reducer.check()
         order = self._next_first()
-        if order[0].compressed is not None:
+        if order[0].compressed is None:
+            self._settle_now()
+        else:
             # These means come uncoded; to begin with, one of the form that others would send.
-            self.reducer.meet(order[0], self._identity(kind, order[0]))
+            self.meet(kind)
         found = {
             sync.index: self.reducer.mean_of(
                 sync.fragment,

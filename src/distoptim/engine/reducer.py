@@ -122,6 +122,7 @@ class Reducer:
             buffer.mul_(weight)
         # Last, since it carries no weight.
         buffer[-1 - SIZE : -1] = identity.code
+        # As `_send`, written out on the path of every round.
         self.messages += 1
         try:
             if sync.compressed is not None:
@@ -171,7 +172,8 @@ class Reducer:
         if weight != 1:
             flat.tensor.mul_(weight)
         name = "all parameters"
-        handle = self._send(flat.tensor, identity, name)
+        flat.tensor[-1 - SIZE : -1] = identity.code
+        handle = self._send(self.communicator.all_reduce, flat.tensor, name)
         self._wait(handle, name, identity)
         _normalise(flat.tensor, handle, name, may_be_empty)
         return flat
@@ -192,17 +194,14 @@ class Reducer:
         if self.communicator.in_lockstep:
             return
         self.check()
-        tail = torch.zeros_like(sync.buffer.tensor[sync.fragment.numel :])
+        empty = torch.zeros_like(sync.buffer.tensor)
+        empty[-1 - SIZE : -1] = identity.code
         name = str(identity)
         if sync.compressed is None:
-            handle = self._send(torch.zeros_like(sync.buffer.tensor), identity, name)
+            handle = self._send(self.communicator.all_reduce, empty, name)
         else:
-            tail[-1 - SIZE : -1] = identity.code
-            self.messages += 1
-            try:
-                handle = sync.compressed.start_empty(tail)
-            except RuntimeError as error:
-                self._fail(name, 0.0, error)
+            tail = empty[sync.fragment.numel :]
+            handle = self._send(sync.compressed.start_empty, tail, name)
         self._wait(handle, name, identity)
 
     def settle(self, syncs: Iterable[FragmentSync]) -> None:
@@ -224,11 +223,10 @@ class Reducer:
         self.communicator.close()
         self.failure = self.failure or CommunicationError("the optimizer has been closed")
 
-    def _send(self, buffer: Tensor, identity: Identity, name: str) -> Handle:
-        buffer[-1 - SIZE : -1] = identity.code
+    def _send(self, launch: Callable[[Tensor], Handle], message: Tensor, name: str) -> Handle:
         self.messages += 1
         try:
-            return self.communicator.all_reduce(buffer)
+            return launch(message)
         except RuntimeError as error:
             self._fail(name, 0.0, error)
 
