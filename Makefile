@@ -5,7 +5,7 @@ PYTHON ?= python3
 # The CPU build, without gigabytes of CUDA packages. Where this index cannot be reached, pip goes on without it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint pytest tables package bench clean
+.PHONY: demo test lint pytest chaos tables package bench clean
 
 $(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ lint: $(VENV)/installed
 
 pytest: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What takes real processes many seconds: more faults, more seeds, more ranks than `make test` has.
+chaos: $(VENV)/installed
+	$(BIN)/python -m pytest -m soak
 
 # The tables that pages take from the CSV files in results/; sentences that differ are named.
 tables: $(VENV)/installed

@@ -118,33 +118,49 @@ def _two_levels(rank):
     return out
 
 
+class _Samples:
+    """What the workers of the plain loop weigh."""
+
+    def __init__(self, name):
+        self._counted = name in BY_SAMPLES
+        self._made = torch.zeros(4, dtype=torch.float64)
+        self._at = {"pair": 0.0, "all": 0.0}
+
+    def take(self, step):
+        self._made += torch.tensor([_samples(rank, step) for rank in range(4)])
+
+    def weights(self, who):
+        """Samples since the last mean; equal ones where workers do not say how many."""
+        since = self._made - self._at[who]
+        self._at[who] = self._made.clone()
+        return (since if self._counted else torch.ones_like(since))[:, None]
+
+
+def _pairs_mean(x, weight):
+    total = (weight * x).view(2, 2, 4).sum(1) / weight.view(2, 2, 1).sum(1)
+    return total[:, None].expand(2, 2, 4).reshape(4, 4)
+
+
 def _reference(name, launches, means):
     """[steps, workers, dimension] of the same, by a plain loop.
 
     Z, v, sent are those of the algorithms' equations.
     """
-    x, c = (
-        torch.zeros(4, 4, dtype=torch.float64),
-        torch.tensor([0.0, 1, 10, 11], dtype=torch.float64),
-    )
+    x = torch.zeros(4, 4, dtype=torch.float64)
+    c = torch.tensor([0.0, 1, 10, 11], dtype=torch.float64)
     c = c + torch.arange(4, dtype=torch.float64)[:, None]
-    made, at = torch.zeros(4, dtype=torch.float64), {"pair": 0.0, "all": 0.0}
-
-    def weights(who):
-        """Samples since the last mean; equal ones where workers do not say how many."""
-        since, at[who] = made - at[who], made.clone()
-        return (since if name in BY_SAMPLES else torch.ones_like(since))[:, None]
-
-    sent, z, v, out = x.clone(), x[0].clone(), torch.zeros(4, dtype=torch.float64), []
+    samples = _Samples(name)
+    sent = x.clone()
+    z = x[0].clone()
+    v = torch.zeros(4, dtype=torch.float64)
+    out = []
     momentum = torch.zeros_like(x)
     for step in range(1, STEPS + 1):
-        made += torch.tensor([_samples(rank, step) for rank in range(4)])
+        samples.take(step)
         momentum = 0.9 * momentum + (x - c) if name == "reset" else x - c
         x = x - 0.1 * momentum
         if step in means:
-            weight = weights("pair")
-            total = (weight * x).view(2, 2, 4).sum(1) / weight.view(2, 2, 1).sum(1)
-            x = total[:, None].expand(2, 2, 4).reshape(4, 4)
+            x = _pairs_mean(x, samples.weights("pair"))
         if name == "carry" and step - 1 in launches:
             v = 0.5 * v + sent.mean(0) - z
             z = z + v
@@ -157,14 +173,12 @@ def _reference(name, launches, means):
                     v = 0.7 * v + z - sent.mean(0)
                     z = z - v
                     x = 0.4 * x + 0.6 * z
-                case "carry":
-                    pass
-                case _:
-                    weight = weights("all")
+                case other if other != "carry":
+                    weight = samples.weights("all")
                     x = ((weight * x).sum(0) / weight.sum()).expand(4, 4)
                     momentum = torch.zeros_like(x)
                     if name == "post-local" and step <= 3:
-                        weights("pair")
+                        samples.weights("pair")
             sent = x.clone()
         out.append(x)
     return torch.stack(out)

@@ -342,8 +342,8 @@ def test_link_times():
     assert Link(0.0, math.inf).all_reduce_s(10**9, 8) == 0
 
 
-def _collectives(rank):
-    size = dist.get_world_size()
+def _plain(rank):
+    """What they are for."""
     out = {}
     for op in ("SUM", "MAX", "PRODUCT"):
         x = torch.arange(3.0) + rank + 1
@@ -351,7 +351,11 @@ def _collectives(rank):
         out[op] = x
     out["broadcast"] = torch.full((2,), float(rank))
     dist.broadcast(out["broadcast"], src=1)
-    # Small collectives beside one that is under way, on the same group.
+    return out
+
+
+def _beside(rank, size):
+    """Small collectives beside one that is under way, on the same group."""
     emulate(latency_s=0.02, bandwidth_gbit_s=1.0)
     x = torch.full((1000,), float(rank))
     start = time.monotonic()
@@ -361,10 +365,13 @@ def _collectives(rank):
     dist.all_gather_object(gathered, rank)
     dist.barrier()
     work.wait()
-    out["slow"] = under_way, time.monotonic() - start, float(x[0]), gathered
+    return under_way, time.monotonic() - start, float(x[0]), gathered
+
+
+def _mixed(rank, size):
+    """Also when every worker is at another place while the link is at work."""
     emulate(latency_s=0.0005, bandwidth_gbit_s=10.0)
-    # Also when every worker is at another place while the link is at work.
-    out["mixed"] = []
+    out = []
     pauses = random.Random(rank)
     for _ in range(20):
         x = torch.full((1000,), float(rank))
@@ -375,12 +382,16 @@ def _collectives(rank):
             everybody := [torch.zeros(1) for _ in range(size)], torch.tensor([float(rank)])
         )
         work.wait()
-        out["mixed"].append((float(x[0]), [float(y) for y in everybody]))
+        out.append((float(x[0]), [float(y) for y in everybody]))
     # Tensors that gloo's thread frees, for which it needs the interpreter, while the next
     # collective starts.
     for _ in range(500):
         dist.all_gather([torch.zeros(1)[:] for _ in range(size)], torch.ones(1)[:])
-    # Rows for everybody, over two groups, in another order on each rank.
+    return out
+
+
+def _crossed(rank, size):
+    """Rows for everybody, over two groups, in another order on each rank."""
     groups = [dist.new_group() for _ in range(2)]
     emulate(latency_s=0.02, bandwidth_gbit_s=1.0)
     got = [torch.zeros(size, 1000) for _ in groups]
@@ -393,9 +404,17 @@ def _collectives(rank):
     ]
     for work in works:
         work.wait()
-    out["crossed"] = time.monotonic() - start, [rows.mean(1).tolist() for rows in got]
+    return time.monotonic() - start, [rows.mean(1).tolist() for rows in got]
+
+
+def _collectives(rank):
+    size = dist.get_world_size()
+    out = _plain(rank)
+    out["slow"] = _beside(rank, size)
+    out["mixed"] = _mixed(rank, size)
+    out["crossed"] = _crossed(rank, size)
     emulate(latency_s=0.0, bandwidth_gbit_s=1000.0)
-    pair = dist.new_group([0, 1]) if size > 1 else None
+    pair = dist.new_group([0, 1])
     if rank < 2:
         y = torch.ones(1)
         dist.all_reduce(y, group=pair)

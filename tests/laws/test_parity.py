@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -24,48 +26,42 @@ CASES = [
 ]
 
 
+# The algorithm of a reference's name, and its options by the letters in the key.
+METHODS = {
+    "LocalSGD": (LocalSGD, {"gmf": "g"}),
+    "OverlapLocalSGD": (OverlapLocalSGD, {"alpha": "a", "gmf": "g"}),
+    "CoCoDSGD": (CoCoDSGD, {}),
+    "EASGD": (EASGD, {"alpha": "a"}),
+    "EASGDblock": (partial(EASGD, delay=0), {"alpha": "a"}),
+    "BMUF-CBM": (BMUF, {"block_momentum": "g", "block_lr": "zeta="}),
+    "BMUF-NBM": (
+        partial(BMUF, nesterov_block=True),
+        {"block_momentum": "g", "block_lr": "zeta="},
+    ),
+    "SlowMo": (SlowMo, {"slow_momentum": "g", "slow_lr": "slow_lr="}),
+}
+
+
 def build(key, params, **options):
     """The optimizer of a reference key."""
     _, method, *parts = key.removesuffix("#x").split("|")
-    value = {}
+    values = {}
     for part in parts:
         for prefix in ("tau", "nest", "zeta=", "slow_lr=", "a", "g"):
             if part.startswith(prefix) and part != "const":
-                value.setdefault(prefix, float(part.removeprefix(prefix)))
+                values.setdefault(prefix, float(part.removeprefix(prefix)))
                 break
-    tau = int(value["tau"])
-    options = dict(
-        options,
-        tau=tau,
+    algorithm, letters = METHODS[method]
+    return algorithm(
+        params,
+        tau=int(values["tau"]),
         lr=problem.LR,
         momentum=problem.MOMENTUM,
         weight_decay=problem.WEIGHT_DECAY,
-        nesterov=value["nest"] == 1,
+        nesterov=values["nest"] == 1,
+        **{option: values[letter] for option, letter in letters.items()},
+        **options,
     )
-    match method:
-        case "LocalSGD":
-            return LocalSGD(params, gmf=value["g"], **options)
-        case "OverlapLocalSGD":
-            return OverlapLocalSGD(params, alpha=value["a"], gmf=value["g"], **options)
-        case "CoCoDSGD":
-            return CoCoDSGD(params, **options)
-        case "EASGD":
-            return EASGD(params, alpha=value["a"], **options)
-        case "EASGDblock":
-            return EASGD(params, alpha=value["a"], delay=0, **options)
-        case "BMUF-CBM":
-            return BMUF(params, block_momentum=value["g"], block_lr=value["zeta="], **options)
-        case "BMUF-NBM":
-            return BMUF(
-                params,
-                block_momentum=value["g"],
-                block_lr=value["zeta="],
-                nesterov_block=True,
-                **options,
-            )
-        case "SlowMo":
-            return SlowMo(params, slow_momentum=value["g"], slow_lr=value["slow_lr="], **options)
-    raise ValueError(key)
 
 
 @pytest.mark.parametrize(("name", "key"), CASES)

@@ -377,19 +377,23 @@ PHASES: dict[str, Any] = {
 }
 
 
-def whole_path(rank: int) -> dict[str, Any]:
-    """Everything that codes meet, on one process group."""
-    out: dict[str, Any] = {}
+def counted_bytes(rank: int) -> int:
+    """Of three rounds."""
     handed = count_what_gloo_gets()
     params = fresh()
     optimizer: Any = distoptim.LocalSGD(params, tau=1, lr=0.05, codec="int8")
     handed.clear()
     steps(optimizer, params, rank, 3)
-    out["bytes"] = sum(handed)
+    total = sum(handed)
     optimizer.close()
+    return total
 
+
+def resumed(rank: int) -> dict[str, Any]:
+    """In flight, in another optimizer."""
+    out: dict[str, Any] = {}
     params = fresh()
-    optimizer = distoptim.StreamingDiLoCo(params, **STREAMING)
+    optimizer: Any = distoptim.StreamingDiLoCo(params, **STREAMING)
     steps(optimizer, params, rank, 16)
     out["in flight"] = len(inspect(optimizer).in_flight)
     saved, at = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
@@ -406,9 +410,14 @@ def whole_path(rank: int) -> dict[str, Any]:
     steps(optimizer, params, rank, 8)
     out["resumed"] = flat(params)
     optimizer.close()
+    return out
 
+
+def whole_path(rank: int) -> dict[str, Any]:
+    """Everything that codes meet, on one process group."""
+    out: dict[str, Any] = {"bytes": counted_bytes(rank), **resumed(rank)}
     params = fresh()
-    optimizer = distoptim.BMUF(params, **FULL)
+    optimizer: Any = distoptim.BMUF(params, **FULL)
     steps(optimizer, params, rank, 8, samples=float(rank + 1))
     out["samples"] = flat(params)
     optimizer.close()

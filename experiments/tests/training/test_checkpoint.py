@@ -98,7 +98,7 @@ def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
         assert torch.equal(state["x"], torch.full((200_000,), float(state["step"])))
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("size", [1, 10**6])
 @pytest.mark.parametrize("file", ["step-2/rank-0.pt", "latest"])
 def test_a_full_disk_is_named_and_the_checkpoint_before_stays(tmp_path, file, size):

@@ -6,9 +6,6 @@ Equal to plain workers with the same batches, resumed, or refused.
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,9 +19,9 @@ from distoptim_experiments.training.virtual import check_virtual
 from distoptim_experiments.training.world import World
 
 from distoptim.comm import emulate
-from distoptim.testing.processes import free_port, run
+from distoptim.testing.processes import run
+from experiments.tests.training.killed import train_with_a_victim
 from experiments.tests.training.ranks import TAIL, differing, made, train
-from experiments.tests.training.test_restart import VICTIM
 from tests.helpers.marks import fsdp
 
 KINDS = ["ddp", pytest.param("fsdp2", marks=fsdp)]
@@ -275,50 +272,11 @@ def test_virtual_workers_and_numbers_that_do_not_divide_are_refused():
 
 
 @fsdp
+@pytest.mark.soak
 def test_islands_under_torchrun_survive_a_killed_rank(tmp_path):
-    (tmp_path / "victim.py").write_text(VICTIM)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=4",
-        "--max-restarts=1",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-        "--monitor-interval=0.1",
-        "victim.py",
-        "train",
-        "--folder",
-        "run",
-        "--auto-resume",
-        "--island-size",
-        "2",
-        "--island-kind",
-        "fsdp2",
-        "--data",
-        "synthetic",
-        "--model",
-        "mlp",
-        "--steps",
-        "9",
-        "--checkpoint-every",
-        "4",
-        "--log-every",
-        "1",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    folder = train_with_a_victim(
+        tmp_path, ranks=4, steps=9, options="--island-size 2 --island-kind fsdp2"
     )
-    assert done.returncode == 0, done.stderr
-    record = records.read(tmp_path / "run")
+    record = records.read(folder)
     assert (record.config.workers, record.config.island_size) == (2, 2)
     assert [line.step for line in record.logs] == list(range(1, 10))
-    assert (
-        sum(line.kind == "resume" for line in records.read_lines(tmp_path / "run" / records.FILE))
-        == 1
-    )

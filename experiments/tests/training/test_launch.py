@@ -56,10 +56,13 @@ def test_a_signal_leaves_a_checkpoint_and_no_process(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_worker_ends_the_run_by_its_rank(tmp_path, victim):
+    def kill():
+        children()[victim].kill()
+
     with pytest.raises(
         WorkerError, match=r"^worker \d (died: SIGKILL|failed: CommunicationError)"
     ) as error:
-        run_local(Job(LONG, tmp_path), [on_first_log(lambda: children()[victim].kill())])
+        run_local(Job(LONG, tmp_path), [on_first_log(kill)])
     assert "\n" not in str(error.value)
     assert not children()
 
