@@ -21,6 +21,7 @@ from distoptim.algorithms import (
 )
 from distoptim.comm import CommunicationError
 from distoptim.engine.engine import QuarantineWarning
+from distoptim.inner_state import copies
 from distoptim.module_state import local, statistics
 from distoptim.optimizer import AveragingOptimizer, averaged
 from distoptim.rule import Mean, Rule, State
@@ -49,6 +50,7 @@ __all__ = [
     "StreamingDiLoCo",
     "__version__",
     "averaged",
+    "copies",
     "local",
     "register",
     "statistics",

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from distoptim.chunks import chunked
 from distoptim.comm import mesh
+from distoptim.inner_state import StateCopies
 
 Partition = Sequence[Sequence[int]]
 Fragments = int | Sequence[Sequence[Tensor] | torch.nn.Module]
@@ -59,37 +60,54 @@ class Fragment:
         params: the parameters, in the order of the optimizer's param groups.
         groups: for each parameter, the index of its param group (ascending).
         part: which part of how many it is of; part k of n starts floor(k tau / n) local steps late.
+        copies: of the parameters in the inner optimizer's state; they travel behind them.
+
+    Attributes:
+        numel: elements of all that travels.
+        params_numel: of the parameters, which come first.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], *, groups: Sequence[int], part: tuple[int, int] = (0, 1)
+        self,
+        params: Sequence[Tensor],
+        *,
+        groups: Sequence[int],
+        part: tuple[int, int] = (0, 1),
+        copies: StateCopies | None = None,
     ) -> None:
         self.params = list(params)
+        self._copies = copies if copies is not None and copies.names else None
         self.part = part
         self.device = self.params[0].device
         self.dtype = _WORK_DTYPE[self.params[0].dtype]
         self._mesh = mesh.WorkerMesh(self.params)
         self.sharded = any(mesh.is_sharded(p) for p in self.params)
-        self._direct = not self.sharded and not any(p.is_complex() for p in self.params)
-        local = self.local()
-        self.same_dtype = all(x.dtype == self.dtype for x in local)
-        self.numel = sum(x.numel() for x in local)
-        self._shapes = [(x.shape, _dense_stride(x)) for x in local]
-        self.segments = _segments([x.numel() for x in local], groups)
+        plain = not self.sharded and not any(p.is_complex() for p in self.params)
+        self._direct = plain and self._copies is None
+        each = 1 + (len(self._copies.names) if self._copies else 0)
+        local = self.local()[: len(self.params)]
+        # Copies are of any dtype that is averaged in this one.
+        self.same_dtype = each == 1 and all(x.dtype == self.dtype for x in local)
+        self.params_numel = sum(x.numel() for x in local)
+        self.numel = each * self.params_numel
+        self._shapes = each * [(x.shape, _dense_stride(x)) for x in local]
+        self.segments = _segments(each * [x.numel() for x in local], each * list(groups))
 
     def local(self) -> list[Tensor]:
-        """The parameters as real tensors.
+        """The parameters, and their copies behind them, as real tensors.
 
         Views are made anew at each call, since `.data` may be rebound.
         """
         if self._direct:
             return self.params
-        shards = [mesh.local(p) for p in self.params]
+        copies = [] if self._copies is None else self._copies.of(self.params)
+        shards = [mesh.local(p) for p in [*self.params, *copies]]
         return [torch.view_as_real(x) if x.is_complex() else x for x in shards]
 
     def fingerprint(self) -> int:
         """Equal for parameters of equal bits, on whatever device; of a DTensor, of this rank's shard."""
-        bits = [x.detach().view(_BITS[x.element_size()]) for x in self.local()]
+        params = self.local()[: len(self.params)]
+        bits = [x.detach().view(_BITS[x.element_size()]) for x in params]
         return sum(torch.stack([x.sum(dtype=torch.int64) for x in bits]).tolist())
 
     def finite_everywhere(self, finite: Tensor) -> Tensor:
@@ -139,12 +157,13 @@ class Fragment:
                     x.copy_(x.to(z.dtype).lerp_(z, weight))
 
     def signature(self) -> str:
-        """What must agree on all workers and with a checkpoint: dtype, shapes, memory order."""
+        """What must agree on all workers and with a checkpoint: dtype, shapes, memory order, copies."""
         shapes = [
             f"{p.dtype}{list(mesh.local(p).shape)}{_order(x)}"
-            for p, x in zip(self.params, self.local(), strict=True)
+            for p, x in zip(self.params, self.local(), strict=False)
         ]
-        return " ".join(shapes).replace("torch.", "")
+        copies = [] if self._copies is None else [f"and {name}" for name in self._copies.names]
+        return " ".join([*shapes, *copies]).replace("torch.", "")
 
 
 def _dense_stride(x: Tensor) -> tuple[int, ...]:
@@ -167,7 +186,7 @@ def _order(x: Tensor) -> str:
 
 
 def _segments(sizes: Sequence[int], groups: Sequence[int]) -> list[tuple[int, slice]]:
-    """(param group, its range in the flat buffer) for each group present; groups are contiguous."""
+    """(param group, its range in the flat buffer) for each run of one group."""
     out: list[tuple[int, slice]] = []
     start = 0
     for size, group in zip(sizes, groups, strict=True):
@@ -313,7 +332,12 @@ def _runs(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
         start = stop
 
 
-def build(params: Sequence[Tensor], groups: Sequence[int], parts: Partition) -> list[Fragment]:
+def build(
+    params: Sequence[Tensor],
+    groups: Sequence[int],
+    parts: Partition,
+    copies: StateCopies | None = None,
+) -> list[Fragment]:
     """One fragment per part, device and working dtype."""
     out = []
     for k, part in enumerate(parts):
@@ -326,6 +350,7 @@ def build(params: Sequence[Tensor], groups: Sequence[int], parts: Partition) -> 
                     [params[i] for i in members],
                     groups=[groups[i] for i in members],
                     part=(k, len(parts)),
+                    copies=copies,
                 )
             )
     return out

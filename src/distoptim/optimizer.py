@@ -15,7 +15,8 @@ from distoptim.engine.clock import Clock
 from distoptim.engine.copies import Copies
 from distoptim.engine.engine import Engine, Inner, Rounds, tick_together
 from distoptim.engine.hierarchy import Hierarchy, check_levels, connect_levels
-from distoptim.fragments import Watch, build, names, partition, trainable
+from distoptim.fragments import Fragment, Watch, build, names, partition, trainable
+from distoptim.inner_state import StateCopies
 from distoptim.module_state import parts_of
 from distoptim.periods import Tau
 from distoptim.rule import Rule
@@ -132,6 +133,12 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             raise ValueError("an averaging optimizer cannot be the inner optimizer of another")
         inner = settings.inner_optimizer(params)
         self._members = trainable(inner.param_groups)
+        self._state_copies = StateCopies(inner)
+        if settings.reset_inner and self._state_copies.names:
+            raise ValueError(
+                f"reset_inner=True: {list(self._state_copies.names)} of the inner optimizer's state are "
+                "declared as copies of the parameters, which would be forgotten too; allowed is False"
+            )
         members, _ = self._members
         beside = _beside(settings.modules, inner, members)
         period = settings.period
@@ -169,6 +176,8 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "delay": settings.delay,
             "levels": list(levels),
             "reset_inner": settings.reset_inner,
+            "copies": list(self._state_copies.names),
+            "copies that are there": self._state_copies.held(self._members[0]),
             "codec": repr(settings.coding),
             **self._rule.facts(),
         }
@@ -176,7 +185,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         membership.agree(
             self._communicator,
             facts,
-            build(*self._members, self._parts),
+            self._fragments(),
             names(self.inner.param_groups),
             beside=beside,
             sync=settings.sync_module,
@@ -186,15 +195,19 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
     @torch.no_grad()
     def _fingerprint(self) -> int:
         """Of the parameters as they are now."""
-        return sum(fragment.fingerprint() for fragment in build(*self._members, self._parts))
+        return sum(fragment.fingerprint() for fragment in self._fragments())
+
+    def _fragments(self) -> list[Fragment]:
+        """Made anew at each call."""
+        return build(*self._members, self._parts, self._state_copies)
 
     @torch.no_grad()
     def _build(self) -> None:
         """Make the engine, and the levels below it, from parameters that all workers share."""
         settings = self._settings
-        fragments = build(*self._members, self._parts)
+        fragments = self._fragments()
         inner = Inner(self.inner, reset_at_merge=settings.reset_inner)
-        self._copies = Copies(self.inner)
+        self._copies = Copies(self.inner, self._state_copies)
         self.engine = Engine(
             fragments,
             self._rule,
@@ -480,6 +493,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "_rule",
             "_settings",
             "_members",
+            "_state_copies",
             "_parts",
             "_communicator",
             "_levels",

@@ -1,6 +1,7 @@
 """Copies of half-precision parameters that the inner optimizer steps on (master weights): they follow x.
 
-Left alone, they would undo every merge at the next local step, which writes them over x.
+Left alone, they would undo every merge at the next local step, which writes them over x. Those that were
+declared (`distoptim.copies`) are merged themselves instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distoptim.comm import mesh
+from distoptim.inner_state import StateCopies
 
 
 @final
@@ -24,13 +26,15 @@ class Copies:
 
     Args:
         optimizer: the inner one.
+        declared: copies that are merged; looked at when there is state.
 
     Attributes:
         names: of its state; None where that is not known yet, since nothing but zeros was seen.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, declared: StateCopies) -> None:
         self._optimizer = optimizer
+        self._declared = declared
         self._versions: list[int] = []
         self.names: list[str] | None = None
 
@@ -56,7 +60,11 @@ class Copies:
 
     @torch.no_grad()
     def look(self) -> None:
-        """Look for copies until it is known whether there are any."""
+        """Look for copies until it is known whether there are any.
+
+        Raises:
+            ValueError: what was declared is not there, or cannot be merged.
+        """
         if self.names is None:
             self.names = self._find()
         if self.names:
@@ -83,11 +91,11 @@ class Copies:
             # A step that was skipped, or an optimizer without memory.
             return None
         states = [self._optimizer.state[p] for p in params]
-        names = [name for name in states[0] if isinstance(name, str)]
-        pairs = {
-            name: [(p, s[name]) for p, s in zip(params, states, strict=True) if name in s]
-            for name in names
-        }
+        both = list(zip(params, states, strict=True))
+        self._declared.check(both)
+        own = [name for name in states[0] if isinstance(name, str)]
+        names = [name for name in own if name not in self._declared.names]
+        pairs = {name: [(p, s[name]) for p, s in both if name in s] for name in names}
         alike = [name for name in names if all(_may_copy(p, copy) for p, copy in pairs[name])]
         found = [
             name
@@ -95,6 +103,8 @@ class Copies:
             if all(torch.equal(copy.to(p.dtype), p) for p, copy in pairs[name])
         ]
         nonzero = any(bool(p.any()) for p in params)
+        if nonzero:
+            self._declared.suspect(both, [name for name in names if name not in found])
         return found if nonzero or not found else None
 
     def _params(self) -> list[Tensor]:

@@ -188,6 +188,7 @@ def consensus_distance(engine: Engine) -> float:
     for fragment, mean in zip([sync.fragment for sync in engine.syncs], means, strict=True):
         mine = fragment.flat()
         fragment.read(mine)
-        square += float(torch.dist(mine.tensor, mean.tensor[: fragment.numel])) ** 2
+        own = slice(fragment.params_numel)
+        square += float(torch.dist(mine.tensor[own], mean.tensor[own])) ** 2
     squares = engine.communicator.all_gather_json(square, what="consensus_distance()")
     return float(torch.tensor(squares).mean().sqrt())
