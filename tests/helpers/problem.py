@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 REFERENCE = Path(__file__).parent.parent / "reference"
-DATA = np.load(REFERENCE / "problem_data.npz")
+# Read once: an array of a .npz file is unpacked anew at every access.
+with np.load(REFERENCE / "problem_data.npz") as _file:
+    DATA = {name: torch.from_numpy(array) for name, array in _file.items()}
 WORKERS, STEPS, LR, MOMENTUM, WEIGHT_DECAY = 4, 40, 0.05, 0.9, 1e-4
 
 
 def start() -> list[Tensor]:
-    x = torch.from_numpy(DATA["lsq|init"])
+    x = DATA["lsq|init"]
     return [x[:8].reshape(2, 4).clone(), x[8:].clone()]
 
 
 def gradient(rank: int, params: list[Tensor]) -> list[Tensor]:
     """Of the mean squared error of worker `rank`'s shard."""
-    x, y = torch.from_numpy(DATA[f"lsq|X{rank}"]), torch.from_numpy(DATA[f"lsq|Y{rank}"])
+    x = DATA[f"lsq|X{rank}"]
+    y = DATA[f"lsq|Y{rank}"]
     error = (x @ params[0].T + params[1] - y) / len(x)
     return [error.T @ x, error.sum(0)]

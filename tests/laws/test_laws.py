@@ -313,8 +313,11 @@ def reference(lrs, *, alpha, beta, delay, slow_lr=1.0):
 
     Z <- z - slow_lr lr u.
     """
-    data = [(problem.DATA[f"lsq|X{r}"], problem.DATA[f"lsq|Y{r}"]) for r in range(problem.WORKERS)]
-    x = np.stack([problem.DATA["lsq|init"]] * problem.WORKERS)
+    data = [
+        (problem.DATA[f"lsq|X{r}"].numpy(), problem.DATA[f"lsq|Y{r}"].numpy())
+        for r in range(problem.WORKERS)
+    ]
+    x = np.stack([problem.DATA["lsq|init"].numpy()] * problem.WORKERS)
     z, u = x[0].copy(), np.zeros_like(x[0])
     sent = x.mean(0), lrs[0]
     out = []

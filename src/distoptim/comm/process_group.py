@@ -34,8 +34,10 @@ _made: Counter[tuple[int, ...]] = Counter()
 _open: weakref.WeakSet[ProcessGroupCommunicator] = weakref.WeakSet()
 # Groups of communicators that nobody holds any more.
 _forgotten: list[dict[str, Any]] = []
-# Of so many open communicators some may be garbage in circles, which are seen only when looked for.
+# Of so many more open communicators than when it was last looked for, some may be garbage in circles.
+# Looking costs tenths of a second in a large program, so not at every construction.
 _MANY = 8
+_looked_at = 0
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -287,8 +289,11 @@ def _leave(groups: dict[str, Any]) -> None:
 
 def _leave_forgotten() -> None:
     """Leave the groups of optimizers that were dropped without close(): 10 files and 6 threads each."""
-    if len(_open) >= _MANY:
+    global _looked_at
+    _looked_at = min(_looked_at, len(_open))
+    if len(_open) >= _looked_at + _MANY:
         gc.collect()
+        _looked_at = len(_open)
     while _forgotten:
         _leave(_forgotten.pop())
 
