@@ -23,6 +23,7 @@ from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from distoptim.testing.processes import run
 from tests.helpers import toy
+from tests.helpers.share import share
 
 TAU, STEPS, STOPS = 4, 12, (5, 8, 10)
 MAKERS = toy.variants(tau=TAU, fragments=(2,))
@@ -35,7 +36,8 @@ LEVELS = {
 }
 # More than one level, which costs many messages, at one delay of each.
 KINDS = {
-    name: ["pairs", "alone", "none", *["two levels"] * (f"delay{TAU}" in name)] for name in MAKERS
+    name: ["pairs", "alone", "none", *["two levels"] * (f"delay{TAU}" in name)]
+    for name in share(MAKERS, of=2)
 }
 # What all algorithms take and a plain loop would have to repeat; with each of them what two workers
 # share and resume.
@@ -148,11 +150,10 @@ class Worker:
 @patch("distoptim.engine.hierarchy.connect", cache(connect))
 def everything(rank: int) -> dict[tuple[str, str], dict[str, Tensor]]:
     worker, out = Worker(rank), {}
-    for i, (name, make) in enumerate({**MAKERS, **OPTIONED}.items()):
+    for i, name in enumerate([*KINDS, *OPTIONED]):
+        make = {**MAKERS, **OPTIONED}[name]
         samples, pairs = "samples" in name, LEVELS["pairs"]
-        # Of the many variants each stops at one place, of the algorithms' kinds of options each
-        # everywhere.
-        stops = STOPS if name in OPTIONED else STOPS[i % len(STOPS) :][:1]
+        stops = share(STOPS, of=3, turn=i)
         out[name, "pairs"], saved = worker.train(
             *worker.start(make, pairs), range(1, STEPS + 1), samples=samples, stops=stops
         )
@@ -217,13 +218,13 @@ def test_groups_average_before_the_algorithm_does_what_it_does_without(results, 
     assert not torch.allclose(results[name, "none"]["x"], expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_groups_of_one_change_nothing(results, name):
     for part, value in results[name, "none"].items():
         assert torch.equal(results[name, "alone"][part], value), part
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_members_of_a_group_send_the_same(results, name):
     sent = results[name, "pairs"]["sent"]
     assert torch.equal(sent[::2], sent[1::2])
@@ -231,7 +232,7 @@ def test_members_of_a_group_send_the_same(results, name):
     assert not torch.equal(results[name, "none"]["sent"][0], results[name, "none"]["sent"][1])
 
 
-@pytest.mark.parametrize("name", [*MAKERS, *OPTIONED])
+@pytest.mark.parametrize("name", [*KINDS, *OPTIONED])
 def test_anchors_and_outer_states_are_bit_equal_on_all_workers_and_the_rest_inside_groups(
     results, name
 ):
@@ -250,7 +251,7 @@ def test_anchors_and_outer_states_are_bit_equal_on_all_workers_and_the_rest_insi
     )
 
 
-@pytest.mark.parametrize("name", [*MAKERS, *OPTIONED])
+@pytest.mark.parametrize("name", [*KINDS, *OPTIONED])
 def test_resumed_in_flight_they_go_on_bit_equally(results, name):
     stops = [stop for stop in STOPS if (name, f"from {stop}") in results]
     assert stops

@@ -11,6 +11,7 @@ import torch
 from distoptim import ALGORITHMS, CommunicationError
 from distoptim.testing.processes import run
 from tests.helpers import toy
+from tests.helpers.share import share
 
 TAU, WORKERS, TIMEOUT_S = 4, 3, 30.0
 # What a worker does alone after local step 6, in mid-round, or at the end; the others go on.
@@ -63,26 +64,26 @@ def attempt(rank: int, make: Any, act: Any, steps: int) -> tuple[str, dict[int, 
     return error, seen
 
 
-def every_case(rank: int, what: str) -> dict[str, tuple[str, bool]]:
+def every_case(rank: int) -> dict[tuple[str, str], tuple[str, bool]]:
     """The error, and whether the anchors are at every time those of a run without a fault."""
-
-    def act(me: int, step: int, optimizer: Any) -> None:
-        if me == 1 and step == 6:
-            ALONE[what](optimizer)
-
     out = {}
-    for name, make in MAKERS.items():
+    for i, (name, make) in enumerate(MAKERS.items()):
         _, right = attempt(rank, make, lambda *_: None, 4 * TAU)
-        error, seen = attempt(rank, make, act, 40 * TAU)
-        valid = all(all(map(torch.equal, seen[count], right[count])) for count in seen)
-        out[name] = error, valid
+        for what in share(ALONE, of=2, turn=i):
+
+            def act(me: int, step: int, optimizer: Any, what: str = what) -> None:
+                if me == 1 and step == 6:
+                    ALONE[what](optimizer)
+
+            error, seen = attempt(rank, make, act, 40 * TAU)
+            valid = all(all(map(torch.equal, seen[count], right[count])) for count in seen)
+            out[name, what] = error, valid
     return out
 
 
-@pytest.mark.parametrize("what", ALONE)
-def test_a_worker_alone_in_a_call_is_an_error_on_all_that_names_both(what: str) -> None:
-    for found in run(every_case, WORKERS, what):
-        for name, (text, valid) in found.items():
+def test_a_worker_alone_in_a_call_is_an_error_on_all_that_names_both() -> None:
+    for found in run(every_case, WORKERS):
+        for (name, what), (text, valid) in found.items():
             assert f"rank 1 in {what}" in text, (name, text)
             assert "rank 0 in average(), the mean of fragment" in text, (name, text)
             assert valid, name

@@ -14,6 +14,7 @@ from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
 from tests.helpers.copies import COPIES, resumed
+from tests.helpers.share import share
 
 MAKERS = toy.spread()
 
@@ -89,15 +90,19 @@ def test_deterministic(make):
     )
 
 
+# At the start, in the first round, and after each step of one that follows another.
+COPIED_AT = (0, 2, 4, 5, 6)
+
+
 @pytest.mark.parametrize(
-    ("how", "name"),
+    ("how", "name", "steps"),
     [
-        *(("state_dict", name) for name in MAKERS),
-        *(("pickle", name) for name in toy.once(0)),
-        *(("deepcopy", name) for name in toy.once(1)),
+        *(("state_dict", name, share(COPIED_AT, of=2, turn=i)) for i, name in enumerate(MAKERS)),
+        *(("pickle", name, COPIED_AT) for name in toy.once(0)),
+        *(("deepcopy", name, COPIED_AT) for name in toy.once(1)),
     ],
 )
-def test_a_copy_from_any_step_goes_on_bit_equally(how, name):
+def test_a_copy_from_any_step_goes_on_bit_equally(how, name, steps):
     """Also with rounds in flight, which are most of the steps at a delay."""
     make = MAKERS[name]
     rounds = 2 * toy.TAU
@@ -107,8 +112,7 @@ def test_a_copy_from_any_step_goes_on_bit_equally(how, name):
     for step in range(rounds + 1):
         if step:
             workers.step(toy.gradient)
-        if step in (1, 3):
-            # At the start, in the first round, and after each step of one that follows another.
+        if step not in steps:
             continue
         going_on = COPIES[how](make, workers)
         rest = going_on.run(2 * toy.TAU, toy.gradient)
@@ -131,9 +135,15 @@ EVERYWHERE = {
 BLOCKS = {"local-sgd", "bmuf", "slowmo", "diloco", "streaming-diloco"}
 
 
-@pytest.mark.parametrize("option", EVERYWHERE)
-@pytest.mark.parametrize("name", distoptim.ALGORITHMS)
-def test_what_all_algorithms_take_resumes_in_flight_bit_equally(name, option):
+@pytest.mark.parametrize(
+    ("name", "option", "stops"),
+    [
+        (name, option, share((4, 7, 8), of=3, turn=i + j))
+        for i, name in enumerate(distoptim.ALGORITHMS)
+        for j, option in enumerate(EVERYWHERE)
+    ],
+)
+def test_what_all_algorithms_take_resumes_in_flight_bit_equally(name, option, stops):
     make = partial(distoptim.ALGORITHMS[name], **toy.OPTIONS, **EVERYWHERE[option])
     if option == "hide" and name in BLOCKS:
         with pytest.raises(ValueError, match="a longer round hides no more at a fixed delay"):
@@ -154,7 +164,7 @@ def test_what_all_algorithms_take_resumes_in_flight_bit_equally(name, option):
 
     expected = go(cluster(make, torch.float32), 13)
     assert torch.isfinite(expected[-1]).all()
-    for stop in (4, 7, 8):
+    for stop in stops:
         workers = cluster(make, torch.float32)
         go(workers, stop)
         assert torch.equal(

@@ -20,6 +20,7 @@ from distoptim.engine import checkpoint
 from distoptim.periods import AdaComm, PostLocal
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
+from tests.helpers.share import ALL, share
 from tests.laws import checkpoints
 
 TAU = 3
@@ -130,7 +131,7 @@ def test_every_damaged_value_is_one_value_error_and_nothing_is_written(name: str
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("name", MAKES)
+@pytest.mark.parametrize("name", share(MAKES, of=3))
 def test_what_no_checksum_guards_is_refused_or_trains_on(name: str) -> None:
     """As in files of older versions; what still fits is as good as any."""
     workers = trained(name)
@@ -140,7 +141,7 @@ def test_what_no_checksum_guards_is_refused_or_trains_on(name: str) -> None:
     for path, value in leaves(saved[1]):
         if path in (("distoptim",), ("distoptim", "checksum")):
             continue
-        for damaged in chosen.sample(damages(value), 2):
+        for damaged in chosen.sample(damages(value), 2 if ALL else 1):
             try:
                 for optimizer, state in zip(workers.optimizers, saved, strict=True):
                     optimizer.load_state_dict(checkpoint.sealed(put(state, path, damaged)))
@@ -154,7 +155,7 @@ def test_what_no_checksum_guards_is_refused_or_trains_on(name: str) -> None:
             except FloatingPointError:
                 # Huge values have overflowed.
                 workers = trained(name)
-    assert refused > 40
+    assert refused > 20
 
 
 def test_a_flipped_byte_of_a_file_is_seen() -> None:

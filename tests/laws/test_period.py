@@ -21,6 +21,7 @@ from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
 from tests.helpers.copies import COPIES
+from tests.helpers.share import share
 
 TABLE = Schedule({0: 2, 5: 4, 12: 3})
 PERIODS = {
@@ -85,19 +86,24 @@ def test_post_local_is_synchronous_and_then_begins_from_the_shared_parameters(ma
 
 
 @pytest.mark.parametrize(
-    ("name", "period", "how"),
+    ("name", "period", "how", "steps"),
     [
         # Every algorithm with every period in one or two fragments by turns, and in every way.
-        (f"{name}-{1 + (i + j) % 2}", period, list(COPIES)[(i // 2 + j) % len(COPIES)])
+        (
+            f"{name}-{1 + (i + j) % 2}",
+            period,
+            list(COPIES)[(i // 2 + j) % len(COPIES)],
+            share((1, 4, 5, 7), of=2, turn=i),
+        )
         for i, name in enumerate(distoptim.ALGORITHMS)
         for j, period in enumerate(PERIODS)
     ],
 )
-def test_a_copy_goes_on_bit_equally(name, period, how):
+def test_a_copy_goes_on_bit_equally(name, period, how, steps):
     make = partial(MAKERS[name], tau=PERIODS[period])
     expected = Lockstep(make, [toy.start()] * toy.WORKERS).run(16, toy.gradient)
     workers = Lockstep(make, [toy.start()] * toy.WORKERS)
-    for step in (1, 4, 5, 7):
+    for step in steps:
         workers.run(step - inspect(workers.optimizers[0]).step, toy.gradient)
         rest = COPIES[how](make, workers).run(16 - step, toy.gradient)
         assert torch.equal(rest, expected[step:]), f"saved after step {step}"

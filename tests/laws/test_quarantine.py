@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
 from tests.helpers.script import parameters, set_gradients, train
+from tests.helpers.share import share
 
 MAKERS = toy.variants(fragments=(1,))
 SICK, HEALTHY = 1, [0, 2, 3]
@@ -159,8 +161,9 @@ def test_only_the_sick_fragment_is_replaced():
 PARTED = toy.variants(fragments=(2, 3))
 
 
-@pytest.mark.parametrize("at", [1, toy.TAU - 1, 2 * toy.TAU])
-@pytest.mark.parametrize("name", PARTED)
+@pytest.mark.parametrize(
+    ("name", "at"), share(product(PARTED, [1, toy.TAU - 1, 2 * toy.TAU]), of=5)
+)
 def test_one_bad_batch_is_one_quarantine_with_fragments_too(name, at):
     """All of them are healed at once, or NaN would go round and round from one to the next."""
     workers = Lockstep(PARTED[name], [toy.start()] * toy.WORKERS)

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from tests.helpers import toy
+from tests.helpers.share import ALL
 from tests.laws.trajectories import RECORD, STEPS, WORKERS, Record, cases, share
 
 BIT_EQUAL = os.environ.get("DISTOPTIM_BIT_EQUAL") == "1"
 CASES = cases()
-SHARE = list(CASES) if os.environ.get("DISTOPTIM_ALL") == "1" else share(CASES)
+SHARE = list(CASES) if ALL else share(CASES)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
 from tests.helpers.coded import ALGORITHMS, START, cluster, gradient, numbers
+from tests.helpers.share import share
 
 SIZES = (1, 255, 256, 257, 65536, 70001)
 # Of the root mean square error over that of the numbers, for numbers of a normal law.
@@ -114,8 +115,10 @@ def end_of_the_uncoded(algorithm: str) -> Tensor:
     return cluster(ALGORITHMS[algorithm]).run(60, gradient)[-15:].mean((0, 1))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("name", ["bf16", "int8", "e3m0+ef", "2bit+ef"])
+@pytest.mark.parametrize(
+    ("algorithm", "name"),
+    share(itertools.product(ALGORITHMS, ["bf16", "int8", "e3m0+ef", "2bit+ef"]), of=3),
+)
 def test_anchors_stay_equal_and_runs_end_near_the_uncoded(algorithm: str, name: str) -> None:
     coded = cluster(ALGORITHMS[algorithm], codec=name)
     limit = {"bf16": 0.01, "int8": 0.02, "e3m0+ef": 0.25, "2bit+ef": 0.35}[name]
