@@ -26,7 +26,7 @@ lint: $(VENV)/installed
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 pytest: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # What takes real processes many seconds: more faults, more seeds, more ranks than `make test` has.
 chaos: $(VENV)/installed
