@@ -25,8 +25,9 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
+# Whole files to a process: some have workers that run once for all their tests.
 pytest: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What takes real processes many seconds: more faults, more seeds, more ranks than `make test` has.
 chaos: $(VENV)/installed

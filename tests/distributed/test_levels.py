@@ -20,9 +20,6 @@ from distoptim.periods import AdaComm, HideCommunication, PostLocal, Schedule
 from distoptim.simulator import Fabric, VirtualCommunicator
 from distoptim.testing.processes import run
 
-# Its workers run once, for all tests of this file.
-pytestmark = pytest.mark.xdist_group("levels")
-
 STEPS, WORKERS = 15, 4
 BY_SAMPLES = ("samples", "post-local")
 EVERY_4, LATER_4, POST = {4, 8, 12}, {8, 12}, {1, 2, 3, 7, 11, 15}

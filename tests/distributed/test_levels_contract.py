@@ -25,9 +25,6 @@ from distoptim.testing.processes import run
 from tests.helpers import toy
 from tests.helpers.share import share
 
-# Its workers run once, for all tests of this file.
-pytestmark = pytest.mark.xdist_group("levels_contract")
-
 TAU, STEPS, STOPS = 4, 12, (5, 8, 10)
 MAKERS = toy.variants(tau=TAU, fragments=(2,))
 PAIRS, CROSSED, ALONE = [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0], [1], [2], [3]]

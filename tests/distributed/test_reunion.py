@@ -15,9 +15,6 @@ from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
 from tests.helpers.real import parameters, train
 
-# Its workers run once, for all tests of this file.
-pytestmark = pytest.mark.xdist_group("reunion")
-
 TAU, WORKERS, AHEAD = 4, 3, 1
 MAKES = {
     **ALGORITHMS,

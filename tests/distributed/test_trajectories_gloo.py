@@ -10,9 +10,6 @@ from torch import Tensor
 from tests.distributed.trajectories_gloo import CASES, RECORD, trajectories
 from tests.laws.trajectories import STEPS, WORKERS, Record
 
-# Its workers run once, for all tests of this file.
-pytestmark = pytest.mark.xdist_group("trajectories_gloo")
-
 BIT_EQUAL = os.environ.get("DISTOPTIM_BIT_EQUAL") == "1"
 
 

@@ -17,9 +17,6 @@ from distoptim import LocalSGD
 from distoptim.testing.processes import run
 from tests.helpers.failures import is_documented, rows
 
-# Its workers run once, for all tests of this file.
-pytestmark = pytest.mark.xdist_group("failures")
-
 
 def _model(rank: int = 0) -> nn.Module:
     torch.manual_seed(0)

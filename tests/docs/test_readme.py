@@ -11,6 +11,7 @@ import torch
 from distoptim_experiments.grid import spec
 
 import distoptim
+from distoptim.comm import codecs
 from distoptim.testing.processes import free_port, run
 from tests.helpers.marks import fsdp
 from tests.helpers.shell import execute
@@ -148,6 +149,8 @@ def test_the_diff_runs_before_and_after_with_two_workers(tmp_path):
 )
 def test_python_blocks_of_the_docs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # A page may add to it, and another test's names are its own.
+    monkeypatch.setattr(codecs, "CODECS", dict(codecs.CODECS))
     model = torch.nn.Linear(3, 2)
     names = {
         "torch": torch,
