@@ -69,7 +69,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         rule: what is sent and how the mean meets the parameters; or a function that makes it for a
             number of workers.
         tau: local steps in a round, >= 1; or {step: tau}, or an object that chooses them (`PostLocal`,
-            `AdaComm`, `HideCommunication`). More hides and saves more communication, and lets workers
+            `AdaComm`, `HideCommunication`, `EqualTime`). More hides and saves more communication, and lets workers
             drift further.
         delay: local steps between launch and merge, in [0, tau]. 0 waits; None (the default here)
             hides a whole round.
@@ -391,6 +391,15 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         """
         engine = self.engine
         return engine.counters.report(engine.step, engine.clock.tau)
+
+    @property
+    def rounds(self) -> int:
+        """Means merged so far, of the first fragment; equal on all workers at the end of a round.
+
+        Where workers make different numbers of local steps (`EqualTime`), calls that all make together
+        go by it: `while optimizer.rounds < 100`.
+        """
+        return self.engine.syncs[0].merges
 
     def close(self) -> None:
         """Finish or abandon what is in flight and leave the communication groups; twice is fine."""

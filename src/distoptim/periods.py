@@ -22,15 +22,20 @@ class Period(ABC):
 
     Attributes:
         measures: what each worker sends along, so that its mean over the workers can be decided on:
-            of "loss", "lr", "step_s" (computing a local step) and "communication_s" (all means of a
-            round).
+            of "loss", "lr", "step_s" (computing a local step), "communication_s" (all means of a
+            round) and "steps" (local steps in the round).
         start: local step until which the workers average after every local step.
         remembers: what it keeps in memory, all of it or nothing; empty: whatever it likes.
+        round_s: seconds of computation in a round, in which each worker makes as many local steps as
+            it can; None: rounds are of tau local steps, on all workers.
+        weigh: what a payload of a round of `round_s` weighs (see `EqualTime`).
     """
 
     measures: tuple[str, ...] = ()
     start: int = 0
     remembers: tuple[str, ...] = ()
+    round_s: float | None = None
+    weigh: str = "steps"
 
     @property
     @abstractmethod
@@ -173,6 +178,8 @@ class PostLocal(Period):
             )
         self.measures = self.then.measures
         self.remembers = self.then.remembers
+        self.round_s = self.then.round_s
+        self.weigh = self.then.weigh
 
     @property
     def smallest(self) -> int:
@@ -329,3 +336,56 @@ class AdaComm(Period):
         if new >= tau and (same_lr or not self.follow_lr):
             return math.ceil(self.gamma * tau), f"the loss is stuck at {loss:.4g}"
         return new, f"loss {loss:.4g}, at first {memory['loss0']:.4g}"
+
+
+@dataclass(frozen=True)
+class EqualTime(Period):
+    """Rounds of equal time, for workers of unequal speed: each makes as many local steps as fit.
+
+    A worker's round ends with the local step nearest to `round_s` seconds of its own computation,
+    waiting left out, so that workers arrive together and nobody waits for the slowest. What a worker
+    sends weighs w_i for its n_i local steps, mean = sum w_i x_i / sum w_i, and for small learning
+    rates training ends where sum_i w_i n_i F_i is least, F_i the loss on worker i's data:
+
+    - "steps": w_i = n_i, or the samples of these steps. The most progress a round; for data that are
+      alike on all workers, where it does not matter which F_i counts more.
+    - "workers": w_i = 1 / n_i (FedNova's normalised averaging). Every worker's data count alike,
+      whatever its speed.
+
+    In the first round all weigh alike, since how many steps are usual is known only after it.
+
+    It needs one message a round (`fragments=1`) and the delay 0 or the whole round. Workers make
+    different numbers of local steps, so calls that all make together (`averaged()`, `flush()`,
+    saving) go by `optimizer.rounds`, and the loop's end is that of `join()`.
+
+    Args:
+        round_s: seconds of computation in a round, > 0. At least a local step of the slowest worker,
+            which makes one a round if it takes longer, and the others then wait for it.
+        weigh: "steps" or "workers".
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: Wang et al. 2020 (FedNova, arXiv 2007.07481) for the weights; local steps by speed: Liu
+        et al. 2024 (dynamic local updates, arXiv 2401.09135).
+    """
+
+    round_s: float
+    weigh: str = "steps"
+    measures = ("steps",)
+    remembers = ("steps",)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        checks.number("round_s", self.round_s, 0, 1e9, open_low=True)
+        if self.weigh not in WEIGHTS:
+            raise ValueError(f"weigh={self.weigh!r}: allowed is one of {', '.join(WEIGHTS)}")
+
+    @property
+    def smallest(self) -> int:
+        """One: of a worker whose local step takes longer than a round."""
+        return 1
+
+
+WEIGHTS = ("steps", "workers")
+"""What a payload of `EqualTime` may weigh."""

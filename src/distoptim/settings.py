@@ -94,6 +94,7 @@ class SyncSettings:
                 f"delay={self.delay} with tau={self.tau!r}: a longer round hides no more at a fixed "
                 "delay; leave delay away, in an algorithm where it is then the whole round"
             )
+        self._check_time(period)
         checks.number("timeout_s", self.timeout_s, 1e-3, 1e9)
         checks.flag("average_in_step", self.average_in_step)
         if self.average_in_step and "loss" in period.measures:
@@ -105,6 +106,20 @@ class SyncSettings:
         checks.flag("sync_module", self.sync_module)
         _ = self.modules
         find_codec(self.codec)
+
+    def _check_time(self, period: Period) -> None:
+        if period.round_s is None:
+            return
+        if self.delay not in (0, None):
+            raise ValueError(
+                f"delay={self.delay} with tau={self.tau!r}: a local step is not as long on all workers; "
+                "allowed is 0, or None for the whole round"
+            )
+        if self.fragments != 1:
+            raise ValueError(
+                f"fragments={self.fragments!r} with tau={self.tau!r}: nobody knows at which local step a "
+                "part of the round is over; allowed is 1"
+            )
 
     @property
     def period(self) -> Period:

@@ -83,8 +83,12 @@ def place(saved: dict[str, Any]) -> dict[str, Any]:
     """Where in its rounds a worker was saved; equal on all workers that go on together.
 
     "fragments" has of each how many means were merged, the steps of the last and of the next launch,
-    and at which step the mean in flight is due.
+    and at which step the mean in flight is due. Where rounds last equally long, steps are everybody's
+    own.
     """
+    if "time" in saved:
+        rounds = [[f["merges"], f["pending"] is not None] for f in saved["fragments"]]
+        return {"step": 0, "tau": 0, "fragments": rounds}
     return {
         "step": saved["step"],
         "tau": saved["tau"],

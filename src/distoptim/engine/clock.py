@@ -28,6 +28,7 @@ class Clock:
         fixed: whether tau is always the same.
         synchronous: whether the workers average after every local step at present (`PostLocal`).
         means: the workers' means of what the period measures, since it was last asked.
+        timed: whether a round lasts some seconds at present, not tau local steps (`EqualTime`).
     """
 
     def __init__(self, period: Period, delay: int | None) -> None:
@@ -45,8 +46,13 @@ class Clock:
         self.means: dict[str, float] = {}
         self._losses: list[Tensor | float] = []
         self._mark: tuple[float, int] | None = None
+        # Of a timed round: seconds of computation at its start and at its end, and its first step.
+        self._began_s = 0.0
+        self._ends_s = 0.0
+        self._began_at = 0
 
     def _set(self) -> None:
+        self.timed = self.period.round_s is not None and not self.synchronous
         self.tau = 1 if self.synchronous else self._tau
         self.delay = self._tau if self._delay is None else self._delay
         if self.synchronous:
@@ -66,6 +72,8 @@ class Clock:
         """A round ends at this local step: choose the next one's tau; whether it is another one."""
         if self.synchronous:
             return False
+        if self.timed:
+            return self._advance_time(step)
         tau, why = self.period.choose(step, self._tau, self.means, self.memory)
         self.means = {}
         if tau == self._tau:
@@ -74,6 +82,39 @@ class Clock:
         self._tau = tau
         self._set()
         return True
+
+    def _advance_time(self, step: int) -> bool:
+        """A timed round ends: note how many local steps it had, here and on the mean."""
+        if self.means:
+            # An integer, so that what follows from it is the same number on every worker.
+            self.memory["steps"] = float(max(1, round(self.means["steps"])))
+        self.means = {}
+        self._tau = max(1, step - self._began_at)
+        self._set()
+        return False
+
+    def begin_time(self, step: int, computed_s: float, *, anew: bool = True) -> None:
+        """A timed round begins at this local step, after so many seconds of computation.
+
+        Args:
+            step: local steps done.
+            computed_s: time of computation so far.
+            anew: it follows no other; else it ends `round_s` after the end of the one before, so that
+                what that one took longer is made up for, but for more than half a round.
+        """
+        round_s = self.period.round_s
+        if round_s is None:
+            return
+        self._began_at = step
+        self._began_s = computed_s
+        self._ends_s += round_s
+        if anew or not round_s / 2 <= self._ends_s - computed_s <= 1.5 * round_s:
+            self._ends_s = computed_s + round_s
+
+    def time_is_up(self, step: int, computed_s: float) -> bool:
+        """Whether the next local step would end farther from the round's end than this one."""
+        each = (computed_s - self._began_s) / max(1, step - self._began_at)
+        return computed_s + each / 2 >= self._ends_s
 
     def report(self, loss: Tensor | float) -> None:
         """Note a local step's loss, without reading it: that would stop a GPU."""
@@ -100,6 +141,7 @@ class Clock:
         mark = self._mark
         self._mark = (computed_s, step)
         local: dict[str, Tensor | float] = {"lr": lr, "communication_s": communication_s}
+        local["steps"] = self.tau
         if mark is not None:
             local["step_s"] = (computed_s - mark[0]) / max(1, step - mark[1])
         if "loss" in self.period.measures and has_data:
@@ -127,6 +169,16 @@ class Clock:
             "means": dict(self.means),
             "losses": [float(x) for x in self._losses],
         }
+
+    def time_state(self, computed_s: float) -> list[float]:
+        """Of a timed round: its first step, seconds since then, and until its end."""
+        return [self._began_at, computed_s - self._began_s, self._ends_s - computed_s]
+
+    def load_time(self, saved: Sequence[float], computed_s: float) -> None:
+        """Go on in the middle of a timed round."""
+        self._began_at = int(saved[0])
+        self._began_s = computed_s - saved[1]
+        self._ends_s = computed_s + saved[2]
 
     def load_state_dict(self, saved: dict[str, Any]) -> bool:
         """Take over a saved state of the same period; whether it was one."""

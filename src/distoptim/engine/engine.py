@@ -127,7 +127,8 @@ class Engine(Rounds):
         self.rule = rule
         self.clock = clock
         self.communicator = communicator
-        self.weights = Weights() if weights is None else weights
+        by = None if clock.period.round_s is None else clock.period.weigh
+        self.weights = Weights(by) if weights is None else weights
         self.counters = Counters() if counters is None else counters
         self.reducer = Reducer(
             communicator, timeout_s=timeout_s, codec=codec, abandon=self._abandon
@@ -173,10 +174,29 @@ class Engine(Rounds):
         self.step += 1
         for pending in self._pending:
             pending.handle.poll()
+        if self.clock.timed:
+            self._keep_time()
         due = self.step >= self._next_event
         if due:
             self.watch.check()
         return due
+
+    @property
+    def waits(self) -> bool:
+        """Whether this step's merges and launches are still to come."""
+        return self.step >= self._next_event
+
+    def _keep_time(self) -> None:
+        """Let the round end with this local step if its time is up, else with the next at the earliest."""
+        clock = self.clock
+        # Who has no data any more makes no steps that take time.
+        over = self.weights.left_at is not None or clock.time_is_up(self.step, self._computed_s())
+        end = self.step if over else self.step + 1
+        for sync in self.syncs:
+            sync.next_launch = end
+            if sync.pending is not None:
+                sync.pending.due = end
+        self.plan()
 
     def poll(self) -> None:
         """Let what is in flight do what can be done without waiting (second stages, times)."""
@@ -214,6 +234,8 @@ class Engine(Rounds):
             if sync.next_launch <= self.step:
                 self._launch(sync)
                 sync.next_launch = self.step + clock.tau
+        if round_ends and clock.timed:
+            clock.begin_time(self.step, self._computed_s(), anew=False)
         self.plan()
 
     def _launch(self, sync: FragmentSync, kind: Kind = Kind.ROUND) -> None:
@@ -227,17 +249,33 @@ class Engine(Rounds):
             weight = 1.0
             extras: list[Tensor | float] = []
             weights = self.weights
-            if weights.samples is not None or weights.left_at is not None:
+            if self.clock.timed:
+                weight = self._weight_of_time(sync)
+            elif weights.samples is not None or weights.left_at is not None:
                 since = max(0, sync.launched)
                 weight = weights.weight(step=self.step, since=since, samples=sync.samples)
             if sync.extra:
                 extras = self._measure()
-            identity = identify(kind, sync.index, self.reducer.messages, self.step)
+            identity = identify(
+                kind,
+                sync.index,
+                self.reducer.messages,
+                self.step,
+                alike=not self.clock.timed,
+            )
             self.communicator.begin_round(self.clock.delay * self.counters.step_s)
             handle = self.reducer.start(sync, finite, weight, extras, identity)
         self.counters.overhead_s += time.perf_counter() - start
         self.counters.bytes += sync.nbytes
         self._take_off(sync, handle, finite, launched=self.step, identity=identity)
+
+    def _weight_of_time(self, sync: FragmentSync) -> float:
+        return self.weights.weight_of_time(
+            step=self.step,
+            since=max(0, sync.launched),
+            samples=sync.samples,
+            usual=self.clock.memory.get("steps"),
+        )
 
     def _form(self, sync: FragmentSync) -> Tensor:
         """Write the payload into the buffer; whether it is finite."""
@@ -271,7 +309,7 @@ class Engine(Rounds):
         """Wait for the mean, if it is not there yet, and let it meet state and parameters."""
         pending = sync.pending
         assert pending is not None
-        may_be_empty = self._may_be_empty or self.weights.left_at is not None
+        may_be_empty = self._may_be_empty or self.weights.left_at is not None or self.clock.timed
         weight = self.reducer.finish(sync, may_be_empty=may_be_empty)
         handle = pending.handle
         self.counters.waited(handle)
@@ -279,7 +317,7 @@ class Engine(Rounds):
         start = time.perf_counter()
         with record_function("distoptim::merge"):
             if weight == 0:
-                self._ended = True
+                self._ended = self.weights.left_at is not None
                 return
             if sync.extra:
                 measured = handle.tails(sync.extra + SIZE + 1)[: sync.extra]
@@ -328,7 +366,8 @@ class Engine(Rounds):
         self.watch.check()
         self.drain()
         order = self._next_first()
-        left = [sync for sync in order if sync.launched < self.step]
+        # Of rounds of equal time nobody knows whether others have made steps.
+        left = [s for s in order if s.launched < self.step or self.clock.timed]
         if left[:1] != order[:1]:
             # The first message must be as long as what a worker that is elsewhere sends next.
             self.reducer.meet(order[0], self._identity(Kind.FLUSH, order[0]))
@@ -337,6 +376,7 @@ class Engine(Rounds):
             self._merge(sync)
         for sync in self.syncs:
             sync.place(self.step, self.clock.tau)
+        self._begin_time()
         self.plan()
 
     def drain(self) -> None:
@@ -410,6 +450,7 @@ class Engine(Rounds):
             sync.launched = self.step
             sync.samples = self.weights.total
             sync.place(self.step, self.clock.tau)
+        self._begin_time()
         self.plan()
 
     def meet(self, kind: Kind) -> None:
@@ -452,7 +493,13 @@ class Engine(Rounds):
 
     def mean_of(self, fragment: Fragment, kind: Kind) -> Flat:
         """The same for another fragment, after `means`."""
-        identity = identify(kind, len(self.syncs), self.reducer.messages, self.step)
+        identity = identify(
+            kind,
+            len(self.syncs),
+            self.reducer.messages,
+            self.step,
+            alike=not self.clock.timed,
+        )
         return self.reducer.mean_of(fragment, identity)
 
     def _next_first(self) -> list[FragmentSync]:
@@ -464,7 +511,9 @@ class Engine(Rounds):
         return sorted(self.syncs, key=lambda sync: (sync.next_launch, sync.index))
 
     def _identity(self, kind: Kind, sync: FragmentSync) -> Identity:
-        return identify(kind, sync.index, self.reducer.messages, self.step)
+        return identify(
+            kind, sync.index, self.reducer.messages, self.step, alike=not self.clock.timed
+        )
 
     def check_local(self) -> None:
         """Whether parameters are the worker's own.
@@ -504,6 +553,7 @@ class Engine(Rounds):
             "tau": self.clock.tau,
             "delay": self.clock.delay,
             "clock": self.clock.state_dict(),
+            **self._time_state(),
             "weights": self.weights.state_dict(),
             "fragments": [sync.state_dict() for sync in self.syncs],
         }
@@ -534,6 +584,11 @@ class Engine(Rounds):
             if not same_workers and anchor is not None:
                 sync.fragment.write(anchor)
         self.resume_at(saved["step"])
+        if self.clock.timed:
+            if goes_on and "time" in saved:
+                self.clock.load_time(saved["time"], self._computed_s())
+            else:
+                self._begin_time()
 
     def close(self) -> None:
         """Wait for what is in flight, then leave the communicator; what comes after fails.
@@ -576,7 +631,19 @@ class Engine(Rounds):
                 finite = self._form(sync)
                 handle = Handle(sync.buffer.tensor)
                 self._take_off(sync, handle, finite, launched=sync.next_launch - clock.tau)
+        self._begin_time()
         self.plan()
+
+    def _begin_time(self) -> None:
+        if self.clock.timed:
+            self.clock.begin_time(self.step, self._computed_s())
+
+    def _time_state(self) -> dict[str, Any]:
+        return {"time": self.clock.time_state(self._computed_s())} if self.clock.timed else {}
+
+    def _computed_s(self) -> float:
+        """Seconds that this worker has not waited for communication."""
+        return self.communicator.now() - self.counters.collect()
 
     def _end_synchronous_phase(self) -> None:
         self.clock.synchronise(False)
@@ -593,7 +660,7 @@ class Engine(Rounds):
         return self.clock.measure(
             step=self.step,
             lr=self._inner.lr(0),
-            computed_s=self.communicator.now() - self.counters.collect(),
+            computed_s=self._computed_s(),
             communication_s=sum(sync.seconds for sync in self.syncs),
             has_data=self.weights.left_at is None,
         )
@@ -652,8 +719,15 @@ def tick_together(
         CommunicationError: of a failure, now or before.
     """
     due = False
-    for engine in engines:
-        due = engine.count() or due
+    if engines[0].clock.timed and len(engines) > 1:
+        for engine in engines:
+            # Who has come to the end of its round waits there for the others.
+            if not engine.waits:
+                engine.count()
+        due = all(engine.waits for engine in engines)
+    else:
+        for engine in engines:
+            due = engine.count() or due
     if not due and before_launch is None:
         return
     for engine in engines:

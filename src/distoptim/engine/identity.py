@@ -68,7 +68,7 @@ class Identity:
         return f"{self.kind.call}{which} at local step {self.step}"
 
 
-def identify(kind: Kind, fragment: int, message: int, step: int) -> Identity:
+def identify(kind: Kind, fragment: int, message: int, step: int, *, alike: bool = True) -> Identity:
     """The identity of a message.
 
     Args:
@@ -76,8 +76,9 @@ def identify(kind: Kind, fragment: int, message: int, step: int) -> Identity:
         fragment: its index.
         message: its number among those of this engine.
         step: the local step that all workers have made when they send it.
+        alike: whether they have; else it is this worker's, and for messages to people alone.
     """
     digits: list[int] = []
-    for value, length in zip((kind, fragment, message, step), _LENGTHS, strict=True):
+    for value, length in zip((kind, fragment, message, alike * step), _LENGTHS, strict=True):
         digits += [value // _BASE**i % _BASE for i in range(length)]
     return Identity(kind, fragment, step, torch.tensor([*digits, *(d * d for d in digits)]))

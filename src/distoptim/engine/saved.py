@@ -127,6 +127,8 @@ def check_rounds(engine: Engine, rounds: Mapping[str, Any]) -> None:
     tau = saved["tau"].integer(1)
     saved["delay"].integer(0, tau)
     longest = max(tau, _check_clock(engine, saved["clock"]))
+    for value in saved["time"].parts(3) if "time" in rounds else ():
+        _any_float(value)
     _optional(saved["weights"]["samples"])
     own = rounds["rank"] in (None, engine.communicator.rank)
     for sync, f in zip(engine.syncs, fragments, strict=True):

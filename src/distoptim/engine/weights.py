@@ -1,4 +1,4 @@
-"""What a worker's payload weighs: its samples, or its share of the local steps of a round."""
+"""What a worker's payload weighs: its samples, its local steps, or its share of those of a round."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ class Weights:
     By default all workers weigh the same. With `average(samples=n)` a payload weighs as many samples as
     the worker had since its last launch. A worker that has left the block of `join()` weighs 0.
 
+    Args:
+        by: what payloads of a round of equal time weigh (see `EqualTime`); None: such rounds there
+            are none.
+
     Attributes:
         samples: so far; None where they are not counted.
         left_at: the local step at which this worker ran out of data.
         counted: whether samples come with every local step; None before the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by: str | None = None) -> None:
+        self.by = by
         self.samples: float | None = None
         self.left_at: int | None = None
         self.counted: bool | None = None
@@ -56,14 +61,39 @@ class Weights:
             return 1.0
         return max(0, min(self.left_at, step) - since) / max(1, step - since)
 
+    def weight_of_time(
+        self, *, step: int, since: int, samples: float, usual: float | None
+    ) -> float:
+        """Of a payload of a round of equal time.
+
+        Args:
+            step: local steps done.
+            since: local step of the last launch.
+            samples: at the last launch.
+            usual: local steps in a round, as all workers know it; None: not yet, and all who have
+                made one weigh alike.
+        """
+        last = step if self.left_at is None else min(step, self.left_at)
+        made = max(0, last - since)
+        if not made:
+            return 0.0
+        if self.samples is None:
+            if usual is None:
+                return 1.0
+            return made / usual if self.by == "steps" else usual / made
+        counted = self.samples - samples
+        return counted if self.by == "steps" else counted / made**2
+
     def share(self, mean: float) -> float:
         """Of the workers, how many are in a mean of this mean weight.
 
-        Weights by samples do not tell, and count as 1.
+        Weights by samples or local steps do not tell, and count as 1.
 
         Raises:
             ValueError: others weigh by samples, this worker does not.
         """
+        if self.by is not None:
+            return 1.0
         if self.samples is None and self.left_at is None and mean > 1.001:
             raise ValueError(
                 "another worker calls average(samples=...), this one does not; allowed is on all or "

@@ -77,10 +77,14 @@ class Cluster:
     def step(self, loss: Callable[[torch.nn.Module, int], Tensor] | None = None) -> list[float]:
         """One local step of every worker, then `average()`; returns the workers' losses.
 
+        Where rounds last equally long (`EqualTime`), a worker that has come to the end of its round
+        makes no step until all have.
+
         Args:
             loss: called as loss(model, rank), on several threads; None: only time passes.
         """
-        ranks = range(len(self.models))
+        engines = [optimizer.engine for optimizer in self.optimizers]
+        ranks = [rank for rank, engine in enumerate(engines) if not engine.waits]
         losses: list[float] = []
         if loss is not None:
             run: Callable[..., Iterable[Any]] = self._pool.map if self._pool else map
@@ -90,10 +94,11 @@ class Cluster:
             list(run(self._local_step, ranks))
         if self._compute is not None:
             for rank in ranks:
-                self.fabric.clocks[rank] += self._compute.seconds(rank, self.steps)
+                self.fabric.clocks[rank] += self._compute.seconds(rank, engines[rank].step)
         self.steps += 1
+        all_step = len(ranks) == len(engines)
         with self._expected():
-            average_together(self.optimizers, losses=losses)
+            average_together(self.optimizers, losses=losses if all_step else None)
         return losses
 
     @contextlib.contextmanager
@@ -161,17 +166,18 @@ class Cluster:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`, in a new cluster made with the same arguments."""
+        self.fabric.clocks[:] = state_dict["clocks"]
+        self.fabric.free_at = state_dict["free_at"]
         for rank, saved in enumerate(state_dict["workers"]):
             optimizer = self.optimizers[rank]
             self.models[rank].load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
+            # Before the rounds, which may go by what was computed so far.
             vars(optimizer.engine.counters).update(saved["counters"])
+            optimizer.load_state_dict(saved["optimizer"])
             for sync, times in zip(optimizer.engine.syncs, saved["pending"], strict=True):
                 if sync.pending is not None and times is not None:
                     sync.pending.handle = self.fabric.in_flight(rank, sync.buffer.tensor, *times)
-            optimizer.engine.resume_at(state_dict["steps"])
-        self.fabric.clocks[:] = state_dict["clocks"]
-        self.fabric.free_at = state_dict["free_at"]
+            optimizer.engine.resume_at(optimizer.engine.step)
         self.steps = state_dict["steps"]
 
     def _backward(self, loss: Callable[[torch.nn.Module, int], Tensor], rank: int) -> float:
