@@ -1,4 +1,5 @@
-"""What do coding and decoding cost? Time of 11.2M floats as a multiple of one copy of that tensor."""
+"""What do coding and decoding cost? Time of 11.2M floats as a multiple of one copy of that tensor, and
+of the 1-bit codec's."""
 
 from __future__ import annotations
 
@@ -75,6 +76,10 @@ def main() -> Report:
             report.aim(
                 f"{what} {row['codec']}", row[what], LIMITS.get(str(row["codec"]), 5.0), " copies"
             )
+    both = {str(row["codec"]): row["coding"] + row["decoding"] for row in rows}
+    report.aim("coding and decoding 1bit", both["1bit"], 3.0, " copies")
+    for name in ("2bit", "e3m0"):
+        report.aim(f"coding and decoding {name}", both[name] / both["1bit"], 2.0, " times 1bit")
     threads = os.cpu_count() or 1
     copy_s, rows = measure(threads)
     report.note(f"with {threads} threads a copy takes {copy_s * 1e3:.1f} ms")

@@ -92,10 +92,10 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             step that a GradScaler skips counts too, so that workers stay in phase.
         reset_inner: forget the inner optimizer's state (momentum) at every merge instead of keeping
             it.
-        codec: in which the difference to what all workers share travels: "bf16", "int8", "e3m0" or
-            "2bit", with "+ef" behind it for error feedback, or an object; default None, float32. Fewer
-            bytes for any number of workers. Float32 means on the CPU only. `averaged()` and levels
-            send float32 always.
+        codec: in which the difference to what all workers share travels: "bf16", "int8", "e3m0",
+            "2bit" or "1bit", with "+ef" behind it for error feedback, or an object; default None,
+            float32. Fewer bytes for any number of workers. Float32 means on the CPU only. `averaged()`
+            and levels send float32 always.
         module: the model that is trained, or several. Its buffers and frozen parameters get rank 0's
             values at the start, as its other parameters do, and what is changed or added in it later
             is noticed. Without it that holds for the parameters handed over.

@@ -346,14 +346,14 @@ def _coded() -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
         yield "int8+ef", f"small {name}", partial(go, partial(make, codec="int8+ef"), FLOAT32)
     for name in THREE:
         make = partial(ALGORITHMS[name], tau=6, **toy.OPTIONS)
-        for codec in ("e3m0", "bf16", "int8", "2bit", "e3m0+ef"):
+        for codec in ("e3m0", "bf16", "int8", "2bit", "e3m0+ef", "1bit"):
             if name == THREE[0]:
                 yield (
                     codec,
                     f"large {name} fragments2",
                     partial(go, partial(make, codec=codec, fragments=2), CODED),
                 )
-        for codec in ("2bit+ef", "e3m0", "bf16"):
+        for codec in ("2bit+ef", "e3m0", "bf16", "1bit+ef"):
             yield (
                 codec,
                 f"small {name} fragments3",
@@ -545,6 +545,7 @@ BOUNDS = {
     "int8": (0.05, 0.05),
     "e3m0": (0.5, 0.5),
     "2bit": (1.0, 1.0),
+    "1bit": (1.0, 1.0),
 }
 
 

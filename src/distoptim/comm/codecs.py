@@ -2,21 +2,24 @@
 
 The built-in ones work in blocks of 256 with a scale of their own. A code is a row of bytes: the
 blocks' scales, then the numbers. Rounding is deterministic. Work goes through scratch memory of the
-size of a cache, so that main memory is read and written once.
+size of a cache, so that main memory is read and written once; what bounds a codec is how often it
+passes over that memory (docs/compression.md).
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distoptim.chunks import CHUNK
-
 BLOCK = 256
+# Blocks that are coded at a time: their numbers and as much scratch memory fit a core's own cache,
+# and torch's calls, two microseconds each, cost little beside the work.
+STEP = 2**17 // BLOCK
 # What is larger counts as this: a little under the largest float32, so that rounding up does not
 # overflow.
 _HUGE = 3e38
@@ -60,16 +63,18 @@ class BlockCodec(Codec):
 
     Attributes:
         bits: of one number.
-        scale_bytes: of one block's scale.
+        scale: dtype of a block's scale; None: it has none.
+        word: dtype in which numbers are written.
     """
 
     bits: int
-    scale_bytes: int
+    scale: torch.dtype | None
+    word: torch.dtype
 
     def nbytes(self, numel: int) -> int:
-        """Scales and numbers of whole blocks, ceil(numel/256) (scale_bytes + 32 bits)."""
+        """Scales and numbers of whole blocks, ceil(numel/256) (bytes of a scale + 32 bits)."""
         blocks = -(-numel // BLOCK)
-        return blocks * (self.scale_bytes + BLOCK * self.bits // 8)
+        return blocks * (self._scale_bytes + BLOCK * self.bits // 8)
 
     def encode(self, x: Tensor, code: Tensor) -> None:
         """code <- x; infinities count as about the largest number there is."""
@@ -93,18 +98,22 @@ class BlockCodec(Codec):
             else:
                 self._add(scales, numbers, part.view(-1, BLOCK), weight)
 
-    def _parts(self, x: Tensor, code: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Chunks of x with their scales [blocks, scale_bytes] and numbers [blocks, bytes], as bytes."""
+    @property
+    def _scale_bytes(self) -> int:
+        return 0 if self.scale is None else self.scale.itemsize
+
+    def _parts(self, x: Tensor, code: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Chunks of x with their scales [blocks, 1] and numbers [blocks, words]."""
         blocks = -(-x.numel() // BLOCK)
-        scales = code[: blocks * self.scale_bytes].view(blocks, self.scale_bytes)
-        numbers = code[blocks * self.scale_bytes : self.nbytes(x.numel())].view(
-            blocks, BLOCK * self.bits // 8
+        if not blocks:
+            return iter(())
+        end = blocks * self._scale_bytes
+        scales = (
+            code[:end].view(self.scale or torch.uint8).view(blocks, int(self.scale is not None))
         )
-        step = CHUNK // BLOCK
-        return [
-            (x[i * BLOCK : (i + step) * BLOCK], scales[i : i + step], numbers[i : i + step])
-            for i in range(0, blocks, step)
-        ]
+        numbers = code[end : self.nbytes(x.numel())].view(self.word).view(blocks, -1)
+        chunks = [torch.split(x, STEP * BLOCK), *(torch.split(t, STEP) for t in (scales, numbers))]
+        return zip(*chunks, strict=True)
 
     @abstractmethod
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
@@ -120,14 +129,15 @@ class BF16(BlockCodec):
     """The upper half of a float32: 8 bits of precision, no scale."""
 
     bits = 16
-    scale_bytes = 0
+    scale = None
+    word = torch.bfloat16
 
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
         largest = torch.finfo(torch.bfloat16).max
-        numbers.view(torch.bfloat16).copy_(torch.clamp(x, -largest, largest, out=_floats(len(x))))
+        numbers.copy_(torch.clamp(x, -largest, largest, out=_scratch.of(x).floats))
 
     def _add(self, scales: Tensor, numbers: Tensor, out: Tensor, weight: float) -> None:
-        out.add_(_floats(len(out)).copy_(numbers.view(torch.bfloat16)), alpha=weight)
+        out.add_(_scratch.of(out).floats.copy_(numbers), alpha=weight)
 
 
 @dataclass(frozen=True)
@@ -135,21 +145,20 @@ class Int8(BlockCodec):
     """Integers from -127 to 127 times scale = max |x| / 127; an error of at most scale / 2."""
 
     bits = 8
-    scale_bytes = 4
+    scale = torch.float32
+    word = torch.int8
 
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
-        work = _floats(len(x))
-        scale = scales.view(torch.float32)
+        work = _scratch.of(x).floats
         # Not below the normal numbers: the reciprocal of one would be infinite.
-        torch.amax(torch.abs(x, out=work), 1, keepdim=True, out=scale).clamp_(max=_HUGE).div_(
+        torch.amax(torch.abs(x, out=work), 1, keepdim=True, out=scales).clamp_(max=_HUGE).div_(
             127
         ).clamp_(min=_TINY)
-        torch.mul(x, scale.reciprocal(), out=work).round_().clamp_(-127, 127)
-        numbers.view(torch.int8).copy_(work)
+        torch.mul(x, scales.reciprocal(), out=work).round_().clamp_(-127, 127)
+        numbers.copy_(work)
 
     def _add(self, scales: Tensor, numbers: Tensor, out: Tensor, weight: float) -> None:
-        work = _floats(len(out)).copy_(numbers.view(torch.int8))
-        out.addcmul_(work, scales.view(torch.float32), value=weight)
+        out.addcmul_(_scratch.of(out).floats.copy_(numbers), scales, value=weight)
 
 
 @dataclass(frozen=True)
@@ -162,28 +171,33 @@ class E3M0(BlockCodec):
     """
 
     bits = 4
-    scale_bytes = 1
+    scale = torch.uint8
+    word = torch.uint8
 
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
-        work = _floats(len(x))
-        sign = _integers(len(x))
+        scratch = _scratch.of(x)
+        work = scratch.floats
+        codes = work.view(torch.int32)
         # The exponent of 4/3 |x| is that of |x| rounded.
         largest = torch.abs(x, out=work).amax(1, keepdim=True)
-        top = largest.mul_(4 / 3).view(torch.int32).bitwise_right_shift_(23).clamp_(8, 254)
+        top = largest.mul_(4 / 3).view(torch.int32).bitwise_right_shift_(_23).clamp_(8, 254)
         scales.copy_(top)
         # Times 4/3 and the power of two that makes 2^8 of the top: exponents from 128 on, whose low
         # bits are the code.
-        work.mul_((0x2AAAAB + (262 << 23) - (top << 23)).view(torch.float32)).clamp_(
-            2.0, _BELOW_512
-        )
-        codes = work.view(torch.int32).bitwise_right_shift_(23)
-        codes.add_(torch.bitwise_right_shift(x.view(torch.int32), 31, out=sign), alpha=-8)
-        pairs = _bytes(len(x)).copy_(codes).view(torch.int16).bitwise_and_(0x0F0F)
-        numbers.view(torch.int8).copy_(pairs.add_(pairs >> 4))
+        unit = torch.sub(_TO_2_8, top.bitwise_left_shift_(_23), out=top).view(torch.float32)
+        work.mul_(unit).clamp_(2.0, _BELOW_512)
+        exponents = scratch.bytes.copy_(codes.bitwise_right_shift_(_23))
+        torch.bitwise_right_shift(x.view(torch.int32), _31, out=codes)
+        signs = scratch.more_bytes.copy_(codes)
+        pairs = exponents.sub_(signs, alpha=8).view(torch.int16).bitwise_and_(_NIBBLES)
+        numbers.copy_(pairs.mul_(_JOIN_2).bitwise_right_shift_(_8))
 
     def _add(self, scales: Tensor, numbers: Tensor, out: Tensor, weight: float) -> None:
-        unit = (scales.to(torch.int32) << 23).view(torch.float32)
-        _look_up(numbers, _E3M0, out, unit.mul_(weight))
+        scratch = _scratch.of(out)
+        unit = scales.to(torch.int32).bitwise_left_shift_(_23).view(torch.float32)
+        values = scratch.floats.view(torch.float64).view(-1)
+        torch.index_select(_E3M0, 0, scratch.index(numbers), out=values)
+        out.addcmul_(scratch.floats, unit.mul_(weight))
 
 
 @dataclass(frozen=True)
@@ -196,21 +210,45 @@ class TwoBit(BlockCodec):
     """
 
     bits = 2
-    scale_bytes = 4
+    scale = torch.float32
+    word = torch.uint8
 
     def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
-        work = _floats(len(x))
-        scale = scales.view(torch.float32)
-        torch.sum(torch.abs(x, out=work), 1, keepdim=True, out=scale).mul_(2 / BLOCK).clamp_(
+        scratch = _scratch.of(x)
+        work = scratch.floats
+        torch.sum(torch.abs(x, out=work), 1, keepdim=True, out=scales).mul_(2 / BLOCK).clamp_(
             max=_HUGE
         )
-        torch.mul(x, scale.clamp(min=_TINY).reciprocal_(), out=work).floor_().clamp_(-2, 1)
-        fours = _bytes(len(x)).copy_(work).view(torch.int32).bitwise_and_(0x03030303)
-        fours.add_(fours >> 6)
-        numbers.view(torch.int8).copy_(fours.add_(fours >> 12))
+        torch.mul(x, scales.clamp(min=_TINY).reciprocal_(), out=work).floor_().clamp_(-2, 1)
+        fours = scratch.bytes.copy_(work).view(torch.int32).bitwise_and_(_CRUMBS)
+        numbers.copy_(fours.mul_(_JOIN_4).bitwise_right_shift_(_24))
 
     def _add(self, scales: Tensor, numbers: Tensor, out: Tensor, weight: float) -> None:
-        _look_up(numbers, _TWO_BIT, out, scales.view(torch.float32) * weight)
+        _look_up(numbers, _TWO_BIT, out, scales * (weight / 2))
+
+
+@dataclass(frozen=True)
+class OneBit(BlockCodec):
+    """1 bit: the sign, times scale = mean |x|; zero is exact only where the whole block is zero, and positive elsewhere.
+
+    No other scale loses less of the block's squares: what is lost is sum x^2 - (sum |x|)^2 / 256, never more than
+    was there. To be used with `ErrorFeedback` (Karimireddy et al., 1901.09847). Eight neighbours share a byte.
+    """
+
+    bits = 1
+    scale = torch.float32
+    word = torch.uint8
+
+    def _encode(self, x: Tensor, scales: Tensor, numbers: Tensor) -> None:
+        scratch = _scratch.of(x)
+        work = scratch.floats
+        torch.mean(torch.abs(x, out=work), 1, keepdim=True, out=scales).clamp_(max=_HUGE)
+        # Floats 0 and 1, and bytes of them: torch compares six times as fast to floats as to bools.
+        eights = scratch.bytes.copy_(torch.lt(x, _0, out=work)).view(torch.int64)
+        numbers.copy_(eights.mul_(_JOIN_8).bitwise_right_shift_(_56))
+
+    def _add(self, scales: Tensor, numbers: Tensor, out: Tensor, weight: float) -> None:
+        _look_up(numbers, _ONE_BIT, out, scales * weight)
 
 
 @dataclass(frozen=True)
@@ -239,49 +277,87 @@ Coding = Codec | ErrorFeedback
 
 
 def _look_up(numbers: Tensor, table: Tensor, out: Tensor, unit: Tensor) -> None:
-    """out <- out + unit table[byte], whose entry is all the numbers of a byte, side by side in one wide number."""
-    index = _integers(len(out)).view(-1)[: numbers.numel()].copy_(numbers.view(-1))
-    values = _floats(len(out))
-    torch.index_select(table, 0, index, out=values.view(table.dtype).view(-1))
-    out.addcmul_(values, unit)
+    """out <- out + unit table[byte], whose entry is all the numbers of a byte, side by side in one wide integer."""
+    scratch = _scratch.of(out)
+    values = scratch.bytes.view(table.dtype).view(-1)
+    torch.index_select(table, 0, scratch.index(numbers), out=values)
+    out.addcmul_(scratch.floats.copy_(scratch.bytes), unit)
 
 
-def _table(values: list[float], bits: int, wide: torch.dtype) -> Tensor:
+def _table(values: Tensor, bits: int, wide: torch.dtype) -> Tensor:
     """All bytes' numbers, the lowest bits first, as one wide number each."""
     index = [[byte >> shift & 2**bits - 1 for shift in range(0, 8, bits)] for byte in range(256)]
-    return torch.tensor(values)[torch.tensor(index)].view(wide).view(-1)
+    return values[torch.tensor(index)].view(wide).view(-1)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Memory to work in: numbers of some blocks in floats and in bytes, and what is looked up with."""
+
+    floats: Tensor
+    bytes: Tensor
+    more_bytes: Tensor
+    integers: Tensor
+
+    def index(self, numbers: Tensor) -> Tensor:
+        """Bytes as torch takes them for an index."""
+        return self.integers.view(-1)[: numbers.numel()].copy_(numbers.view(-1))
 
 
 class _Scratch(threading.local):
-    """Memory to work in, of each thread: two may code at a time."""
+    """A room of each thread: two may code at a time."""
 
     def __init__(self) -> None:
-        shape = (CHUNK // BLOCK, BLOCK)
-        self.floats = torch.empty(shape, dtype=torch.float32)
-        self.integers = torch.empty(shape, dtype=torch.int32)
-        self.bytes = torch.empty(shape, dtype=torch.int8)
+        self._room = _Room(
+            torch.empty(STEP, BLOCK),
+            torch.empty(STEP, BLOCK, dtype=torch.int8),
+            torch.empty(STEP, BLOCK, dtype=torch.int8),
+            torch.empty(STEP, BLOCK // 2, dtype=torch.int32),
+        )
+
+    def of(self, x: Tensor) -> _Room:
+        """As much of it as x [blocks, 256] needs."""
+        room = self._room
+        if len(x) == STEP:
+            return room
+        return _Room(
+            room.floats[: len(x)],
+            room.bytes[: len(x)],
+            room.more_bytes[: len(x)],
+            room.integers[: len(x)],
+        )
 
 
 _scratch = _Scratch()
-
-
-def _floats(blocks: int) -> Tensor:
-    return _scratch.floats[:blocks]
-
-
-def _integers(blocks: int) -> Tensor:
-    return _scratch.integers[:blocks]
-
-
-def _bytes(blocks: int) -> Tensor:
-    return _scratch.bytes[:blocks]
-
-
+# Of no dimensions: torch's calls take half as long with them as with Python's numbers.
+_0 = torch.tensor(0.0)
+_8 = torch.tensor(8, dtype=torch.int16)
+_23 = torch.tensor(23, dtype=torch.int32)
+_24 = torch.tensor(24, dtype=torch.int32)
+_31 = torch.tensor(31, dtype=torch.int32)
+_56 = torch.tensor(56)
+# In 32 bits, where 262 << 23 wraps around.
+_TO_2_8 = torch.tensor(0x2AAAAB + (262 << 23) - 2**32, dtype=torch.int32)
+_NIBBLES = torch.tensor(0x0F0F, dtype=torch.int16)
+_CRUMBS = torch.tensor(0x03030303, dtype=torch.int32)
+# A wide number times this has the low bits of all its bytes, side by side, in its highest byte.
+_JOIN_2 = torch.tensor(2**8 + 2**4, dtype=torch.int16)
+_JOIN_4 = torch.tensor(2**24 + 2**18 + 2**12 + 2**6, dtype=torch.int32)
+_JOIN_8 = torch.tensor(sum(2 ** (56 - 7 * k) for k in range(8)))
 _E3M0 = _table(
-    [sign * (2.0 ** (k - 7) if k else 0.0) for sign in (1, -1) for k in range(8)], 4, torch.float64
+    torch.tensor([s * (2.0 ** (k - 7) if k else 0.0) for s in (1, -1) for k in range(8)]),
+    4,
+    torch.float64,
 )
-_TWO_BIT = _table([0.5, 1.5, -1.5, -0.5], 2, torch.complex128)
-CODECS: dict[str, Codec] = {"bf16": BF16(), "int8": Int8(), "e3m0": E3M0(), "2bit": TwoBit()}
+_TWO_BIT = _table(torch.tensor([1, 3, -3, -1], dtype=torch.int8), 2, torch.int32)
+_ONE_BIT = _table(torch.tensor([1, -1], dtype=torch.int8), 1, torch.int64)
+CODECS: dict[str, Codec] = {
+    "bf16": BF16(),
+    "int8": Int8(),
+    "e3m0": E3M0(),
+    "2bit": TwoBit(),
+    "1bit": OneBit(),
+}
 
 
 def register_codec(name: str, codec: Codec) -> None:
