@@ -34,14 +34,19 @@ NETWORK = "Workers and network"
 RESULTS = "Results"
 
 ROUNDS = Needs(
-    "without --hide-communication, for a method that has rounds",
-    lambda v: not v["hide_communication"] and v.get("algorithm") not in (SYNCHRONOUS, POWERSGD),
+    "without --hide-communication and --equal-time, for a method that has rounds",
+    lambda v: (
+        not v["hide_communication"]
+        and not v["equal_time"]
+        and v.get("algorithm") not in (SYNCHRONOUS, POWERSGD)
+    ),
 )
 _SGD = Needs("with --optimizer sgd", lambda v: v["optimizer"] == "sgd")
 _MOMENTUM = Needs(
     "with --optimizer sgd and a --momentum above 0",
     lambda v: v["optimizer"] == "sgd" and v["momentum"],
 )
+_EQUAL_TIME = Needs("with --equal-time", lambda v: v["equal_time"])
 _MILESTONES = Needs("with --milestones", lambda v: v["schedule"] != "steps" or v["milestones"])
 _STEPS = Needs("with --schedule steps", lambda v: v["schedule"] == "steps")
 _EPOCHS = Needs("without --steps", lambda v: not v["steps"])
@@ -105,6 +110,21 @@ class RunConfig(Settings):
         ),
         Option(TRAINING),
     ] = 0
+    equal_time: Annotated[
+        Number,
+        Field(
+            ge=0,
+            le=1e9,
+            description="Seconds of a round, in which each worker makes as many local steps as fit; "
+            "--steps and all else that counts steps counts rounds then.",
+        ),
+        Option(TRAINING),
+    ] = 0.0
+    weigh: Annotated[
+        Literal["steps", "workers"],
+        Field(description="What counts alike then: each local step's gradient, or each worker."),
+        Option(TRAINING, needs=_EQUAL_TIME),
+    ] = "steps"
     levels: Annotated[
         str,
         Field(description="Groups of neighbouring workers that average more often."),
@@ -287,6 +307,11 @@ class RunConfig(Settings):
             )
         if self.slowdown != "none" and not self.slowdown_ms:
             checks.number("slowdown_ms", self.slowdown_ms, 0, 1e9, open_low=True)
+        if self.equal_time and self.steps is None:
+            raise ValueError(
+                f"equal_time={self.equal_time!r}: how many rounds an epoch has is not known; allowed is with "
+                "steps, which counts rounds"
+            )
         partitions.parse(self.partition)
         self._check_data()
         self._check_islands()
@@ -331,7 +356,7 @@ class RunConfig(Settings):
                 f"batch_size={self.batch_size} with {several}: a worker's ranks share its batch, allowed "
                 "are multiples"
             )
-        for name in ("hide_communication", "adacomm"):
+        for name in ("hide_communication", "adacomm", "equal_time"):
             if getattr(self, name):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} with {several}: each rank of a worker would choose "
@@ -382,7 +407,15 @@ class RunConfig(Settings):
         return epoch, self.steps or self.epochs * epoch
 
 
-ROUNDS_ONLY = ("tau_at", "post_local", "hide_communication", "adacomm", "levels")
+ROUNDS_ONLY = (
+    "tau_at",
+    "post_local",
+    "hide_communication",
+    "adacomm",
+    "equal_time",
+    "weigh",
+    "levels",
+)
 """Fields that mean nothing to a method that averages gradients at every step."""
 
 

@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distoptim.comm import Link
-from distoptim.simulator.compute import Compute, Constant, Pareto, ShiftedExponential, Trace
+from distoptim.simulator.compute import (
+    Compute,
+    Constant,
+    Pareto,
+    ShiftedExponential,
+    Trace,
+    Unequal,
+)
 from distoptim.simulator.network import Network, Ring, Tree, TwoTier
 from distoptim_experiments.settings import Needs, Number, Option, Settings
 
@@ -36,6 +43,11 @@ class Machines(Settings):
         Field(gt=0, le=1e9, description="Milliseconds of a local step, on average."),
         Option(SECTION, needs=_NO_TRACE),
     ] = 30.0
+    speeds: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1e9)], ...],
+        Field(strict=False, description="Of the workers, in turn: steps take so much less time."),
+        Option(SECTION, needs=_NO_TRACE),
+    ] = ()
     slowdown: Annotated[
         Slowdown,
         Field(
@@ -91,11 +103,12 @@ class Machines(Settings):
         step_s = self.step_ms / 1e3
         if self.trace is not None:
             return Trace(Path(self.trace))
+        made: Compute = Constant(step_s)
         if self.slowdown == "exponential":
-            return ShiftedExponential(step_s / 2, step_s / 2, seed)
-        if self.slowdown == "pareto":
-            return pareto(step_s, seed)
-        return Constant(step_s)
+            made = ShiftedExponential(step_s / 2, step_s / 2, seed)
+        elif self.slowdown == "pareto":
+            made = pareto(step_s, seed)
+        return Unequal(made, self.speeds) if self.speeds else made
 
     def network(self) -> Network:
         """The model of communication time."""

@@ -14,7 +14,7 @@ from distoptim import checks
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm import Communicator, Handle
 from distoptim.engine.hierarchy import check_periods
-from distoptim.periods import AdaComm, HideCommunication, Period, PostLocal, Schedule
+from distoptim.periods import AdaComm, EqualTime, HideCommunication, Period, PostLocal, Schedule
 from distoptim_experiments.config import (
     POWERSGD,
     ROUNDS_ONLY,
@@ -28,7 +28,7 @@ _EVERY: dict[str, type] = {"fragments": int, "pattern": str, "reset_inner": bool
 """Of the options that every averaging optimizer has, those that are a number or a word and belong
 to the algorithm rather than to the run."""
 
-_CHOOSE = ("tau_at", "hide_communication", "adacomm")
+_CHOOSE = ("tau_at", "hide_communication", "adacomm", "equal_time")
 
 
 def own_options(algorithm: str) -> dict[str, type]:
@@ -126,6 +126,8 @@ def period_of(config: RunConfig) -> int | Period:
         tau = HideCommunication()
     elif config.adacomm:
         tau = AdaComm(config.tau, interval=config.adacomm)
+    elif config.equal_time:
+        tau = EqualTime(config.equal_time, weigh=config.weigh)
     elif config.tau_at:
         tau = Schedule({0: config.tau, **pairs("tau_at", config.tau_at)})
     return PostLocal(start=config.post_local, tau=tau) if config.post_local else tau

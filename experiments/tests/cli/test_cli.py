@@ -186,6 +186,15 @@ def test_virtual_workers_are_not_said_to_be_processes(invoke):
             ("train", "--adacomm", "5", "--hide-communication"),
             "hide_communication=True with adacomm=5",
         ),
+        (
+            ("train", "--equal-time", "2"),
+            "equal_time=2.0: how many rounds an epoch has is not known",
+        ),
+        (
+            ("train", "--equal-time", "2", "--steps", "9", "--adacomm", "5"),
+            "adacomm=5 with equal_time=2.0",
+        ),
+        (("simulate", "--speeds", "1,0"), "speeds=0.0: allowed is a number in (0, 1e+09]"),
         (("simulate", "--levels", "2:2"), "Unknown option"),
         (("simulate", "--island-size", "2"), "Unknown option"),
         (("train", "--island-size", "5"), "batch_size=32 with island_size=5"),

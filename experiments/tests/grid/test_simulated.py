@@ -85,6 +85,7 @@ def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):
         "post": {"post_local": 20, "tau": 10},
         "table": {"tau_at": "20:4"},
         "loss": {"tau": 8, "adacomm": 8},
+        "equal": {"equal_time": 0.08, "steps": 5},
     }
     for name, changed in variants.items():
         run(config.replace(**changed), slow, tmp_path / name)
@@ -95,6 +96,7 @@ def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):
     assert syncs["post"] in (21, 22)
     assert (tau["fixed"], tau["table"]) == (1, 4)
     assert tau["loss"] < 8
+    assert (tau["equal"], syncs["equal"]) == (8, 5)
 
 
 def test_what_virtual_workers_cannot_do_is_refused():

@@ -6,7 +6,14 @@ The same engine and algorithms, in one process.
 from __future__ import annotations
 
 from distoptim.simulator.cluster import Cluster
-from distoptim.simulator.compute import Compute, Constant, Pareto, ShiftedExponential, Trace
+from distoptim.simulator.compute import (
+    Compute,
+    Constant,
+    Pareto,
+    ShiftedExponential,
+    Trace,
+    Unequal,
+)
 from distoptim.simulator.fabric import Fabric, VirtualCommunicator
 from distoptim.simulator.network import Network, Ring, Tree, TwoTier
 
@@ -22,5 +29,6 @@ __all__ = [
     "Trace",
     "Tree",
     "TwoTier",
+    "Unequal",
     "VirtualCommunicator",
 ]

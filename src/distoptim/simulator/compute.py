@@ -114,6 +114,33 @@ class Pareto:
         return self.scale_s * float((1 - _uniform(self.seed, rank, step)) ** (-1 / self.shape))
 
 
+@dataclass(frozen=True)
+class Unequal:
+    """Machines of unequal speed: what another model says, divided by the worker's speed.
+
+    Args:
+        compute: of speed 1.
+        speeds: one per worker, > 0, reused in turn where there are more workers.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    compute: Compute
+    speeds: Sequence[float]
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for speed in self.speeds:
+            checks.number("speed", speed, 0, math.inf, open_low=True, open_high=True)
+        if not self.speeds:
+            raise ValueError("speeds=[]: allowed is one number per worker")
+
+    def seconds(self, rank: int, step: int) -> float:
+        """The other model's, by the speed."""
+        return self.compute.seconds(rank, step) / self.speeds[rank % len(self.speeds)]
+
+
 class Trace:
     """Seconds as recorded: a CSV file with one line per local step and one column per worker.
 

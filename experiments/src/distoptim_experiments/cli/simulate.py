@@ -159,7 +159,7 @@ def _configs(given: Given) -> list[RunConfig]:
         "seed": _listed(varied.seeds, int),
     }
     config = given.made(RunConfig, without=ONLY_REAL)
-    if config.hide_communication:
+    if config.hide_communication or config.equal_time:
         axes["tau"] = axes["tau"][:1]
     options = optimizers.shared_options(own_of(given.all), axes["algorithm"])
     configs = grid.combinations(config, axes, options)

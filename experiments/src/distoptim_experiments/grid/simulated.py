@@ -62,7 +62,11 @@ def name(config: RunConfig, machines: Machines | None) -> str:
         for key, value in config.replace(data_dir=None).to_dict().items()
         if value != plain[key]
     }
-    text = json.dumps([changed, machines and machines.to_dict()], sort_keys=True)
+    described = machines and machines.to_dict()
+    if described and not described["speeds"]:
+        # Younger than the first finished grids.
+        del described["speeds"]
+    text = json.dumps([changed, described], sort_keys=True)
     short = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{config.algorithm}-tau{config.tau}-m{config.workers}-seed{config.seed}-{short}"
 

@@ -66,12 +66,18 @@ class Processes(Workers):
     def step(self, step: int) -> Sequence[float]:
         """On the worker's next batch; slowed down first, where the run says so."""
         begin = time.perf_counter()
-        self._slow_down(step)
-        loss = self._method.step(*next(self._batches))
+        losses = [self._local_step(step)]
+        if self.problem.config.equal_time:
+            while self._method.rounds <= step:
+                losses.append(self._local_step(step + len(losses)))
         self._step_s = time.perf_counter() - begin
         self._seconds += self._step_s
         self._made += 1
-        return [loss]
+        return losses
+
+    def _local_step(self, step: int) -> float:
+        self._slow_down(step)
+        return self._method.step(*next(self._batches))
 
     def _slow_down(self, step: int) -> None:
         config = self.problem.config

@@ -118,8 +118,12 @@ class Virtual(Workers):
         """They are."""
 
     def step(self, step: int) -> Sequence[float]:
-        """Of all workers, in lockstep."""
-        return self.cluster.step(self._loss)
+        """Of all workers, in lockstep; a whole round of equal time, if there are such."""
+        losses = self.cluster.step(self._loss)
+        if self.problem.config.equal_time:
+            while self.cluster.optimizers[0].rounds <= step:
+                losses += self.cluster.step(self._loss)
+        return losses
 
     def _loss(self, model: nn.Module, worker: int) -> Any:
         dtype = DTYPES[self.problem.config.dtype]

@@ -47,6 +47,8 @@ class Workers(ABC):
     def step(self, step: int) -> Sequence[float]:
         """Local step number `step` (from 0) of the workers held here, and their `average()`.
 
+        With `equal_time` it is round number `step`, of as many local steps as fit.
+
         Returns: the losses of their batches.
 
         Raises:

@@ -52,6 +52,11 @@ class Averaging(Method):
         self.optimizer.average(loss=loss)
         return float(loss.item())
 
+    @property
+    def rounds(self) -> int:
+        """From the optimizer's own counters."""
+        return self.optimizer.rounds
+
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Mean parameters and batch-norm statistics."""
         return self.optimizer.averaged(self._model)

@@ -57,6 +57,11 @@ class Method(ABC):
     def costs(self) -> Costs:
         """What communication has cost this worker since this object was made."""
 
+    @property
+    def rounds(self) -> int:
+        """How many are over, where it has some."""
+        return 0
+
     def stats(self) -> dict[str, float]:
         """What it tells of its rounds, where it has some: tau, staleness, quarantined."""
         return {}
