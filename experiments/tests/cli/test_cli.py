@@ -542,39 +542,6 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(invoke, tmp_path):
     assert [line.step for line in records.read(tmp_path / "a").logs] == list(range(1, step + 4))
 
 
-def test_torchrun(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "distoptim",
-            "train",
-            *TINY,
-            "--algorithm",
-            "local-sgd",
-            "--steps",
-            "4",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("record: ") == 1
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert records.read(folder).config.workers == 2
-    assert len(list(checkpoint.latest(folder).glob("rank-*.pt"))) == 2
-
-
 def _by_tcp(rank, port, folder):
     """What it prints, apart from what the other one does."""
     os.chdir(folder)

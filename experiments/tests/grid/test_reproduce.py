@@ -195,7 +195,7 @@ def test_a_run_goes_on_at_its_last_epoch_as_if_it_had_never_stopped(
 
 
 def test_kill_dash_nine_loses_no_finished_run(tmp_path):
-    text = GRID.replace("epochs = 3", "epochs = 20").replace("seed = [0, 1]", "seed = [0]")
+    text = GRID.replace("epochs = 3", "epochs = 10").replace("seed = [0, 1]", "seed = [0]")
     text = text.replace("[tune]\nlr = [0.01, 1e6]\nepochs = 1", "")
     path = written(tmp_path, text)
     arguments = ["reproduce", str(path), "--folder", str(tmp_path / "out")]

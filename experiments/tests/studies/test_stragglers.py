@@ -8,7 +8,7 @@ from distoptim_experiments.studies.stragglers import draw, expected_maximum, stu
 
 from distoptim.simulator import Pareto, ShiftedExponential
 
-WORKERS = (2, 16)
+WORKERS = (2, 8)
 
 
 @pytest.mark.parametrize("compute", [ShiftedExponential(0.5, 0.5), Pareto(0.5, 3.0)])

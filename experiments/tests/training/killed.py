@@ -28,8 +28,10 @@ main()
 """
 
 
-def train_with_a_victim(folder: Path, *, ranks: int, steps: int, options: str = "") -> Path:
-    """`train --auto-resume` of `ranks` to its end; returns the run's folder."""
+def train_with_a_victim(
+    folder: Path, *, ranks: int, steps: int, options: str = ""
+) -> tuple[Path, str]:
+    """`train --auto-resume` of `ranks` to its end; returns the run's folder and what was printed."""
     (folder / "victim.py").write_text(VICTIM)
     torchrun = (
         f"-m torch.distributed.run --nproc-per-node={ranks} --max-restarts=1"
@@ -51,4 +53,4 @@ def train_with_a_victim(folder: Path, *, ranks: int, steps: int, options: str = 
     assert done.returncode == 0, done.stderr
     lines = list(records.read_lines(folder / "run" / records.FILE))
     assert sum(line.kind == "resume" for line in lines) == 1, lines
-    return folder / "run"
+    return folder / "run", done.stdout

@@ -99,7 +99,10 @@ def in_training(folder) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
 @linux
 @pytest.mark.parametrize(
     ("signum", "send"),
-    [(signal.SIGKILL, os.kill), (signal.SIGHUP, os.killpg)],
+    [
+        (signal.SIGKILL, os.kill),
+        pytest.param(signal.SIGHUP, os.killpg, marks=pytest.mark.soak),
+    ],
     ids=["killed", "terminal closed"],
 )
 def test_all_processes_end_with_the_command_and_say_nothing(tmp_path, signum, send):
@@ -147,6 +150,7 @@ def answered(host, port):
     return None
 
 
+@pytest.mark.soak
 def test_a_long_folder_for_temporary_files_is_named_in_one_line(tmp_path):
     long = tmp_path / ("x" * 100)
     long.mkdir()

@@ -274,7 +274,7 @@ def test_virtual_workers_and_numbers_that_do_not_divide_are_refused():
 @fsdp
 @pytest.mark.soak
 def test_islands_under_torchrun_survive_a_killed_rank(tmp_path):
-    folder = train_with_a_victim(
+    folder, _ = train_with_a_victim(
         tmp_path, ranks=4, steps=9, options="--island-size 2 --island-kind fsdp2"
     )
     record = records.read(folder)

@@ -138,8 +138,8 @@ class Spec(BaseModel):
             raise ValueError(
                 "[tune] chooses on a validation set: [run] needs validation, the share held out for it"
             )
-        self.cases()
-        self.trials()
+        for case in (*self.trials(), *self.cases()):
+            check(case.config)
         return self
 
     def cases(
@@ -170,7 +170,7 @@ class Spec(BaseModel):
                 fields = {**self.run, **dict(zip(axes, values, strict=True)), **method, **fixed}
                 if fields.get("algorithm") in (SYNCHRONOUS, POWERSGD):
                     fields["tau"] = 1
-                config = check(compared(fields))
+                config = compared(fields)
                 case = Case(label, config)
                 if case.setting in rates:
                     case = Case(label, config.replace(lr=rates[case.setting]))
