@@ -1,5 +1,5 @@
 """What do coding and decoding cost? Time of 11.2M floats as a multiple of one copy of that tensor, and
-of the 1-bit codec's."""
+of the 1-bit codec's; and all the coding of one worker's round of a small model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from benchmarks.report import Report, json_path, save
-from distoptim.comm.codecs import CODECS
+from distoptim.comm import Handle, SingleWorker
+from distoptim.comm.codecs import CODECS, find
+from distoptim.comm.compressed import CompressedMean
 
 NUMEL = 11_200_000
+SMALL = 820_000
 REPEATS = 9
 LIMITS = {"bf16": 3.0, "int8": 3.0}
 
@@ -59,6 +62,39 @@ def measure(threads: int) -> tuple[float, list[dict[str, Any]]]:
     return copy_s, rows
 
 
+class Echo(SingleWorker):
+    """Four workers that all send what this one does, at once."""
+
+    size = 4
+
+    def all_gather(
+        self, output: torch.Tensor, input: torch.Tensor, *, after: Handle | None = None
+    ) -> Handle:
+        return Handle(output.copy_(input))
+
+
+def rounds() -> list[dict[str, Any]]:
+    """Milliseconds that one thread codes in a round, codec by codec."""
+    torch.set_num_threads(1)
+    timed = partial(seconds, clock=time.thread_time)
+    buffer = torch.randn(SMALL + 1)
+    rows = []
+    for name in (name + ef for name in CODECS for ef in ("", "+ef")):
+        coding = find(name)
+        assert coding is not None
+        mean = CompressedMean(coding, Echo(), numel=SMALL, extra=1, start=torch.zeros(SMALL))
+
+        def code(mean: CompressedMean = mean) -> None:
+            buffer[-1] = 1.0
+            handle = mean.start(buffer)
+            handle.poll()
+            handle.wait(1.0)
+            mean.merging(buffer)
+
+        rows.append({"codec": name, "ms": 1e3 * timed(code)})
+    return rows
+
+
 def main() -> Report:
     """Measure and print."""
     report = Report("the cost of codecs")
@@ -80,6 +116,7 @@ def main() -> Report:
     report.aim("coding and decoding 1bit", both["1bit"], 3.0, " copies")
     for name in ("2bit", "e3m0"):
         report.aim(f"coding and decoding {name}", both[name] / both["1bit"], 2.0, " times 1bit")
+    report.table(f"a worker's coding in a round of {SMALL:,} floats among 4 workers", rounds())
     threads = os.cpu_count() or 1
     copy_s, rows = measure(threads)
     report.note(f"with {threads} threads a copy takes {copy_s * 1e3:.1f} ms")
