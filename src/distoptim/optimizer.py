@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from distoptim.comm import ErrorFeedback, Link
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine import checkpoint, evaluation, membership, saved
 from distoptim.engine.clock import Clock
@@ -96,6 +97,9 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "2bit" or "1bit", with "+ef" behind it for error feedback, or an object; default None,
             float32. Fewer bytes for any number of workers. Float32 means on the CPU only. `averaged()`
             and levels send float32 always.
+        streams: connections at once over which a message goes in parts, 1 to 64, or "auto" (default):
+            as many as round trip and size are worth. For long fat links, of which one connection of
+            gloo uses a part; each costs files and threads.
         module: the model that is trained, or several. Its buffers and frozen parameters get rank 0's
             values at the start, as its other parameters do, and what is changed or added in it later
             is noticed. Without it that holds for the parameters handed over.
@@ -162,7 +166,9 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             raise
         self._agree(list(groups), beside)
         # Making their groups is collective: only now all are known to have the same.
-        self._levels = connect_levels(groups, settings.timeout_s)
+        self._levels = connect_levels(groups, settings.timeout_s, settings.streams)
+        for level in self._levels.values():
+            level.prepare(self._largest_message(coded=False))
         self._build()
 
     def _agree(self, levels: Sequence[int], beside: dict[str, Tensor]) -> None:
@@ -179,6 +185,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "copies": list(self._state_copies.names),
             "copies that are there": self._state_copies.held(self._members[0]),
             "codec": repr(settings.coding),
+            "streams": settings.streams,
             **self._rule.facts(),
         }
         before = self._fingerprint()
@@ -190,7 +197,21 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             beside=beside,
             sync=settings.sync_module,
         )
+        coded = settings.coding is not None
+        self._communicator.prepare(self._largest_message(coded=coded), coded=coded)
         self._overwritten = (before, self._fingerprint())
+
+    def _largest_message(self, *, coded: bool) -> int:
+        """Bytes of the largest fragment, as it travels."""
+        coding = self._settings.coding if coded else None
+        codec = coding.codec if isinstance(coding, ErrorFeedback) else coding
+        return max(
+            (
+                f.numel * f.dtype.itemsize if codec is None else codec.nbytes(f.numel)
+                for f in build(*self._members, self._parts)
+            ),
+            default=0,
+        )
 
     @torch.no_grad()
     def _fingerprint(self) -> int:
@@ -391,6 +412,14 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         """
         engine = self.engine
         return engine.counters.report(engine.step, engine.clock.tau)
+
+    def link(self) -> Link | None:
+        """The link to the other workers as measured at construction: latency and each one's rate.
+
+        The rate is that of the parameters' broadcast, on one connection that has just begun: of small
+        models too low. None where nothing was measured (one worker, virtual ones, nccl).
+        """
+        return self._communicator.link
 
     @property
     def rounds(self) -> int:

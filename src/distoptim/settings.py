@@ -16,6 +16,8 @@ from distoptim.comm import Communicator, connect, forgotten, world_size
 from distoptim.comm.codecs import Coding
 from distoptim.comm.codecs import find as find_codec
 from distoptim.comm.mesh import averaging_group
+from distoptim.comm.streams import AUTO
+from distoptim.comm.streams import check as check_streams
 from distoptim.fragments import SEQUENTIAL, Fragments
 from distoptim.periods import Period, Tau, period_of
 
@@ -49,6 +51,7 @@ class Options(TypedDict, total=False):
     average_in_step: bool
     reset_inner: bool
     codec: Coding | str | None
+    streams: int | str
     module: torch.nn.Module | Sequence[torch.nn.Module] | None
     sync_module: bool
 
@@ -80,6 +83,7 @@ class SyncSettings:
     average_in_step: bool = False
     reset_inner: bool = False
     codec: Coding | str | None = None
+    streams: int | str = AUTO
     module: torch.nn.Module | Sequence[torch.nn.Module] | None = None
     sync_module: bool = True
 
@@ -104,6 +108,10 @@ class SyncSettings:
             )
         checks.flag("reset_inner", self.reset_inner)
         checks.flag("sync_module", self.sync_module)
+        if check_streams(self.streams) != AUTO and self.communicator is not None:
+            raise ValueError(
+                f"streams={self.streams} beside communicator=, which has its own; allowed is 'auto'"
+            )
         _ = self.modules
         find_codec(self.codec)
 
@@ -187,7 +195,7 @@ class SyncSettings:
         """The communicator that was given, or one over the group; collective in the latter case."""
         if self.communicator is not None:
             return self.communicator
-        return connect(self.averaging_group(), self.timeout_s)
+        return connect(self.averaging_group(), self.timeout_s, streams=self.streams)
 
     def inner_optimizer(self, params: Params) -> torch.optim.Optimizer:
         """The optimizer that was given, or an SGD over the parameters.

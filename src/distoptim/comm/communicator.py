@@ -10,6 +10,7 @@ from functools import cached_property
 from torch import Tensor
 
 from distoptim.comm.handles import Handle, Stages
+from distoptim.comm.link import Link
 
 
 class CommunicationError(RuntimeError):
@@ -53,6 +54,15 @@ class Communicator(ABC):
             due_in_s: about how long after its launch the mean will be waited for. Until then a worker
                 that is late has done nothing wrong: timeouts count from there.
         """
+
+    @property
+    def link(self) -> Link | None:
+        """Round trip and rate as measured by `prepare`; None where nothing is."""
+        return None
+
+    def prepare(self, nbytes: int, *, coded: bool = False) -> None:  # noqa: B027  # as above
+        """Get ready for means of so many bytes, or of codes; blocking and collective, once all workers
+        hold the same parameters. By default nothing."""
 
     @abstractmethod
     def all_reduce(self, buffer: Tensor) -> Handle:

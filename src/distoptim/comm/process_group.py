@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import gc
 import inspect
+import math
 import os
 import time
 import warnings
@@ -25,6 +26,9 @@ from distoptim.comm.communicator import CommunicationError, Communicator, Single
 from distoptim.comm.cuda import NcclHandle, Staging
 from distoptim.comm.emulated import BACKEND, EmulatedGroup
 from distoptim.comm.handles import Handle, TimedHandle, WorkHandle
+from distoptim.comm.link import Link
+from distoptim.comm.streams import AUTO, PartsHandle, affordable, choose, open_files, spans
+from distoptim.comm.streams import check as check_streams
 
 # Whose options of one collective have no types.
 _c10d: Any = dist.distributed_c10d
@@ -58,13 +62,18 @@ def ranks_of(group: dist.ProcessGroup) -> list[int]:
     return dist.get_process_group_ranks(group) if dist.get_rank(group) >= 0 else []
 
 
-def connect(group: dist.ProcessGroup | None = None, timeout_s: float = 1800.0) -> Communicator:
+def connect(
+    group: dist.ProcessGroup | None = None,
+    timeout_s: float = 1800.0,
+    *,
+    streams: int | str = AUTO,
+) -> Communicator:
     """A communicator over `group` (None: all workers); collective in it.
 
     With one worker, or no process group, one that is alone.
     """
     if world_size(group) > 1:
-        return ProcessGroupCommunicator(group, timeout_s=timeout_s)
+        return ProcessGroupCommunicator(group, timeout_s=timeout_s, streams=streams)
     warnings.warn(
         "one worker: there is nobody to average with (is torch.distributed initialised, before the "
         "optimizer is made?)",
@@ -103,14 +112,23 @@ class ProcessGroupCommunicator(Communicator):
     Args:
         group: the workers; None means all.
         timeout_s: bound of every wait, in seconds; torch's own default of 30 minutes.
+        streams: groups at once over which a message in host memory goes in parts, from 1 to 64;
+            "auto": as many as round trip and size are worth, once `prepare` has measured them. Over
+            nccl 1, since it has channels of its own.
 
     Raises:
         CommunicationError: not all members made theirs in time.
+        ValueError: `streams` outside its range.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None = None, *, timeout_s: float = 1800.0
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        timeout_s: float = 1800.0,
+        streams: int | str = AUTO,
     ) -> None:
+        self._asked = check_streams(streams)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._ranks = None if group is None else dist.get_process_group_ranks(group)
@@ -119,6 +137,14 @@ class ProcessGroupCommunicator(Communicator):
         self._backends = _backends(group)
         self._averages = {kind: _averages(backend) for kind, backend in self._backends.items()}
         self._staging: Staging | None = None
+        # How many are open, and for coded means.
+        self._streams = 1
+        self._second_streams = 1
+        self._prepared_for = (0, False)
+        self._link: Link | None = None
+        self._affordable = 1
+        # Bytes and seconds of the largest broadcast so far.
+        self._largest = (0, 0.0)
         # A torch ProcessGroup, or one of its backends.
         self._groups: dict[str, Any] = {}
         _leave_forgotten()
@@ -127,12 +153,15 @@ class ProcessGroupCommunicator(Communicator):
         self._finalizer = weakref.finalize(self, _forgotten.append, self._groups)
         self._finalizer.atexit = False
         _made[tuple(self.ranks)] += 1
+        self._number = _made[tuple(self.ranks)]
+        before = open_files() or 0
         with self._one_error("the making of groups"):
             self._make("means", str(dist.get_backend(group)))
             self._make("control data", "gloo")
             if "cpu" in self._backends:
                 # Codes are in host memory. Over nccl alone there are none.
                 self._make("second stages", self._backends["cpu"])
+        self._files = max(1, ((open_files() or 0) - before) // len(self._groups))
         _open.add(self)
 
     @property
@@ -147,32 +176,133 @@ class ProcessGroupCommunicator(Communicator):
         """
         self._limit = self._timeout + timedelta(seconds=2 * due_in_s)
 
+    @property
+    def link(self) -> Link | None:
+        """As measured by `prepare`."""
+        return self._link
+
+    @property
+    def streams(self) -> int:
+        """How many are open."""
+        return self._streams
+
+    def prepare(self, nbytes: int, *, coded: bool = False) -> None:
+        """Measure the link, and open the streams that means of so many bytes are worth.
+
+        Blocking and collective: three small messages, none where the link is known.
+
+        Args:
+            nbytes: of the largest message.
+            coded: whether it is of codes, whose second stages have streams of their own.
+
+        Raises:
+            ValueError: on all workers: one's limit of open files allows fewer streams than were asked
+                for, or nccl is asked for more than one.
+        """
+        if "cpu" not in self._backends:
+            if self._asked not in (1, AUTO):
+                raise ValueError(
+                    f"streams={self._asked}: nccl has channels of its own; allowed is 1 or 'auto'"
+                )
+            return
+        if self._link is None:
+            self._measure(2 if coded else 1)
+            assert self._link is not None
+        wanted = self._asked
+        if not isinstance(wanted, int):
+            chosen = choose(nbytes, self._link, self.size)
+            wanted = min(chosen, self._affordable)
+        if wanted > self._affordable:
+            self.close()
+            raise ValueError(
+                f"streams={wanted}: the limit of open files of one of the workers allows "
+                f"{self._affordable}; raise it (ulimit -n), or take fewer"
+            )
+        with self._one_error("the making of streams"):
+            self._streams = self._widen("means", self._streams, wanted)
+            if coded:
+                self._second_streams = self._widen("second stages", self._second_streams, wanted)
+        self._prepared_for = (nbytes, coded)
+
+    def _widen(self, use: str, count: int, wanted: int) -> int:
+        backend = self._backends["cpu"]
+        for i in range(count, wanted):
+            self._make(_stream(use, i), backend)
+        return max(count, wanted)
+
+    def _measure(self, groups: int) -> None:
+        """Round trip and rate, and how many streams of so many groups all can afford."""
+        what = "measuring the link"
+        own = [*self._largest, affordable(groups * self._files)]
+        everybody: Any = self.all_gather_json(own, what=what)
+        start = time.perf_counter()
+        # All begin it when the one before is over: the mean of their times is the messages' time.
+        self.all_gather_json(None, what=what)
+        took: Any = self.all_gather_json(time.perf_counter() - start, what=what)
+        latency_s = sum(took) / len(took) / (self.size - 1)
+        nbytes = min(entry[0] for entry in everybody)
+        seconds = max(entry[1] for entry in everybody)
+        # From the first to the last of them the whole message goes over so many links.
+        hops = math.ceil(math.log2(self.size))
+        transfer_s = max(seconds - hops * latency_s, 1e-6)
+        rate = hops * nbytes * 8 / 1e9 / transfer_s if nbytes else math.inf
+        self._link = Link(latency_s, rate)
+        self._affordable = min(entry[2] for entry in everybody)
+
     def all_reduce(self, buffer: Tensor) -> Handle:
         """Start the mean of `buffer`.
 
         CUDA over a gloo group goes through pinned host memory.
         """
         if not buffer.is_cuda:
+            if self._streams > 1:
+                return self._all_reduce_in_parts(buffer)
             return self._all_reduce(buffer, WorkHandle)
         if self._nccl:
             return self._all_reduce(buffer, NcclHandle)
         if self._staging is None:
-            self._staging = Staging(lambda host: self._all_reduce(host, WorkHandle))
+            self._staging = Staging(self._all_reduce_in_parts)
         return self._staging.launch(buffer)
 
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
         """Start the all-gather of `input` into the rows of `output`; host memory only."""
-        group = self._group("means" if after is None else "second stages")
+        use, streams = ("means", self._streams)
+        if after is not None:
+            use, streams = ("second stages", self._second_streams)
         options = _c10d.AllgatherOptions()
         options.timeout = self._limit
-        return WorkHandle(group.allgather([list(output.unbind(0))], [input], options), output)
+        parts = []
+        for i, span in enumerate(self._spans(input, streams)):
+            group = self._group(_stream(use, i))
+            rows = list(output[:, span].unbind(0))
+            parts.append(WorkHandle(group.allgather([rows], [input[span]], options), output))
+        return parts[0] if len(parts) == 1 else PartsHandle(parts, output)
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
         """Start the all-to-all of rows; host memory only."""
+        spans = self._spans(input[0], self._streams)
+        if len(spans) == 1:
+            return self._all_to_all(output, input, 0)
+        # gloo takes and gives whole rows.
+        received = [output[:, span].contiguous() for span in spans]
+        parts = [
+            self._all_to_all(into, input[:, span].contiguous(), i)
+            for i, (span, into) in enumerate(zip(spans, received, strict=True))
+        ]
+        return PartsHandle(parts, output, lambda: torch.cat(received, 1, out=output))
+
+    def _all_to_all(self, output: Tensor, input: Tensor, stream: int) -> WorkHandle:
         options = _c10d.AllToAllOptions()
         options.timeout = self._limit
-        work = self._group("means").alltoall_base(output, input, [], [], options)
-        return WorkHandle(work, output)
+        group = self._group(_stream("means", stream))
+        return WorkHandle(group.alltoall_base(output, input, [], [], options), output)
+
+    def _spans(self, x: Tensor, streams: int) -> list[slice]:
+        """The parts of a message; what was asked for is done for small ones, too."""
+        if streams == 1 or x.dim() != 1:
+            return [slice(None)]
+        exact = {"least": 0} if isinstance(self._asked, int) else {}
+        return spans(len(x), x.nbytes, streams, **exact)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Replace `buffer` by that of the group's rank `source`.
@@ -184,7 +314,9 @@ class ProcessGroupCommunicator(Communicator):
         with self._one_error(f"a broadcast from rank {source}"):
             options = _c10d.BroadcastOptions()
             options.rootRank = source
+            start = time.perf_counter()
             group.broadcast([host], options).wait()
+            self._largest = max(self._largest, (host.nbytes, time.perf_counter() - start))
         if host is not buffer:
             buffer.copy_(host)
 
@@ -210,7 +342,7 @@ class ProcessGroupCommunicator(Communicator):
             raise TypeError(
                 "an optimizer with a process group of its own (group=...) cannot be pickled"
             )
-        return connect, (None, self._timeout.total_seconds())
+        return _connect_again, (self._timeout.total_seconds(), self._asked, *self._prepared_for)
 
     @property
     def _nccl(self) -> bool:
@@ -237,7 +369,7 @@ class ProcessGroupCommunicator(Communicator):
             )
             return
         ranks = tuple(self.ranks)
-        name = f"distoptim/{'_'.join(map(str, ranks))}/{_made[ranks]}/{use}"
+        name = f"distoptim/{'_'.join(map(str, ranks))}/{self._number}/{use}"
         # torch has no public way to the store; `new_group` takes it from there too.
         store = _c10d.PrefixStore(name, _c10d._get_default_store())  # noqa: SLF001
         self._groups[use] = make(store, self.rank, self.size, self._timeout)
@@ -246,15 +378,25 @@ class ProcessGroupCommunicator(Communicator):
         limit = self._timeout.total_seconds()
         return control.one_error(f"rank {self.rank}: {what} (timeout {limit:g} s)", self.close)
 
+    def _all_reduce_in_parts(self, buffer: Tensor) -> TimedHandle:
+        parts = [
+            self._all_reduce(buffer[span], WorkHandle, _stream("means", i))
+            for i, span in enumerate(self._spans(buffer, self._streams))
+        ]
+        return parts[0] if len(parts) == 1 else PartsHandle(parts, buffer)
+
     def _all_reduce(
-        self, buffer: Tensor, handle: Callable[[dist.Work, Tensor, int], TimedHandle]
+        self,
+        buffer: Tensor,
+        handle: Callable[[dist.Work, Tensor, int], TimedHandle],
+        use: str = "means",
     ) -> TimedHandle:
         average = self._averages.get(buffer.device.type, False)
         # torch.distributed.all_reduce knows no timeout of one collective.
         options = _c10d.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
         options.timeout = self._limit
-        work = (self._groups.get("means") or self._group("means")).allreduce([buffer], options)
+        work = (self._groups.get(use) or self._group(use)).allreduce([buffer], options)
         return handle(work, buffer, 1 if average else self.size)
 
 
@@ -262,6 +404,19 @@ def _backends(group: dist.ProcessGroup | None) -> dict[str, str]:
     """Kind of device -> its backend. A group made without naming a backend has several."""
     pairs = [pair.split(":") for pair in str(dist.get_backend_config(group)).split(",")]
     return {pair[0]: pair[1] for pair in pairs}
+
+
+def _stream(use: str, index: int) -> str:
+    """The name of a group: the first stream is the group that is there without others."""
+    return f"{use} {index + 1}" if index else use
+
+
+def _connect_again(timeout_s: float, asked: int | str, nbytes: int, coded: bool) -> Communicator:
+    """Over all workers of this program, as it was in another one."""
+    communicator = connect(None, timeout_s, streams=asked)
+    if nbytes:
+        communicator.prepare(nbytes, coded=coded)
+    return communicator
 
 
 def _averages(backend: str) -> bool:

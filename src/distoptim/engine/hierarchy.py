@@ -213,12 +213,16 @@ def check_levels(
     return out
 
 
-def connect_levels(groups: Mapping[int, ProcessGroup], timeout_s: float) -> dict[int, Communicator]:
+def connect_levels(
+    groups: Mapping[int, ProcessGroup], timeout_s: float, streams: int | str
+) -> dict[int, Communicator]:
     """The communicators of the levels by period.
 
     Collective in each group, so only once all workers are known to have the same levels.
     """
     return {
-        period: connect(group, timeout_s) if world_size(group) > 1 else SingleWorker()
+        period: connect(group, timeout_s, streams=streams)
+        if world_size(group) > 1
+        else SingleWorker()
         for period, group in groups.items()
     }
