@@ -44,6 +44,7 @@ ALGORITHMS: dict[str, tuple[Callable[..., Any], int]] = {
     "EASGD": (distoptim.EASGD, 2),
     "CoCoDSGD": (distoptim.CoCoDSGD, 2),
     "OverlapBMUF": (distoptim.OverlapBMUF, 3),
+    "GlobalMomentum": (lambda *a, **k: distoptim.GlobalMomentum(*a, codec=None, **k), 3),
     "OverlapLocalSGD": (distoptim.OverlapLocalSGD, 3),
     "DiLoCo": (distoptim.DiLoCo, 3),
     "DiLoCo carrying": (

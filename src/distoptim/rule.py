@@ -16,6 +16,7 @@ from typing import Any, final
 
 import torch
 
+from distoptim.comm.compressed import CompressedMean
 from distoptim.fragments import Flat, Fragment
 
 
@@ -27,11 +28,13 @@ class Mean:
         flat: the mean of the payloads; the rule may overwrite it.
         workers: how many workers' payloads are in it.
         lr: at the launch, the inner learning rate of each segment of the fragment.
+        coded: how it came through a codec; None without one.
     """
 
     flat: Flat
     workers: float
     lr: Sequence[float]
+    coded: CompressedMean | None = None
 
 
 @dataclass

@@ -552,8 +552,16 @@ def test_a_plain_optimizers_state_starts_a_new_run(name):
     set_gradients(params)
     plain.step()
     optimizer = alone(ALGORITHMS[name], params, tau=2, lr=0.1, momentum=0.9)
-    optimizer.load_state_dict(save_and_load(plain.state_dict()))
+    saved = save_and_load(plain.state_dict())
+    if name == "global-momentum":
+        with pytest.raises(ValueError, match="'momentum_buffer' holds momentum"):
+            optimizer.load_state_dict(saved)
+        plain.state[params[0]]["momentum_buffer"].zero_()
+        saved = save_and_load(plain.state_dict())
+    optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 0.3
+    if name == "global-momentum":
+        return
     assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], torch.ones(2))
     train(optimizer, params, 4)
     assert optimizer.stats()["steps"] == 4

@@ -246,7 +246,8 @@ def makers(
             and (extra or name in ALGORITHMS)
             and (same or (name != "cocod-sgd" and (name, delay) != ("easgd", 0)))
         ):
-            out[label] = make
+            # As they are handed over; its default has a codec where that can be.
+            out[label] = partial(make, codec=None) if name == "global-momentum" else make
     return out
 
 

@@ -115,6 +115,12 @@ OWN = {
     "slowmo": {"slow_momentum": UNIT, "slow_lr": UNIT, "delay": TAU, "carry": FLAG},
     "overlap-local-sgd": {"delay": TAU, "alpha": UNIT, "outer_momentum": UNIT},
     "overlap-bmuf": {"block_momentum": UNIT, "gain": UNIT, "delay": TAU},
+    "global-momentum": {
+        "gain": UNIT,
+        "delay": TAU,
+        "global_momentum": UNIT,
+        "momentum_key": st.one_of(st.sampled_from(["momentum", "lr", "params", "nesterov"]), ODD),
+    },
     "diloco": {**OUTER, "outer": FACTORY, "carry": FLAG, "local_weight": UNIT},
     "streaming-diloco": {**OUTER, "outer": FACTORY, "local_weight": UNIT},
     "eager-diloco": {**OUTER, "eager": FLAG},

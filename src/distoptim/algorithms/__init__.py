@@ -14,6 +14,7 @@ from distoptim.algorithms.cocod_sgd import CoCoDSGD
 from distoptim.algorithms.diloco import DiLoCo
 from distoptim.algorithms.eager_diloco import EagerDiLoCo
 from distoptim.algorithms.easgd import EASGD
+from distoptim.algorithms.global_momentum import GlobalMomentum
 from distoptim.algorithms.local_sgd import LocalSGD
 from distoptim.algorithms.overlap_bmuf import OverlapBMUF
 from distoptim.algorithms.overlap_local_sgd import OverlapLocalSGD
@@ -29,6 +30,7 @@ __all__ = [
     "CoCoDSGD",
     "DiLoCo",
     "EagerDiLoCo",
+    "GlobalMomentum",
     "LocalSGD",
     "OverlapBMUF",
     "OverlapLocalSGD",
@@ -45,6 +47,7 @@ ALGORITHMS: dict[str, Callable[..., AveragingOptimizer]] = {
     "slowmo": SlowMo,
     "overlap-local-sgd": OverlapLocalSGD,
     "overlap-bmuf": OverlapBMUF,
+    "global-momentum": GlobalMomentum,
     "diloco": DiLoCo,
     "streaming-diloco": StreamingDiLoCo,
     "eager-diloco": EagerDiLoCo,

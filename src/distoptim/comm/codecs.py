@@ -273,7 +273,22 @@ class ErrorFeedback:
             )
 
 
-Coding = Codec | ErrorFeedback
+@dataclass(frozen=True)
+class ResidualInParameters:
+    """What a worker's own code loses stays in its parameters, and so in the next difference.
+
+    For rules that correct the parameters by what was sent as the others read it
+    (`CompressedMean.add_sent`). What codes of means lose is kept and added to the next ones, as with
+    `ErrorFeedback`.
+
+    Args:
+        codec: any codec.
+    """
+
+    codec: Codec
+
+
+Coding = Codec | ErrorFeedback | ResidualInParameters
 
 
 def _look_up(numbers: Tensor, table: Tensor, out: Tensor, unit: Tensor) -> None:

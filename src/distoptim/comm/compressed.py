@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distoptim.comm.codecs import BLOCK, Codec, Coding, ErrorFeedback
+from distoptim.comm.codecs import BLOCK, Codec, Coding, ErrorFeedback, ResidualInParameters
 from distoptim.comm.communicator import Communicator
 from distoptim.comm.handles import Handle, TwoStageHandle
 
@@ -48,7 +48,8 @@ class CompressedMean:
 
     Args:
         codec: of the difference; with `ErrorFeedback` what it loses is added to the next one, and
-            what the code of a part's mean loses to that part's next mean.
+            what the code of a part's mean loses to that part's next mean; with
+            `ResidualInParameters` the latter alone.
         communicator: carries the codes.
         numel: of the payload.
         extra: elements behind the payload in the communication buffer, >= 1; the last is the weight.
@@ -64,6 +65,8 @@ class CompressedMean:
         residual: [numel], what the worker's own codes have lost; None without error feedback.
         mean_residual: what the codes of its part's means have lost; None where there is no such
             part.
+        sent: the own codes and their weight, until the next are sent, where a rule needs them for a
+            mean in flight; else None.
 
     Raises:
         ValueError: the communicator cannot carry codes.
@@ -87,7 +90,7 @@ class CompressedMean:
         reference = start if shared is None else shared
         if reference is None:
             raise ValueError("neither start nor shared: allowed is either")
-        self.codec: Codec = codec.codec if isinstance(codec, ErrorFeedback) else codec
+        self.codec: Codec = codec if isinstance(codec, Codec) else codec.codec
         self.communicator = communicator
         self.numel = numel
         self.extra = extra
@@ -99,8 +102,9 @@ class CompressedMean:
         self.mean_residual: Tensor | None = None
         if isinstance(codec, ErrorFeedback):
             self.residual = torch.zeros(numel)
-            if self.two_stages:
-                self.mean_residual = self.residual[self._mine].clone()
+        if self.two_stages and not isinstance(codec, Codec):
+            self.mean_residual = torch.zeros(numel)[self._mine].clone()
+        self.sent = self._sent if isinstance(codec, ResidualInParameters) else None
         self.worked_s = 0.0
 
     def _part_size(self) -> int:
@@ -192,34 +196,53 @@ class CompressedMean:
         codes = self._received[:, 4 * self.extra :]
         return mine.stop > mine.start and bool((codes == codes[0]).all())
 
+    def add_sent(self, out: Tensor, weight: float) -> None:
+        """out <- out + weight (what this worker sent last, as the others read it, - the reference).
+
+        Nothing where it has sent nothing yet, or nothing that counts.
+
+        Args:
+            out: [numel], float32.
+            weight: any.
+        """
+        for row, span in zip(self._sent, self._spans, strict=False):
+            tail, code = self._split(row)
+            counts = float(tail[-1])
+            part = out[span]
+            if counts and part.numel():
+                code = code[: self.codec.nbytes(part.numel())]
+                self.codec.add_decoded(code, part, weight=weight / counts)
+
     def merging(self, mean: Tensor) -> None:
         """Remember a mean, which is about to be merged, unless a shared value is the reference."""
         if self._keeps:
             self.reference.copy_(mean[: self.numel])
 
     def state_dict(self) -> dict[str, Any]:
-        """Reference, unless it is a shared value, and residuals (not copied)."""
-        return {
+        """Reference, unless it is a shared value, residuals, and codes that are needed (not copied)."""
+        out = {
             "reference": self.reference if self._keeps else None,
             "residual": self.residual,
             "mean_residual": self.mean_residual,
         }
+        return out if self.sent is None else {**out, "sent": self.sent}
 
     def load_state_dict(self, saved: dict[str, Any], *, same_workers: bool) -> None:
         """Take saved values in place.
 
-        Residuals belong to their worker, and are dropped where workers are others.
+        Residuals and codes belong to their worker, and are dropped where workers are others.
         """
         if self._keeps:
             self.reference.copy_(saved["reference"])
-        for mine, theirs in (
-            (self.residual, saved["residual"]),
-            (self.mean_residual, saved["mean_residual"]),
+        for mine, name in (
+            (self.residual, "residual"),
+            (self.mean_residual, "mean_residual"),
+            (self.sent, "sent"),
         ):
             if mine is not None:
                 mine.zero_()
                 if same_workers:
-                    mine.copy_(theirs)
+                    mine.copy_(saved[name])
 
     def _code(self, buffer: Tensor) -> None:
         """Fill the rows to be sent."""

@@ -118,10 +118,9 @@ def shared(engine: Engine, saved: dict[str, Any]) -> dict[str, object]:
 
 
 def keeps_residual(saved: dict[str, Any]) -> bool:
-    """Whether something in it is the worker's that saved it: what its codes have lost."""
-    return any(
-        f["compressed"] and f["compressed"]["residual"] is not None for f in saved["fragments"]
-    )
+    """Whether something in it is the worker's that saved it: its codes, and what they have lost."""
+    coded = [f["compressed"] for f in saved["fragments"] if f["compressed"]]
+    return any(c["residual"] is not None or c.get("sent") is not None for c in coded)
 
 
 def _of_format_1(saved: dict[str, Any]) -> dict[str, Any]:

@@ -338,7 +338,8 @@ class Engine(Rounds):
                     sync.likeness = None
             if sync.compressed is not None:
                 sync.compressed.merging(sync.buffer.tensor)
-            self._active.merge(sync.fragment, sync.state, Mean(sync.buffer, workers, pending.lr))
+            found = Mean(sync.buffer, workers, pending.lr, sync.compressed)
+            self._active.merge(sync.fragment, sync.state, found)
             sync.merges += 1
             if self._inner.reset_at_merge and not self.clock.synchronous:
                 self._inner.forget(sync.fragment.params)

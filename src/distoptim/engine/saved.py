@@ -256,6 +256,8 @@ def _check_coding(engine: Engine, sync: FragmentSync, saved: Saved, step: int, o
     mean_residual = saved["mean_residual"]
     if own and mine.mean_residual is not None:
         mean_residual.tensor(mine.mean_residual)
+    if mine.sent is not None:
+        saved["sent"].tensor(mine.sent if own else None)
 
 
 # ---- the inner optimizer ----------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def _predict(job: Job, name: str, tau: int, ddp_s: float, codec: str | None = No
 
     def optimizer(params: Params, communicator: VirtualCommunicator) -> AveragingOptimizer:
         communicator.size = job.workers
-        return ALGORITHMS[name](params, tau=tau, lr=0.0, communicator=communicator)
+        return ALGORITHMS[name](params, tau=tau, lr=0.0, communicator=communicator, codec=None)
 
     cluster = Cluster(
         workers=1,

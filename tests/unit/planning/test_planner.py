@@ -50,6 +50,7 @@ def test_memory_is_what_the_docs_say():
         "eager-diloco": 5,
         "co2": 3,
         "overlap-bmuf": 3,
+        "global-momentum": 3,
     }
 
 

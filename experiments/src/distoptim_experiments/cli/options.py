@@ -52,6 +52,7 @@ MEANING = {
     "outer_lr": "Learning rate of the anchor.",
     "outer_nesterov": "Nesterov's form of --outer-momentum.",
     "block_momentum": "Momentum of the workers' mean from round to round.",
+    "global_momentum": "Momentum of the workers' mean, for an inner optimizer without one.",
     "block_lr": "Learning rate of the anchor.",
     "nesterov_block": "Nesterov's form of --block-momentum.",
     "slow_momentum": "Momentum of the anchor.",
