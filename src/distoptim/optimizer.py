@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distoptim.comm import ErrorFeedback, Link
+from distoptim.comm import Codec, Link
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine import checkpoint, evaluation, membership, saved
 from distoptim.engine.clock import Clock
@@ -204,11 +204,11 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
     def _largest_message(self, *, coded: bool) -> int:
         """Bytes of the largest fragment, as it travels."""
         coding = self._settings.coding if coded else None
-        codec = coding.codec if isinstance(coding, ErrorFeedback) else coding
+        codec = coding if coding is None or isinstance(coding, Codec) else coding.codec
         return max(
             (
                 f.numel * f.dtype.itemsize if codec is None else codec.nbytes(f.numel)
-                for f in build(*self._members, self._parts)
+                for f in self._fragments()
             ),
             default=0,
         )
