@@ -239,10 +239,11 @@ def make_equal(
     differing = (
         differences([theirs for _, theirs in messages]) if heard else dict.fromkeys(tensors, 0)
     )
-    for name, rank in differing.items():
+    ranks = communicator.ranks
+    for name, worker in differing.items():
         if not sync:
             raise ValueError(
-                f"workers disagree on {name!r}: rank 0 and rank {rank} hold other values; load the "
+                f"workers disagree on {name!r}: rank {ranks[0]} and rank {ranks[worker]} hold other values; load the "
                 "same on all workers, or leave sync_module=True, with which all get rank 0's"
             )
         _overwrite(communicator, name, shard_of(tensors[name]).detach())

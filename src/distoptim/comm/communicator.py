@@ -38,6 +38,11 @@ class Communicator(ABC):
     size: int
     in_lockstep: bool = False
 
+    @property
+    def ranks(self) -> list[int]:
+        """What messages to people call the workers: their ranks among all processes of the program."""
+        return list(range(self.size))
+
     @cached_property
     def stages(self) -> Stages:
         """The order in which two-stage means go on; one for all that travel over this communicator."""

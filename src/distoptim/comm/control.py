@@ -6,7 +6,7 @@ import contextlib
 import json
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,13 @@ CHUNK_BYTES = 4096
 _HEADER = struct.Struct("!IQ")
 
 
-def all_gather_json(message: object, group: dist.ProcessGroup, *, what: str = "") -> list[object]:
+def all_gather_json(
+    message: object,
+    group: dist.ProcessGroup,
+    *,
+    what: str = "",
+    ranks: Sequence[int] | None = None,
+) -> list[object]:
     """Everybody's message in rank order; blocking and collective in the group.
 
     One chunk from each, which says how long its text is; then as many more as the longest needs,
@@ -30,6 +36,7 @@ def all_gather_json(message: object, group: dist.ProcessGroup, *, what: str = ""
         message: None, bool, int, float, str, and lists and dictionaries of them.
         group: over gloo or nccl; its timeout bounds the wait.
         what: the call that asks, for error messages.
+        ranks: what they call the members; by default their ranks in the group.
 
     Raises:
         CommunicationError: workers are in different calls.
@@ -39,7 +46,7 @@ def all_gather_json(message: object, group: dist.ProcessGroup, *, what: str = ""
     text = name + json.dumps(message).encode()
     text = _HEADER.pack(len(name), len(text) - len(name)) + text
     first = _gather(text[:CHUNK_BYTES], 1, group)
-    _check_calls([_split(theirs)[0] for theirs in first])
+    _check_calls([_split(theirs)[0] for theirs in first], ranks or range(group.size()))
     longest = max(_HEADER.size + sum(_HEADER.unpack_from(theirs)) for theirs in first)
     rest = _gather(text[CHUNK_BYTES:], -(-longest // CHUNK_BYTES) - 1, group)
     return [json.loads(_split(a + b)[1]) for a, b in zip(first, rest, strict=True)]
@@ -102,12 +109,12 @@ def _split(text: bytes) -> tuple[str, bytes]:
     return text[_HEADER.size : start].decode(errors="replace"), text[start : start + message]
 
 
-def _check_calls(calls: list[str]) -> None:
-    for rank, call in enumerate(calls):
+def _check_calls(calls: list[str], ranks: Sequence[int]) -> None:
+    for rank, call in zip(ranks, calls, strict=True):
         if call != calls[0]:
             raise CommunicationError(
-                f"workers are in different calls: rank 0 is in {_call(calls[0])}, rank {rank} is in "
-                f"{_call(call)}"
+                f"workers are in different calls: rank {ranks[0]} is in {_call(calls[0])}, rank {rank} "
+                f"is in {_call(call)}"
             )
 
 

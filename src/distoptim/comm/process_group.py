@@ -156,6 +156,7 @@ class ProcessGroupCommunicator(Communicator):
         self._number = _made[tuple(self.ranks)]
         before = open_files() or 0
         with self._one_error("the making of groups"):
+            self._meet()
             self._make("means", str(dist.get_backend(group)))
             self._make("control data", "gloo")
             if "cpu" in self._backends:
@@ -166,7 +167,7 @@ class ProcessGroupCommunicator(Communicator):
 
     @property
     def ranks(self) -> list[int]:
-        """The workers' ranks among all."""
+        """The members' ranks among all."""
         return list(range(self.size)) if self._ranks is None else self._ranks
 
     def begin_round(self, due_in_s: float = 0.0) -> None:
@@ -311,7 +312,7 @@ class ProcessGroupCommunicator(Communicator):
         """
         group = self._group("control data" if self._nccl and not buffer.is_cuda else "means")
         host = buffer.cpu() if buffer.is_cuda and not self._nccl else buffer
-        with self._one_error(f"a broadcast from rank {source}"):
+        with self._one_error(f"a broadcast from rank {self.ranks[source]}"):
             options = _c10d.BroadcastOptions()
             options.rootRank = source
             start = time.perf_counter()
@@ -323,7 +324,8 @@ class ProcessGroupCommunicator(Communicator):
     def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
         """Everybody's message, in rank order, over the group for control data."""
         with self._one_error(what or "a message without a name"):
-            return control.all_gather_json(message, self._group("control data"), what=what)
+            group = self._group("control data")
+            return control.all_gather_json(message, group, what=what, ranks=self.ranks)
 
     def close(self) -> None:
         """Leave the groups; gloo then ends what is in flight, or gives it up at the timeout."""
@@ -354,6 +356,20 @@ class ProcessGroupCommunicator(Communicator):
             raise CommunicationError(f"no group for {use}: {why}")
         return self._groups[use]
 
+    def _meet(self) -> None:
+        """See that all members are here.
+
+        gloo would name a key of the store where one is not, and take up to five timeouts where one is
+        gone before it has connected.
+        """
+        store = self._store("members")
+        store.set(str(self.rank), "")
+        try:
+            store.wait([str(rank) for rank in range(self.size)], self._timeout)
+        except RuntimeError as error:
+            absent = [r for i, r in enumerate(self.ranks) if not store.check([str(i)])]
+            raise RuntimeError(f"ranks {absent} have not come: {error}") from error
+
     def _make(self, use: str, backend: str) -> None:
         """Make a group of our own.
 
@@ -368,15 +384,20 @@ class ProcessGroupCommunicator(Communicator):
                 self._ranks, timeout=self._timeout, backend=backend, use_local_synchronization=local
             )
             return
+        self._groups[use] = make(self._store(use), self.rank, self.size, self._timeout)
+
+    def _store(self, use: str) -> Any:
+        """The program's store, in which this communicator's keys are its own."""
         ranks = tuple(self.ranks)
         name = f"distoptim/{'_'.join(map(str, ranks))}/{self._number}/{use}"
         # torch has no public way to the store; `new_group` takes it from there too.
-        store = _c10d.PrefixStore(name, _c10d._get_default_store())  # noqa: SLF001
-        self._groups[use] = make(store, self.rank, self.size, self._timeout)
+        return _c10d.PrefixStore(name, _c10d._get_default_store())  # noqa: SLF001
 
     def _one_error(self, what: str) -> contextlib.AbstractContextManager[None]:
         limit = self._timeout.total_seconds()
-        return control.one_error(f"rank {self.rank}: {what} (timeout {limit:g} s)", self.close)
+        return control.one_error(
+            f"rank {self.ranks[self.rank]}: {what} (timeout {limit:g} s)", self.close
+        )
 
     def _all_reduce_in_parts(self, buffer: Tensor) -> TimedHandle:
         parts = [

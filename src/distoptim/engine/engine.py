@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from distoptim.comm import Communicator, Handle
+from distoptim.comm import CommunicationError, Communicator, Handle
 from distoptim.comm.codecs import Coding
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
@@ -28,6 +29,9 @@ from distoptim.fragments import Flat, Fragment, Watch
 from distoptim.rule import Average, Mean, Rule
 
 logger = logging.getLogger("distoptim")
+
+# How long close() waits for the others, who may have ended without it.
+_CLOSE_S = 60.0
 
 
 class QuarantineWarning(RuntimeWarning):
@@ -454,15 +458,19 @@ class Engine(Rounds):
         self._begin_time()
         self.plan()
 
-    def meet(self, kind: Kind) -> None:
+    def meet(self, kind: Kind, *, limit_s: float | None = None) -> None:
         """See that all workers are in the same call.
+
+        Args:
+            kind: the call.
+            limit_s: how long to wait for the others; by default the timeout.
 
         Raises:
             CommunicationError: on all workers, if they are not.
         """
         self._settle_now()
         first = self._next_first()[0]
-        self.reducer.meet(first, self._identity(kind, first))
+        self.reducer.meet(first, self._identity(kind, first), limit_s=limit_s)
 
     def means(self, kind: Kind, *, weight: float = 1.0, may_be_empty: bool = False) -> list[Flat]:
         """The workers' means of all fragments' values now, in new buffers; blocking and collective.
@@ -512,9 +520,9 @@ class Engine(Rounds):
         return sorted(self.syncs, key=lambda sync: (sync.next_launch, sync.index))
 
     def _identity(self, kind: Kind, sync: FragmentSync) -> Identity:
-        return identify(
-            kind, sync.index, self.reducer.messages, self.step, alike=not self.clock.timed
-        )
+        # Workers that load may come from anywhere: their steps are equal afterwards.
+        alike = not self.clock.timed and kind is not Kind.LOAD
+        return identify(kind, sync.index, self.reducer.messages, self.step, alike=alike)
 
     def check_local(self) -> None:
         """Whether parameters are the worker's own.
@@ -595,14 +603,26 @@ class Engine(Rounds):
         """Wait for what is in flight, then leave the communicator; what comes after fails.
 
         Raises:
-            CommunicationError: what was in flight showed that workers are in unlike calls.
+            CommunicationError: workers are in unlike calls, or have made unlike numbers of steps.
         """
         known = self.reducer.mismatched
         self.settle()
+        self._compare_steps()
         failure = self.reducer.failure
         self.reducer.close()
         if self.reducer.mismatched and not known and failure is not None:
             raise failure
+
+    def _compare_steps(self) -> None:
+        """See that all workers end after as many local steps; not while an exception passes."""
+        # The groups of levels have made what all have made.
+        if self._may_be_empty or self.reducer.failure is not None or sys.exc_info()[0] is not None:
+            return
+        try:
+            self.meet(Kind.CLOSE, limit_s=min(self.reducer.timeout_s, _CLOSE_S))
+        except CommunicationError as error:
+            if not self.reducer.mismatched:
+                logger.warning("close(): not all have come to compare their local steps: %s", error)
 
     # ---- pieces -----------------------------------------------------------------------------------
 
@@ -678,8 +698,9 @@ class Engine(Rounds):
         healed = [s for s in self.syncs if s is sick or not is_finite(s.fragment)]
         names = ", ".join(sync.name for sync in healed)
         self.counters.quarantined += 1
+        rank = self.communicator.ranks[self.communicator.rank]
         warnings.warn(
-            f"rank {self.communicator.rank}: parameters of {names} are not finite at local step "
+            f"rank {rank}: parameters of {names} are not finite at local step "
             f"{self.step}: left out of this mean and replaced",
             QuarantineWarning,
             stacklevel=2,

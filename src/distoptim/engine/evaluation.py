@@ -155,12 +155,14 @@ def _compare(engines: Sequence[Engine], parts: Parts, kind: Kind) -> None:
     own = {name: module_state.look(t) for name, t in parts.statistics.items()}
     own |= {name: module_state.digest(t) for name, t in parts.equal.items()}
     # Ranks that are one worker find the same difference, or one would go on alone.
-    ranks = WorkerMesh(_params(engines)).all_gather_json(own, what=call)
-    everybody = communicator.all_gather_json(ranks, what=call)
+    with engines[0].reducer.beside():
+        ranks = WorkerMesh(_params(engines)).all_gather_json(own, what=call)
+        everybody = communicator.all_gather_json(ranks, what=call)
     found = module_state.differences(cast("list[list[dict[str, str]]]", everybody))
-    for name, rank in found.items():
+    for name, worker in found.items():
+        rank = communicator.ranks[worker]
         raise ValueError(
-            f"{call}: {name!r} differs between rank 0 and rank {rank}, and is neither a statistic "
+            f"{call}: {name!r} differs between rank {communicator.ranks[0]} and rank {rank}, and is neither a statistic "
             "nor a worker's own. Make it equal at the start with module=model in the optimizer's "
             f"constructor, or say what it is: distoptim.statistics(model, {name!r}) to average it, "
             f"distoptim.local(model, {name!r}) to leave it alone"
@@ -190,5 +192,6 @@ def consensus_distance(engine: Engine) -> float:
         fragment.read(mine)
         own = slice(fragment.params_numel)
         square += float(torch.dist(mine.tensor[own], mean.tensor[own])) ** 2
-    squares = engine.communicator.all_gather_json(square, what="consensus_distance()")
+    with engine.reducer.beside():
+        squares = engine.communicator.all_gather_json(square, what=Kind.CONSENSUS.call)
     return float(torch.tensor(squares).mean().sqrt())

@@ -116,9 +116,10 @@ class Hierarchy(Rounds):
                 sync.samples = min(samples, sync.samples)
 
     def close(self) -> None:
-        """Leave all groups."""
-        for engine in (*self.levels, self.engine):
-            engine.close()
+        """Leave all groups, also where something of one comes to light."""
+        with contextlib.ExitStack() as rest:
+            for engine in (self.engine, *reversed(self.levels)):
+                rest.callback(engine.close)
 
     def _begin(self) -> None:
         """Begin rounds at all levels here, with nothing made since the last mean."""

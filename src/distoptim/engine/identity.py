@@ -33,6 +33,8 @@ class Kind(IntEnum):
     JOIN = 5
     CONSOLIDATE = 6
     MODULE = 7
+    LOAD = 8
+    CLOSE = 9
 
     @property
     def call(self) -> str:
@@ -45,6 +47,8 @@ class Kind(IntEnum):
             Kind.JOIN: "the end of join()",
             Kind.CONSOLIDATE: "consolidate()",
             Kind.MODULE: "average_module()",
+            Kind.LOAD: "load_state_dict()",
+            Kind.CLOSE: "close()",
         }[self]
 
 

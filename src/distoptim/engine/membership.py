@@ -16,6 +16,7 @@ from distoptim.comm import CommunicationError, Communicator
 from distoptim.comm.mesh import WorkerMesh, describe
 from distoptim.engine import checkpoint
 from distoptim.engine.engine import Engine
+from distoptim.engine.identity import Kind
 from distoptim.fragments import Fragment
 
 logger = logging.getLogger("distoptim")
@@ -63,14 +64,18 @@ def agree(
     mesh = WorkerMesh(params)
     # One message, compared only when everybody has them all: who finds a difference leaves nobody
     # waiting.
-    answers = communicator.all_gather_json([mesh.all_gather_json(plain), own], what=_CONSTRUCTION)
+    me = communicator.ranks[communicator.rank]
+    answers = communicator.all_gather_json(
+        [mesh.all_gather_json([me, plain]), own], what=_CONSTRUCTION
+    )
     try:
-        for rank, answer in enumerate(answers):
+        for rank, answer in zip(communicator.ranks, answers, strict=False):
             if isinstance(answer, str):
                 raise ValueError(f"rank {rank} was refused its arguments: {answer}")
-        messages = cast("list[tuple[list[Facts], Facts]]", answers)
-        compare([theirs for ranks, _ in messages for theirs in ranks])
-        compare([theirs for _, theirs in messages])
+        messages = cast("list[tuple[list[tuple[int, Facts]], Facts]]", answers)
+        said = [theirs for ranks, _ in messages for theirs in ranks]
+        compare([facts for _, facts in said], [rank for rank, _ in said])
+        compare([theirs for _, theirs in messages], communicator.ranks)
         module_state.make_equal(communicator, mesh, beside, sync=sync)
     except ValueError:
         # Nobody could later: with torch 2.6 a program that ends with these groups open may hang.
@@ -124,7 +129,11 @@ def catch_up(
     """
     communicator = engine.communicator
     place = None if saved is None else checkpoint.place(saved)
-    of_rank = {"place": place, "refusal": None if refusal is None else str(refusal)}
+    of_rank = {
+        "number": communicator.ranks[communicator.rank],
+        "place": place,
+        "refusal": None if refusal is None else str(refusal),
+    }
     own = {
         "rank": communicator.rank,
         "file": None if saved is None else saved["rank"],
@@ -132,36 +141,42 @@ def catch_up(
         **of_rank,
     }
     mesh = WorkerMesh([p for sync in engine.syncs for p in sync.fragment.params])
-    what = "load_state_dict()"
-    messages = cast(
-        "list[tuple[list[Facts], Facts]]",
-        communicator.all_gather_json([mesh.all_gather_json(of_rank, what=what), own], what=what),
-    )
+    what = Kind.LOAD.call
+    # Whoever is elsewhere does not come for the messages below.
+    engine.meet(Kind.LOAD)
+    with engine.reducer.beside():
+        answers = communicator.all_gather_json(
+            [mesh.all_gather_json(of_rank, what=what), own], what=what
+        )
+    messages = cast("list[tuple[list[Facts], Facts]]", answers)
     everybody = [theirs for ranks, _ in messages for theirs in ranks]
-    _refuse_together([[theirs["refusal"] for theirs in ranks] for ranks, _ in messages], refusal)
+    ranks = [cast("int", theirs["number"]) for theirs in everybody]
+    _refuse_together([theirs["refusal"] for theirs in everybody], ranks, refusal)
     compare(
         [
             {"what to resume": "a plain optimizer" if theirs["place"] is None else "rounds"}
             for theirs in everybody
-        ]
+        ],
+        ranks,
     )
     if saved is None:
         return None
     places = cast("list[dict[str, Any]]", [theirs["place"] for theirs in everybody])
     if all(theirs == place for theirs in places):
         workers = [theirs for _, theirs in messages]
-        compare([cast("Facts", theirs["shared"]) for theirs in workers])
+        compare([cast("Facts", theirs["shared"]) for theirs in workers], communicator.ranks)
         return _own_file(saved, workers)
-    return _furthest(communicator, saved, places, [theirs["place"] for _, theirs in messages])
+    return _furthest(engine, saved, places, [theirs["place"] for _, theirs in messages])
 
 
-def _refuse_together(refusals: Sequence[Sequence[object]], own: ValueError | None) -> None:
+def _refuse_together(
+    refusals: Sequence[object], ranks: Sequence[int], own: ValueError | None
+) -> None:
     if own is not None:
         raise own
-    for rank, texts in enumerate(refusals):
-        for text in texts:
-            if text is not None:
-                raise ValueError(f"rank {rank} cannot load its state: {text}")
+    for rank, text in zip(ranks, refusals, strict=False):
+        if text is not None:
+            raise ValueError(f"rank {rank} cannot load its state: {text}")
 
 
 def _own_file(saved: dict[str, Any], workers: Sequence[Facts]) -> dict[str, Any]:
@@ -193,7 +208,7 @@ def _own_file(saved: dict[str, Any], workers: Sequence[Facts]) -> dict[str, Any]
 
 
 def _furthest(
-    communicator: Communicator,
+    engine: Engine,
     saved: dict[str, Any],
     everybody: Sequence[dict[str, Any]],
     places: Sequence[Any],
@@ -208,7 +223,8 @@ def _furthest(
         max(steps),
         furthest,
     )
-    theirs = _from(communicator, saved, furthest)
+    with engine.reducer.beside():
+        theirs = _from(engine.communicator, saved, furthest)
     # As one of nobody's: of no number of workers that there could be.
     return {**theirs, "step": max(steps), "workers": 0}
 
@@ -227,20 +243,24 @@ def _from(communicator: Communicator, saved: dict[str, Any], source: int) -> dic
     return theirs
 
 
-def compare(everybody: Sequence[Facts]) -> None:
+def compare(everybody: Sequence[Facts], ranks: Sequence[int]) -> None:
     """Whether all workers say the same.
+
+    Args:
+        everybody: what each says.
+        ranks: what the message calls them.
 
     Raises:
         ValueError: naming the first fact that differs, the two ranks and both values.
     """
     reference = everybody[0]
-    for rank, theirs in enumerate(everybody):
+    for rank, theirs in zip(ranks, everybody, strict=False):
         for key in {**reference, **theirs}:
             ours = reference.get(key)
             other = theirs.get(key)
             if ours != other:
                 raise ValueError(
-                    f"workers disagree on {key}: rank 0 has {_short(ours, other)}, "
+                    f"workers disagree on {key}: rank {ranks[0]} has {_short(ours, other)}, "
                     f"rank {rank} has {_short(other, ours)}"
                 )
 

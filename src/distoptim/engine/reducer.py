@@ -7,9 +7,10 @@ arrival.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn, final
 
 import torch
@@ -178,7 +179,7 @@ class Reducer:
         _normalise(flat.tensor, handle, name, may_be_empty)
         return flat
 
-    def meet(self, sync: FragmentSync, identity: Identity) -> None:
+    def meet(self, sync: FragmentSync, identity: Identity, *, limit_s: float | None = None) -> None:
         """See that all workers are in the same call, by a message of a round's form without payload.
 
         Whoever is elsewhere sends the next fragment's mean of its round: of the same length, so the two
@@ -187,6 +188,7 @@ class Reducer:
         Args:
             sync: the fragment that would be launched next.
             identity: of the message.
+            limit_s: how long to wait for the others; by default the timeout.
 
         Raises:
             CommunicationError: on all workers, if they are not.
@@ -202,7 +204,16 @@ class Reducer:
         else:
             tail = empty[sync.fragment.numel :]
             handle = self._send(sync.compressed.start_empty, tail, name)
-        self._wait(handle, name, identity)
+        self._wait(handle, name, identity, limit_s)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Around messages that are no means: their failure, too, is one for good."""
+        try:
+            yield
+        except CommunicationError as error:
+            self._leave(error)
+            raise
 
     def settle(self, syncs: Iterable[FragmentSync]) -> None:
         """Wait for what is in flight without merging it.
@@ -230,11 +241,17 @@ class Reducer:
         except RuntimeError as error:
             self._fail(name, 0.0, error)
 
-    def _wait(self, handle: Handle, name: str, identity: Identity | None) -> None:
+    def _wait(
+        self,
+        handle: Handle,
+        name: str,
+        identity: Identity | None,
+        limit_s: float | None = None,
+    ) -> None:
         """Wait, and see that it is the mean of what all workers meant."""
         try:
             with record_function("distoptim::wait"):
-                handle.wait(self.timeout_s)
+                handle.wait(self.timeout_s if limit_s is None else limit_s)
         except RuntimeError as error:
             self._fail(name, self.communicator.now() - handle.launched_at, error)
         if identity is not None:
@@ -249,7 +266,10 @@ class Reducer:
         self.mismatched = True
         try:
             places = self.communicator.all_gather_json(str(identity), what="where the workers are")
-            where = ", ".join(f"rank {rank} in {place}" for rank, place in enumerate(places))
+            ranks = self.communicator.ranks
+            where = ", ".join(
+                f"rank {r} in {place}" for r, place in zip(ranks, places, strict=True)
+            )
         except RuntimeError as error:
             where = f"this worker in {identity}, another one elsewhere ({error})"
         raise self._give_up(
@@ -267,14 +287,17 @@ class Reducer:
 
     def _give_up(self, why: str) -> CommunicationError:
         failure = CommunicationError(
-            f"rank {self.communicator.rank}: {why}. Parameters and anchor are valid: save them, and "
+            f"rank {self.communicator.ranks[self.communicator.rank]}: {why}. Parameters and anchor are valid: save them, and "
             "restart with the workers that are left"
         )
+        self._leave(failure)
+        return failure
+
+    def _leave(self, failure: CommunicationError) -> None:
         self.failure = failure
         # Before the groups are left: peers hear of it only when nobody holds the handles any more.
         self._abandon()
         self.communicator.close()
-        return failure
 
 
 def mark_finite(buffer: Tensor, fragment: Fragment) -> Tensor:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 # A bound for what hangs, wide enough for a machine that is busy with other things.
 TIMEOUT_S = 300.0
+LOOPBACK = "127.0.0.1"
 
 # Imported once, by the server from which the workers are forked. Making any torch optimizer imports
 # torch._dynamo, which takes seconds.
@@ -54,18 +55,24 @@ def run(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     expected = expect_exit or {}
-    port = free_port()
+    # Kept, so that nobody else gets the port before the workers' store has it.
+    listener = None if backend is None else socket.create_server((LOOPBACK, 0))
+    port = free_port() if listener is None else listener.getsockname()[1]
     receivers: list[Connection] = []
     processes = []
     for rank in range(workers):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
-            target=_main, args=(sender, fn, rank, workers, port, backend, args), daemon=True
+            target=_main,
+            args=(sender, fn, rank, workers, port, backend, args, None if rank else listener),
+            daemon=True,
         )
         process.start()
         sender.close()
         receivers.append(receiver)
         processes.append(process)
+    if listener is not None:
+        listener.close()
     try:
         return _collect(processes, receivers, expected, time.monotonic() + timeout_s)
     finally:
@@ -77,7 +84,7 @@ def run(
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on now."""
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+        s.bind((LOOPBACK, 0))
         return int(s.getsockname()[1])
 
 
@@ -121,13 +128,14 @@ def _main(
     port: int,
     backend: str | None,
     args: tuple[Any, ...],
+    listener: socket.socket | None,
 ) -> None:
     torch.set_num_threads(1)
     try:
         if backend is None:
             os.environ.update(torchrun_variables(rank, workers, port))
         else:
-            _join(backend, rank, workers, port)
+            _join(backend, rank, workers, port, listener)
         sender.send_bytes(pickle.dumps((False, fn(rank, *args))))
     except BaseException:  # noqa: BLE001  # raised again in the test
         sender.send_bytes(pickle.dumps((True, traceback.format_exc())))
@@ -137,18 +145,22 @@ def _main(
         dist.destroy_process_group()
 
 
-def _join(backend: str, rank: int, workers: int, port: int) -> None:
+def _join(backend: str, rank: int, workers: int, port: int, listener: socket.socket | None) -> None:
     if backend == "emulated":
         from distoptim.comm import emulate
 
         emulate(latency_s=0.0, bandwidth_gbit_s=1000.0)
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=workers,
-        timeout=timedelta(seconds=TIMEOUT_S - 60),
+    timeout = timedelta(seconds=TIMEOUT_S - 60)
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # public, not marked so
+        LOOPBACK,
+        port,
+        workers,
+        is_master=listener is not None,
+        timeout=timeout,
+        # The store owns the socket from here on.
+        master_listen_fd=None if listener is None else listener.detach(),
     )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=workers, timeout=timeout)
     # A worker that is done before another has connected to it would fail that one.
     dist.barrier()
 
@@ -160,7 +172,7 @@ def torchrun_variables(rank: int, workers: int, port: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(workers),
         "LOCAL_WORLD_SIZE": str(workers),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "none",
     }
