@@ -225,7 +225,8 @@ class HideCommunication(Period):
     fit, lest it swing. It needs an algorithm whose delay is the whole round.
 
     Args:
-        smallest: bound of tau, and where it begins, >= 1.
+        smallest: bound of tau, >= 1. It begins there, or with a round of two steps after which tau
+            follows from the link as measured at construction (`AveragingOptimizer.link`).
         largest: bound of tau, >= smallest.
         margin: time left over, as a share of the communication's, in [0, 10]; default 0.1, against
             jitter.

@@ -65,6 +65,10 @@ class Communicator(ABC):
         """Round trip and rate as measured by `prepare`; None where nothing is."""
         return None
 
+    def mean_s(self, nbytes: int) -> float:
+        """Seconds that a mean of so many bytes should take, as the link was measured; 0: not known."""
+        return 0.0
+
     def prepare(self, nbytes: int, *, coded: bool = False) -> None:  # noqa: B027  # as above
         """Get ready for means of so many bytes, or of codes; blocking and collective, once all workers
         hold the same parameters. By default nothing."""

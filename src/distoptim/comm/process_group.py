@@ -27,7 +27,7 @@ from distoptim.comm.cuda import NcclHandle, Staging
 from distoptim.comm.emulated import BACKEND, EmulatedGroup
 from distoptim.comm.handles import Handle, TimedHandle, WorkHandle
 from distoptim.comm.link import Link
-from distoptim.comm.streams import AUTO, PartsHandle, affordable, choose, open_files, spans
+from distoptim.comm.streams import AUTO, PartsHandle, affordable, choose, mean_s, open_files, spans
 from distoptim.comm.streams import check as check_streams
 
 # Whose options of one collective have no types.
@@ -181,6 +181,10 @@ class ProcessGroupCommunicator(Communicator):
     def link(self) -> Link | None:
         """As measured by `prepare`."""
         return self._link
+
+    def mean_s(self, nbytes: int) -> float:
+        """Seconds that a mean should take, as the link was measured; 0 where it was not."""
+        return mean_s(nbytes, self._link, self.size, self._streams) if self._link else 0.0
 
     @property
     def streams(self) -> int:

@@ -68,6 +68,18 @@ def choose(nbytes: int, link: Link, workers: int) -> int:
     return max(1, min(MOST_CHOSEN, 2 * filling, int(sent / LEAST_STREAM)))
 
 
+def mean_s(nbytes: float, link: Link, workers: int, streams: int) -> float:
+    """Seconds of a mean over gloo and TCP: as on a ring, but at most so many bytes a round trip.
+
+    T = 2 (n-1) latency + max(sent / rate, (sent / (streams PER_ROUND_TRIP) - 1) latency), sent = 2 (n-1)/n
+    bytes; a message of gloo takes a round trip, since it asks before it sends.
+    """
+    sent = 2 * (workers - 1) / workers * nbytes
+    windows = max(0.0, sent / (streams * PER_ROUND_TRIP) - 1)
+    on_the_way = max(sent * 8 / (link.bandwidth_gbit_s * 1e9), windows * link.latency_s)
+    return 2 * (workers - 1) * link.latency_s + on_the_way
+
+
 def spans(numel: int, nbytes: int, streams: int, *, least: int = _LEAST_PART) -> list[slice]:
     """The parts of a message, of near equal size, none of which is below `least` bytes; at least one."""
     count = max(1, min(streams, numel, nbytes // least if least else streams))

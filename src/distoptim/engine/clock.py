@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from distoptim.periods import Period
+from distoptim.periods import HideCommunication, Period
 
 logger = logging.getLogger("distoptim")
 
@@ -28,6 +28,8 @@ class Clock:
         fixed: whether tau is always the same.
         synchronous: whether the workers average after every local step at present (`PostLocal`).
         means: the workers' means of what the period measures, since it was last asked.
+        expected_s: seconds of a round's means as the link was measured, until the first round has ended;
+            0 where nobody asks.
         timed: whether a round lasts some seconds at present, not tau local steps (`EqualTime`).
     """
 
@@ -46,6 +48,7 @@ class Clock:
         self.means: dict[str, float] = {}
         self._losses: list[Tensor | float] = []
         self._mark: tuple[float, int] | None = None
+        self.expected_s = 0.0
         # Of a timed round: seconds of computation at its start and at its end, and its first step.
         self._began_s = 0.0
         self._ends_s = 0.0
@@ -57,6 +60,23 @@ class Clock:
         self.delay = self._tau if self._delay is None else self._delay
         if self.synchronous:
             self.delay = 0
+
+    def expect(self, communication_s: float) -> None:
+        """How long a round's means should take, for a period that hides them.
+
+        Its first round then is long enough to time a local step that is not the first one, and the next
+        tau follows from both.
+        """
+        period = self.period
+        if isinstance(period, HideCommunication) and communication_s > 0 and period.largest > 1:
+            self.expected_s = communication_s
+            self._tau = max(self._tau, 2)
+            self._set()
+
+    def expected(self, step_s: float) -> None:
+        """Take what was expected for measured, of local steps that take so long on the mean."""
+        self.means = {"step_s": step_s, "communication_s": self.expected_s}
+        self.expected_s = 0.0
 
     def synchronise(self, synchronous: bool) -> None:
         """Begin or end the phase in which the workers average after every local step."""

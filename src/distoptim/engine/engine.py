@@ -160,6 +160,7 @@ class Engine(Rounds):
             for index, fragment in enumerate(fragments)
         ]
         self._code()
+        clock.expect(sum(communicator.mean_s(sync.nbytes) for sync in self.syncs))
         self._begin()
 
     # ---- the round, from top to bottom ------------------------------------------------------------
@@ -228,6 +229,8 @@ class Engine(Rounds):
         """
         clock = self.clock
         round_ends = self.syncs[0].next_launch <= self.step and not clock.fixed
+        if round_ends and clock.expected_s:
+            self._expect()
         if round_ends and clock.advance(self.step):
             # Nothing may be in flight when rounds begin anew.
             self.drain()
@@ -675,6 +678,13 @@ class Engine(Rounds):
             sync.state = self.rule.start(sync.fragment)
         self._code()
         self._begin()
+
+    def _expect(self) -> None:
+        """Agree on how long a local step takes, at the end of the first round; blocks for one message."""
+        everybody: list[Any] = self.communicator.all_gather_json(
+            self.counters.step_s, what="average(), the first round"
+        )
+        self.clock.expected(sum(everybody) / len(everybody))
 
     def _measure(self) -> list[Tensor | float]:
         """What this worker sends along for the period."""
