@@ -11,6 +11,8 @@ import torch
 
 import distoptim
 from distoptim import CoCoDSGD, LocalSGD, OverlapLocalSGD
+from distoptim.engine.clock import Clock
+from distoptim.engine.weights import Weights
 from distoptim.periods import EqualTime, PostLocal
 from distoptim.simulator import Cluster, Constant
 from distoptim.testing import processes
@@ -54,11 +56,11 @@ def rounds(workers, count, loss=parabola):
         workers.step(loss)
 
 
-@pytest.mark.parametrize("tau", [5, 8])
+@pytest.mark.parametrize(("tau", "weigh"), [(5, "steps"), (8, "workers")])
 @pytest.mark.parametrize("make", ONCE.values(), ids=ONCE)
-def test_equal_workers_are_bit_equal_to_the_ordinary_period(make, tau):
+def test_equal_workers_are_bit_equal_to_the_ordinary_period(make, tau, weigh):
     fixed = cluster(make, tau)
-    timed = cluster(make, EqualTime(tau * STEP_S))
+    timed = cluster(make, EqualTime(tau * STEP_S, weigh=weigh))
     for _ in range(3 * tau + 2):
         fixed.step(parabola)
         timed.step(parabola)
@@ -97,6 +99,37 @@ def test_the_weights_of_a_round_are_its_steps_and_sum_to_one():
     torch.testing.assert_close(
         x(workers), (start + (share * torch.arange(4)).sum()).expand(4, 1, 1)
     )
+
+
+@pytest.mark.parametrize(
+    ("weigh", "samples", "usual", "expected"),
+    [
+        ("steps", None, None, 1),
+        ("workers", None, None, 1),
+        ("steps", None, 4, 6 / 4),
+        ("workers", None, 4, 4 / 6),
+        ("steps", 30, 4, 30),
+        # The mean batch, 5, over the steps.
+        ("workers", 30, 4, 5 / 6),
+    ],
+)
+def test_what_six_local_steps_weigh(weigh, samples, usual, expected):
+    weights = Weights(weigh)
+    weights.samples = None if samples is None else 100.0 + samples
+    weigh_now = partial(weights.weight_of_time, step=16, since=10, samples=100.0, usual=usual)
+    assert weigh_now() == pytest.approx(expected)
+    weights.left_at = 10
+    assert weigh_now() == 0
+
+
+@pytest.mark.parametrize(("began", "ends"), [(0.6, 2.0), (1.4, 2.0), (1.6, 2.6)])
+def test_what_a_round_took_longer_is_made_up_for_but_for_more_than_half_a_round(began, ends):
+    clock = Clock(EqualTime(1.0), 0)
+    clock.begin_time(0, 0.0)
+    clock.begin_time(5, began, anew=False)
+    # The step after which half a step more would be the end, or not.
+    assert not clock.time_is_up(6, began + (ends - began) * 0.66)
+    assert clock.time_is_up(6, began + (ends - began) * 0.67)
 
 
 @pytest.mark.parametrize("make", [LocalSGD, OverlapLocalSGD, CoCoDSGD])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -83,6 +85,21 @@ def test_means_of_fragments_follow_one_another_on_the_link():
     # Launches at 1, 2, 3, ...: each mean waits for the link, so every step from the second on ends
     # when one does.
     assert c.fabric.free_at == pytest.approx(1 + 3 * 6)
+
+
+def test_a_copy_finds_the_link_as_busy_as_it_was():
+    make = partial(cluster, LocalSGD, step_s=1.0, mean_s=3.0, tau=4, fragments=2, delay=3)
+    expected = make()
+    for _ in range(7):
+        expected.step()
+    again = make()
+    again.load_state_dict(copy.deepcopy(expected.state_dict()))
+    for c in (expected, again):
+        for _ in range(5):
+            c.step()
+    # Launches at every second step: each mean waits for the one before, which the next merge does not.
+    assert again.fabric.clocks == expected.fabric.clocks
+    assert again.fabric.free_at == expected.fabric.free_at
 
 
 def test_an_overlapped_mean_starts_when_the_last_worker_has_arrived():
