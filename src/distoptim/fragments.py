@@ -133,11 +133,11 @@ class Fragment:
         torch._foreach_copy_(out.views, self.local())
 
     def write(self, value: Flat) -> None:
-        """X <- value."""
+        """x <- value."""
         torch._foreach_copy_(self.local(), value.views)
 
     def add(self, value: Flat, *, weight: float = 1.0) -> None:
-        """X <- x + weight value."""
+        """x <- x + weight value."""
         if self.same_dtype:
             torch._foreach_add_(self.local(), value.views, alpha=weight)
         else:
@@ -146,7 +146,7 @@ class Fragment:
                     x.add_(v, alpha=weight)
 
     def pull(self, towards: Flat, weight: float) -> None:
-        """X <- (1 - weight) x + weight towards."""
+        """x <- (1 - weight) x + weight towards."""
         if self.same_dtype:
             # Backwards: z's end was written last and is still in the cache; then x's start is, for
             # who reads it next.
@@ -382,7 +382,7 @@ class Watch:
         modules: Sequence[torch.nn.Module] = (),
     ) -> None:
         self._inner = inner
-        # FSDP2 exchanges a module's parameters for gathered ones and back.
+        # FSDP2 puts gathered parameters into a module and takes them out again.
         self._modules = [m for m in modules if not any(map(_is_fsdp, m.modules()))]
         self._own = {id(p): _look(p)[1:] for p in own}
         self._names = {id(p): name for name, p in reversed(list(self._named()))}

@@ -250,7 +250,7 @@ def make_equal(
 
 
 def _overwrite(communicator: Communicator, name: str, value: Tensor) -> None:
-    """Value <- rank 0's, in place."""
+    """value <- rank 0's, in place."""
     if not _is_plain(value) or value.is_meta:
         raise ValueError(
             f"{name!r} differs between workers and is a {value.layout} {value.dtype} "

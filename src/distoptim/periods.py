@@ -17,8 +17,7 @@ class Period(ABC):
     launch.
 
     Subclasses are frozen dataclasses, on which all workers must agree. What they decide must follow
-    from what is
-    equal on all workers: the local step and the means.
+    from what is equal on all workers: the local step and the means.
 
     Attributes:
         measures: what each worker sends along, so that its mean over the workers can be decided on:
@@ -82,12 +81,12 @@ class Fixed(Period):
 
     @property
     def smallest(self) -> int:
-        """That."""
+        """The only tau there is."""
         return self.tau
 
     @property
     def choices(self) -> frozenset[int]:
-        """That."""
+        """The only tau there is."""
         return frozenset([self.tau])
 
 
@@ -132,23 +131,23 @@ class Schedule(Period):
 
     @property
     def smallest(self) -> int:
-        """Of all."""
+        """The shortest round of the table."""
         return min(self.taus.values())
 
     @property
     def first(self) -> int:
-        """At step 0."""
+        """The table's tau at step 0."""
         return self.taus[0]
 
     @property
     def choices(self) -> frozenset[int]:
-        """Those of the table."""
+        """All taus of the table."""
         return frozenset(self.taus.values())
 
     def choose(
         self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
     ) -> Change:
-        """As the table says."""
+        """The tau of the last step of the table that has been reached."""
         return self.taus[max(s for s in self.taus if s <= step)], "schedule"
 
 
@@ -183,35 +182,35 @@ class PostLocal(Period):
 
     @property
     def smallest(self) -> int:
-        """Of the phase after `start`."""
+        """The smallest tau after `start`; the rounds of one step before it do not count."""
         return self.then.smallest
 
     @property
     def first(self) -> int:
-        """Of the phase after `start`."""
+        """The tau that the algorithm begins with at `start`."""
         return self.then.first
 
     @property
     def choices(self) -> frozenset[int] | None:
-        """Of the phase after `start`."""
+        """Every tau that can come after `start`."""
         return self.then.choices
 
     def choose(
         self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]
     ) -> Change:
-        """As in the phase after `start`."""
+        """As `then` says; asked only after `start`."""
         return self.then.choose(step, tau, means, memory)
 
     def __eq__(self, other: object) -> bool:
-        """Equal in all it decides."""
+        """Whether both decide alike."""
         return isinstance(other, PostLocal) and (self.start, self.then) == (other.start, other.then)
 
     def __hash__(self) -> int:
-        """Of its parts."""
+        """By the text of `then`: a schedule's table has no hash."""
         return hash((self.start, repr(self.then)))
 
     def __repr__(self) -> str:
-        """As it is made."""
+        """The call that makes it, which workers compare and checkpoints hold."""
         return f"PostLocal(start={self.start}, tau={self.then!r})"
 
 
@@ -310,7 +309,7 @@ class AdaComm(Period):
 
     @property
     def first(self) -> int:
-        """tau0."""
+        """tau0, before any loss is known."""
         return self.tau0
 
     def choose(

@@ -369,7 +369,7 @@ def _level_of_nan(rank):
     return out
 
 
-def test_a_group_without_a_finite_worker_is_healed_at_the_next_level():
+def test_a_group_without_a_finite_worker_comes_back_at_the_next_level():
     results = run(_level_of_nan, 4)
     for how in ("average", "flush"):
         x = torch.tensor([result[how] for result in results])

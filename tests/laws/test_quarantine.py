@@ -167,7 +167,7 @@ PARTED = toy.variants(fragments=(2, 3))
     ("name", "at"), share(product(PARTED, [1, toy.TAU - 1, 2 * toy.TAU]), of=5)
 )
 def test_one_bad_batch_is_one_quarantine_with_fragments_too(name, at):
-    """All of them are healed at once, or NaN would go round and round from one to the next."""
+    """All of them are replaced at once, or NaN would go round and round from one to the next."""
     workers = Lockstep(PARTED[name], [toy.start()] * toy.WORKERS)
     workers.run(at, toy.gradient)
     with warnings.catch_warnings(record=True) as caught:

@@ -332,11 +332,11 @@ class Engine(Rounds):
             workers = float(self.communicator.size)
             if weight != 1:
                 workers *= self.weights.share(weight)
-            # Not twice, if another fragment's merge has healed this one since it was launched.
+            # Not twice, if another fragment's merge has replaced this one's since it was launched.
             if (
                 sync.fragment.device.type != "cpu"
                 and not pending.finite
-                and sync.healed < sync.launched
+                and sync.replaced < sync.launched
             ):
                 self._quarantine(sync)
             if sync.likeness is not None and sync.merges > 2:
@@ -699,14 +699,14 @@ class Engine(Rounds):
     def _quarantine(self, sick: FragmentSync) -> None:
         """Send a worker whose parameters are not finite back to values that are.
 
-        The inner state of what was not finite is forgotten. All fragments are healed at once: the next
+        The inner state of what was not finite is forgotten. All fragments are replaced at once: the next
         forward pass would carry NaN from one that is not to those that are.
 
         Args:
             sick: whose payload is not finite.
         """
-        healed = [s for s in self.syncs if s is sick or not is_finite(s.fragment)]
-        names = ", ".join(sync.name for sync in healed)
+        replaced = [s for s in self.syncs if s is sick or not is_finite(s.fragment)]
+        names = ", ".join(sync.name for sync in replaced)
         self.counters.quarantined += 1
         rank = self.communicator.ranks[self.communicator.rank]
         warnings.warn(
@@ -715,7 +715,7 @@ class Engine(Rounds):
             QuarantineWarning,
             stacklevel=2,
         )
-        for sync in healed:
+        for sync in replaced:
             fallback = self._active.fallback(sync.state)
             if fallback is None and sync is not sick and sync.pending is None:
                 # A rule that writes the mean over x: its last one is still in the buffer.
@@ -723,7 +723,7 @@ class Engine(Rounds):
             if fallback is not None:
                 sync.fragment.write(fallback)
             self._inner.forget(sync.fragment.params)
-            sync.healed = self.step
+            sync.replaced = self.step
 
     def _abandon(self) -> None:
         """Nothing that is in flight will come any more."""

@@ -53,7 +53,7 @@ class FragmentSync:
         next_launch: local step of the next launch.
         launched: local step of the last launch.
         merges: how many means were merged.
-        healed: local step at which parameters that were not finite were last replaced.
+        replaced: local step at which parameters that were not finite were last replaced.
         seconds: how long the last mean took.
         samples: of this worker when it launched last (see `Weights`).
         likeness: whether all workers send the same; None where that is settled, or not asked.
@@ -67,7 +67,7 @@ class FragmentSync:
     next_launch: int = 0
     launched: int = 0
     merges: int = 0
-    healed: int = -1
+    replaced: int = -1
     seconds: float = 0.0
     samples: float = 0.0
     pending: PendingMean | None = None

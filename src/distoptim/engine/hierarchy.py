@@ -59,8 +59,8 @@ class Hierarchy(Rounds):
                 # A worker weighs in its group what it does among all.
                 weights=engine.weights,
                 counters=engine.counters,
-                # Where nobody in a group is finite, the algorithm's own mean, over more workers, heals
-                # them all.
+                # Where nobody in a group is finite, the algorithm's own mean, over more workers, brings
+                # them all back.
                 may_be_empty=True,
             )
             for period, communicator in communicators.items()
