@@ -109,8 +109,9 @@ def test_all_processes_end_with_the_command_and_say_nothing(tmp_path, signum, se
     with in_training(tmp_path / "run") as (command, pids):
         # The command, two workers, the server that forked them and the tracker of its resources.
         assert len(pids) == 5
-        # Its store, at 127.0.0.1 and no interface that another machine could reach.
+        # Its store and its workers, at 127.0.0.1 and no interface that another machine could reach.
         assert listening([command.pid]) == {"0100007F"}
+        assert listening(pids) == {"0100007F"}
         send(command.pid, signum)
         assert command.communicate(timeout=PATIENCE_S)[1] == ""
         assert command.returncode == -signum

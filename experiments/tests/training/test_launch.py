@@ -54,6 +54,18 @@ def test_a_signal_leaves_a_checkpoint_and_no_process(tmp_path):
     assert records.read(tmp_path).summary is None
 
 
+def test_a_signal_that_comes_with_the_last_line_is_not_lost(tmp_path):
+    """Of several runs the next one would begin."""
+
+    def stop(line):
+        if line.kind == "summary":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = RunConfig(data="synthetic", model="mlp", workers=2, batch_size=8, steps=2)
+    assert run_local(Job(config, tmp_path), [stop]) == signal.SIGTERM
+    assert records.read(tmp_path).summary is not None
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_worker_ends_the_run_by_its_rank(tmp_path, victim):
     def kill():

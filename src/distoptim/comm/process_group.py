@@ -117,7 +117,8 @@ class ProcessGroupCommunicator(Communicator):
             nccl 1, since it has channels of its own.
 
     Raises:
-        CommunicationError: not all members made theirs in time.
+        CommunicationError: not all members made theirs in time; where one dies in the moment in which it
+            connects, gloo takes up to five timeouts to see it.
         ValueError: `streams` outside its range.
     """
 

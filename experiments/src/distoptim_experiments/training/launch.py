@@ -26,7 +26,12 @@ from distoptim_experiments.config import RunConfig
 from distoptim_experiments.training.loop import Observer, Run
 from distoptim_experiments.training.problem import Problem
 from distoptim_experiments.training.processes import Processes
-from distoptim_experiments.training.rendezvous import LOOPBACK, Rendezvous, serve_on_loopback
+from distoptim_experiments.training.rendezvous import (
+    LOOPBACK,
+    Rendezvous,
+    loopback_interface,
+    serve_on_loopback,
+)
 from distoptim_experiments.training.signals import Stopped, StopSignals, interruptible
 from distoptim_experiments.training.world import World, join
 
@@ -102,7 +107,7 @@ def _run(job: Job, world: World, signals: StopSignals, observers: Sequence[Obser
 
         observers.append(TensorBoard(job.folder / "tensorboard"))
     # Under torchrun every rank has made up a name of its own.
-    folder = world.gather(job.folder)[0]
+    folder = Path(world.gather(str(job.folder))[0])
     run = Run(
         Processes(Problem(job.config), world, signals),
         folder,
@@ -195,7 +200,8 @@ def _watch(
             signals.received = 0
     for process, _ in workers:
         process.join(10)
-    return signum
+    # One that came when the last workers were about to end, too.
+    return signum or signals.received or passed_on
 
 
 def _received(receiver: Connection, process: Any, *, name: str, told: int) -> tuple[str, Any]:
@@ -243,6 +249,7 @@ def _cause(exitcode: int | None) -> str:
 def _main(job: Job, rendezvous: Rendezvous, sender: Connection) -> None:
     """A worker process."""
     end_with_parent()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
     try:
         signum = run_worker(job, rendezvous, [lambda line: sender.send(("line", line))])
         sender.send(("ended", signum))

@@ -51,6 +51,12 @@ class Rendezvous:
         return PrefixStore(self.prefix, store) if self.prefix else store
 
 
+def loopback_interface() -> str:
+    """The name of the interface on which no other machine hears us; gloo would take the host name's."""
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo" if "lo" in names else "lo0"
+
+
 def serve_on_loopback() -> TCPStore:
     """A store for processes of this machine alone; torch's own listens on every interface."""
     listener = socket.create_server((LOOPBACK, 0))

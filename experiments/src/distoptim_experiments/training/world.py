@@ -11,6 +11,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # public, but
 
 from distoptim import checks
 from distoptim.comm import emulate
+from distoptim.comm.control import all_gather_json
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.training.rendezvous import Rendezvous
 
@@ -77,10 +78,8 @@ class World:
         dist.barrier(self.control)
 
     def gather(self, message: object) -> list[Any]:
-        """Everybody's message, in rank order."""
-        messages: list[Any] = [None] * (self.seat.workers * self.seat.island_size)
-        dist.all_gather_object(messages, message, group=self.control)
-        return messages
+        """Everybody's message, in rank order, as JSON: what a peer sends is never unpickled."""
+        return all_gather_json(message, self.control)
 
 
 def join(rendezvous: Rendezvous, config: RunConfig, store: Store | None = None) -> World:
