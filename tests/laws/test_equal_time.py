@@ -177,6 +177,15 @@ def test_it_goes_on_bit_equal_from_a_checkpoint():
     assert torch.equal(x(again), x(whole))
 
 
+def test_a_flush_begins_a_new_round():
+    workers = cluster(LocalSGD, EqualTime(1.0), speeds=(1,))
+    for _ in range(4):
+        workers.step(parabola)
+    workers.optimizers[0].flush()
+    rounds(workers, workers.optimizers[0].rounds + 1)
+    assert steps(workers) == [4 + 10]
+
+
 def test_it_begins_after_a_synchronous_phase():
     workers = cluster(LocalSGD, PostLocal(start=3, tau=EqualTime(1.0)), speeds=(1, 2, 3, 4))
     rounds(workers, 8)

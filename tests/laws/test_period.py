@@ -169,6 +169,21 @@ def test_a_link_that_becomes_ten_times_slower_and_recovers():
         assert run.stats()["tau"] == tau
 
 
+@pytest.mark.parametrize(("tau", "then"), [(11, 12), (12, 12), (13, 13), (20, 13)])
+def test_tau_grows_to_the_margin_and_comes_down_to_twice_the_margin(tau, then):
+    """Ten local steps: 11.25 with the margin, 12.5 with twice the margin."""
+    means = {"step_s": 0.5, "communication_s": 5.0}
+    assert HideCommunication(margin=0.125).choose(100, tau, means, {})[0] == then
+
+
+def test_what_is_in_flight_is_merged_before_a_new_tau_begins():
+    # Launches at 2, 4, 6, 8, merges three steps later; that of step 6 not at 9, but at the change.
+    for tau, syncs in ((4, 2), (Schedule({0: 4, 8: 6}), 3)):
+        workers = cluster(LocalSGD, tau, lr=0.1, fragments=2, delay=3)
+        workers.run(8, toy.gradient)
+        assert [o.stats()["syncs"] for o in workers.optimizers] == [syncs] * toy.WORKERS
+
+
 def test_a_link_in_three_messages_is_measured_as_a_whole():
     run = virtual(Switch(1.0), HideCommunication(smallest=2), fragments=2)
     for _ in range(40):

@@ -29,6 +29,7 @@ from distoptim import (
     SlowMo,
 )
 from distoptim.comm import SingleWorker
+from distoptim.periods import PostLocal
 from distoptim.rule import Average
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
@@ -372,17 +373,19 @@ def test_average_in_step():
 
 
 def test_reset_inner_forgets_the_momentum_at_every_merge():
-    def momenta(reset):
+    def momenta(reset, tau=2, steps=4):
         params = parameters(2)
-        optimizer = alone(LocalSGD, params, tau=2, lr=0.1, momentum=0.9, reset_inner=reset)
+        optimizer = alone(LocalSGD, params, tau=tau, lr=0.1, momentum=0.9, reset_inner=reset)
         out = []
-        for _ in range(4):
+        for _ in range(steps):
             train(optimizer, params, 1)
             out.append("momentum_buffer" in optimizer.state.get(params[0], {}))
         return out
 
     assert momenta(False) == [True, True, True, True]
     assert momenta(True) == [True, False, True, False]
+    # Synchronous steps are those of one optimizer, which forgets nothing.
+    assert momenta(True, PostLocal(start=3, tau=2), 5) == [True, True, True, True, False]
 
 
 # Flush and evaluation. In lockstep, collective calls of all workers need real processes, unless one

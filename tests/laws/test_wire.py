@@ -83,6 +83,12 @@ def test_bytes_on_the_wire(monkeypatch: pytest.MonkeyPatch, name: str, m: int) -
     assert run.optimizers[0].stats()["bytes"] * 2 * (m - 1) / m == Counting.sent
 
 
+def test_a_lone_worker_counts_its_messages_as_one_of_two() -> None:
+    make = partial(distoptim.LocalSGD, lr=0.05, tau=1, codec="int8")
+    alone, both = (coders_of(Lockstep(make, [START] * m))[0].nbytes for m in (1, 2))
+    assert alone == both
+
+
 @pytest.mark.parametrize("name", CODECS)
 def test_large_models_send_as_many_bytes_as_their_all_reduce_would_with_so_many_bits(
     name: str,
