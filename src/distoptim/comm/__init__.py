@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from distoptim.comm.codecs import Codec, ErrorFeedback, register_codec
+from distoptim.comm.codecs import Codec, ErrorFeedback, TopK, register_codec
 from distoptim.comm.communicator import CommunicationError, Communicator, SingleWorker
 from distoptim.comm.emulated import emulate
 from distoptim.comm.handles import Handle
@@ -33,6 +33,7 @@ __all__ = [
     "ProcessGroup",
     "ProcessGroupCommunicator",
     "SingleWorker",
+    "TopK",
     "connect",
     "emulate",
     "forgotten",

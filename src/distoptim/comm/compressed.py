@@ -100,6 +100,7 @@ class CompressedMean:
         self._lay_out(size)
         self.residual: Tensor | None = None
         self.mean_residual: Tensor | None = None
+        self._decay = codec.decay if isinstance(codec, ErrorFeedback) else 1.0
         if isinstance(codec, ErrorFeedback):
             self.residual = torch.zeros(numel)
         if self.two_stages and not isinstance(codec, Codec):
@@ -111,7 +112,8 @@ class CompressedMean:
         """Numbers in the part of one worker, or in all where one stage sends less."""
         blocks = -(-self.numel // BLOCK)
         part = -(-blocks // self.communicator.size) * BLOCK
-        self.two_stages = 2 * self.codec.nbytes(part) < self.codec.nbytes(self.numel)
+        fewer = 2 * self.codec.nbytes(part) < self.codec.nbytes(self.numel)
+        self.two_stages = fewer and not self.codec.gathered
         return part if self.two_stages else self.numel
 
     def _lay_out(self, size: int) -> None:
@@ -268,7 +270,7 @@ class CompressedMean:
         if residual is None:
             self.codec.encode(x, code)
             return
-        self.codec.encode(x.add_(residual, alpha=weight), code)
+        self.codec.encode(x.add_(residual, alpha=weight * self._decay), code)
         if weight == 0:
             residual.zero_()
             return

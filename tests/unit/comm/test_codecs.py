@@ -16,7 +16,7 @@ from torch import Tensor
 
 import distoptim
 from distoptim.comm import Communicator, Handle
-from distoptim.comm.codecs import BLOCK, CODECS, STEP, Codec, ErrorFeedback, find
+from distoptim.comm.codecs import BLOCK, CODECS, STEP, Codec, ErrorFeedback, TopK, find
 from distoptim.engine.identity import SIZE
 from distoptim.testing import processes as workers
 from distoptim.testing.inspection import inspect
@@ -27,7 +27,7 @@ from tests.helpers.share import share
 
 SIZES = (1, 255, 256, 257, 65536, 70001)
 # Of the root mean square error over that of the numbers, for numbers of a normal law.
-ERRORS = {"bf16": 0.0018, "int8": 0.008, "e3m0": 0.21, "2bit": 0.48, "1bit": 0.61}
+ERRORS = {"bf16": 0.0018, "int8": 0.008, "e3m0": 0.21, "2bit": 0.48, "1bit": 0.61, "top64": 0.95}
 # These know no zero but that of a whole block.
 COARSE = ("2bit", "1bit")
 NAMES = [*CODECS, *(f"{name}+ef" for name in CODECS)]
@@ -89,10 +89,12 @@ def test_what_was_coded_once_is_coded_without_loss(name: str) -> None:
 def test_a_block_is_coded_alike_wherever_it_stands(name: str) -> None:
     """In every chunk, the last one and its tail too; nothing and its code are empty."""
     codec = CODECS[name]
-    x = numbers(2 * STEP * BLOCK + 300)
+    size = 4096 if codec.gathered else BLOCK
+    chunk = STEP * BLOCK
+    x = numbers(2 * chunk + size + 44)
     y = through(codec, x)
-    for first in (0, STEP - 1, STEP, 2 * STEP - 1, 2 * STEP, 2 * STEP + 1):
-        block = slice(first * BLOCK, (first + 1) * BLOCK)
+    for first in (0, chunk - size, chunk, 2 * chunk - size, 2 * chunk, 2 * chunk + size):
+        block = slice(first, first + size)
         assert torch.equal(y[block], through(codec, x[block]))
     assert codec.nbytes(0) == 0
     assert not len(through(codec, x[:0]))
@@ -139,6 +141,35 @@ def test_one_bit_is_the_sign_times_the_scale_that_loses_least() -> None:
             assert (x[block] - other * y[block]).square().sum() > lost
 
 
+def test_one_bit_takes_zero_for_positive_where_others_are_not() -> None:
+    x = torch.zeros(256)
+    x[5] = -2.0
+    assert torch.equal(through(CODECS["1bit"], x), torch.where(x < 0, -1.0, 1.0) * (2 / 256))
+
+
+@pytest.mark.parametrize("k", [4, 64, 1024, 4096])
+def test_sparse_codes_have_the_largest_numbers_in_two_sizes(k: int) -> None:
+    x = numbers(4096 + 700)
+    y = through(TopK(k), x)
+    for chunk in (slice(0, 4096), slice(4096, 4796)):
+        size = x[chunk].abs()
+        chosen = y[chunk] != 0
+        found = size[chosen].sort(descending=True)[0]
+        assert torch.equal(found, size.topk(min(k, len(size)))[0])
+        assert torch.equal(y[chunk][chosen].sign(), x[chunk][chosen].sign())
+        large = found > found.sum() / k
+        # A chunk of fewer numbers than k ends in zeros, which count.
+        means = (found[~large].sum() / (k - large.sum()), found[large].mean())
+        expected = torch.where(size > found.sum() / k, means[1], means[0]) * x[chunk].sign()
+        torch.testing.assert_close(y[chunk], expected * chosen)
+
+
+@pytest.mark.parametrize("k", [0, 6, 4100, 64.0, "64"])
+def test_a_sparse_code_of_another_size_is_refused(k: Any) -> None:
+    with pytest.raises(ValueError, match=r"k=.*allowed is a multiple of 4 in \[4, 4096\]"):
+        TopK(k)
+
+
 def test_bytes_of_a_code() -> None:
     assert {name: codec.nbytes(257) for name, codec in CODECS.items()} == {
         "bf16": 1024,
@@ -146,6 +177,7 @@ def test_bytes_of_a_code() -> None:
         "e3m0": 258,
         "2bit": 136,
         "1bit": 72,
+        "top64": 120,
     }
 
 
@@ -163,7 +195,8 @@ def test_stats_count_the_code(name: str, algorithm: str) -> None:
     for numel in launched:
         whole, part = (-(-codec.nbytes(math.ceil(numel / 256 / n) * 256) // 4) * 4 for n in (1, 4))
         # One stage, or two of a fourth each; the weight before what the first sends.
-        expected += 4 * (4 * (1 + SIZE) + min(whole, 2 * part)) // 2
+        least = whole if codec.gathered else min(whole, 2 * part)
+        expected += 4 * (4 * (1 + SIZE) + least) // 2
     assert run.optimizers[0].stats()["bytes"] == expected
 
 
@@ -262,6 +295,27 @@ def test_a_worker_in_quarantine_weighs_nothing_and_loses_its_residual(algorithm:
 def test_what_is_no_codec_is_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="codec="):
         cluster(ALGORITHMS["local"], codec=bad)
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.1, math.nan, "1"])
+def test_what_is_no_decay_is_refused(decay: Any) -> None:
+    with pytest.raises(ValueError, match=r"decay=.*allowed is a number in \(0, 1\]"):
+        ErrorFeedback(CODECS["int8"], decay=decay)
+
+
+def test_a_decay_is_named_where_there_is_one() -> None:
+    """Workers compare it; without one the name is as in older checkpoints."""
+    assert repr(ErrorFeedback(CODECS["int8"])) == "ErrorFeedback(codec=Int8())"
+    named = repr(ErrorFeedback(TopK(8), decay=0.9))
+    assert named == "ErrorFeedback(codec=TopK(k=8), decay=0.9)"
+
+
+def test_residuals_that_decay_bear_an_outer_momentum() -> None:
+    """Where those that do not leave the minimum."""
+    x = cluster(ALGORITHMS["diloco"], codec=ErrorFeedback(CODECS["2bit"], decay=0.7))
+    y = cluster(ALGORITHMS["diloco"])
+    ends = [run.run(240, gradient)[-15:].mean((0, 1)) for run in (x, y)]
+    assert (ends[0] - ends[1]).norm() < 0.25 * ends[1].norm()
 
 
 def test_where_a_codec_cannot_run_it_says_so() -> None:
