@@ -104,6 +104,11 @@ class WorkerMesh:
             mesh.get_group(d) for mesh in self._meshes for d in range(mesh.ndim) if mesh.size(d) > 1
         ]
 
+    @property
+    def coordinate(self) -> list[int]:
+        """Which of the worker's shards this rank holds: its place along every dimension."""
+        return [i for mesh in self._meshes for i in mesh.get_coordinate() or ()]
+
     def everywhere(self, flag: Tensor) -> Tensor:
         """Whether the flag is true on all ranks of the worker; collective in it.
 

@@ -365,6 +365,24 @@ def _check_remembered(mine: object, saved: Saved) -> None:
         saved.refuse("a number of steps, 0 or more")
 
 
+def to_come(optimizer: torch.optim.Optimizer) -> dict[int, Mapping[str, Any]]:
+    """What an optimizer will remember after its first step of those parameters of which it has nothing.
+
+    Returns: number of a parameter -> its state, tensors without values; of torch's own optimizers only.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [
+        state
+        for group in optimizer.param_groups
+        for state in _rehearsed(optimizer, group["params"], group, "param_groups")
+    ]
+    return {
+        number: state
+        for number, (p, state) in enumerate(zip(params, states, strict=True))
+        if not optimizer.state.get(p)
+    }
+
+
 def _rehearsed(
     optimizer: torch.optim.Optimizer, params: list[Tensor], group: Mapping[str, Any], name: str
 ) -> list[Mapping[str, Any]]:

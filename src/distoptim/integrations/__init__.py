@@ -1,0 +1,1 @@
+"""Averaging optimizers inside others' trainers and checkpoints; each module needs its framework."""
