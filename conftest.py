@@ -8,6 +8,7 @@ IMPORTED_BY_WORKERS = (
     "pytest",
     "hypothesis",
     "distoptim.cli",
+    "distoptim.integrations.checkpoint",
     "distoptim_experiments.training.launch",
     "sklearn.datasets",
 )

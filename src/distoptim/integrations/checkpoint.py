@@ -161,8 +161,14 @@ class AveragingState(Stateful):
         }
 
     def _to_come(self) -> dict[Path, Tensor]:
-        """What optimizers will remember after their first step: DCP loads only what there is already."""
-        out: dict[Path, Tensor] = {}
+        """What there may be in a checkpoint and is not here yet: DCP loads only what there is already.
+
+        That is what optimizers remember after their first step, and means in flight.
+        """
+        out: dict[Path, Tensor] = {
+            (KEY, "fragments", sync.index, "pending", "mean"): sync.buffer.tensor
+            for sync in self._optimizer.engine.syncs
+        }
         for path, optimizer in self._optimizers():
             for number, state in saved.to_come(optimizer).items():
                 for name, value in state.items():
