@@ -94,9 +94,9 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         reset_inner: forget the inner optimizer's state (momentum) at every merge instead of keeping
             it.
         codec: in which the difference to what all workers share travels: "bf16", "int8", "e3m0",
-            "2bit" or "1bit", with "+ef" behind it for error feedback, or an object; default None,
-            float32. Fewer bytes for any number of workers. Float32 means on the CPU only. `averaged()`
-            and levels send float32 always.
+            "2bit", "1bit" or "top64", with "+ef" behind it for error feedback ("+ef0.95" for one that
+            decays), or an object; default None, float32. Fewer bytes for any number of workers. Float32
+            means on the CPU only. `averaged()` and levels send float32 always.
         streams: connections at once over which a message goes in parts, 1 to 64, or "auto" (default):
             as many as round trip and size are worth. For long fat links, of which one connection of
             gloo uses a part; each costs files and threads.

@@ -8,6 +8,7 @@ passes over that memory (docs/compression.md).
 
 from __future__ import annotations
 
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -492,7 +493,7 @@ CODECS: dict[str, Codec] = {
 
 
 def register_codec(name: str, codec: Codec) -> None:
-    """Let `codec=name`, and `codec=name+"+ef"`, mean this codec; on all workers, before the
+    """Let `codec=name`, and with "+ef" behind it, mean this codec; on all workers, before the
     optimizers are made.
 
     Raises:
@@ -508,7 +509,7 @@ def register_codec(name: str, codec: Codec) -> None:
 
 
 def find(codec: object) -> Coding | None:
-    """The codec meant by an object, a name, or a name with "+ef" behind it.
+    """The codec meant by an object, a name, or a name with "+ef" or "+ef0.95" (a decay) behind it.
 
     Raises:
         ValueError: it is none.
@@ -517,9 +518,12 @@ def find(codec: object) -> Coding | None:
         return codec
     if isinstance(codec, str):
         name, plus, rest = codec.partition("+")
-        if name in CODECS and (not plus or rest == "ef"):
-            return ErrorFeedback(CODECS[name]) if plus else CODECS[name]
+        if name in CODECS and not plus:
+            return CODECS[name]
+        named = re.fullmatch(r"ef(1|0?\.\d*[1-9]\d*)?", rest)
+        if name in CODECS and named is not None:
+            return ErrorFeedback(CODECS[name], decay=float(named[1] or 1))
     raise ValueError(
         f"codec={codec!r}: allowed is a Codec, an ErrorFeedback, None, or one of {', '.join(CODECS)}, "
-        'each also with "+ef" behind it'
+        'each also with "+ef" behind it, or "+ef0.95", of which so much is left at the next mean'
     )

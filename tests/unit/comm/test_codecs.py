@@ -291,7 +291,9 @@ def test_a_worker_in_quarantine_weighs_nothing_and_loses_its_residual(algorithm:
     assert run.optimizers[1].stats()["quarantined"] == 1
 
 
-@pytest.mark.parametrize("bad", ["int4", "int8+", "+ef", "int8+ef+ef", 8, ErrorFeedback])
+@pytest.mark.parametrize(
+    "bad", ["int4", "int8+", "+ef", "int8+ef+ef", "int8+ef0", "int8+ef2", 8, ErrorFeedback]
+)
 def test_what_is_no_codec_is_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="codec="):
         cluster(ALGORITHMS["local"], codec=bad)
@@ -306,8 +308,11 @@ def test_what_is_no_decay_is_refused(decay: Any) -> None:
 def test_a_decay_is_named_where_there_is_one() -> None:
     """Workers compare it; without one the name is as in older checkpoints."""
     assert repr(ErrorFeedback(CODECS["int8"])) == "ErrorFeedback(codec=Int8())"
-    named = repr(ErrorFeedback(TopK(8), decay=0.9))
-    assert named == "ErrorFeedback(codec=TopK(k=8), decay=0.9)"
+    named = find("top64+ef0.95")
+    assert named == ErrorFeedback(TopK(64), decay=0.95)
+    assert repr(named) == "ErrorFeedback(codec=TopK(k=64), decay=0.95)"
+    assert find("int8+ef.5") == ErrorFeedback(CODECS["int8"], decay=0.5)
+    assert find("int8+ef1") == find("int8+ef") == ErrorFeedback(CODECS["int8"])
 
 
 def test_residuals_that_decay_bear_an_outer_momentum() -> None:

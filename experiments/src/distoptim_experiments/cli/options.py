@@ -46,7 +46,7 @@ MEANING = {
     "delay": "Local steps from launch to merge, at most tau; 0 waits.",
     "carry": "With a delay, keep the local steps made since the launch.",
     "reset_inner": "Forget the local optimizer's momentum at every merge.",
-    "codec": f"In which means travel: {', '.join(CODECS)}, each also with +ef, error feedback.",
+    "codec": f"In which means travel: {', '.join(CODECS)}, each also with +ef, error feedback, or +ef0.95, which decays.",
     "alpha": "Weight of the anchor in the pull; of EASGD the elastic strength.",
     "outer_momentum": "Momentum of the anchor.",
     "outer_lr": "Learning rate of the anchor.",
