@@ -34,26 +34,42 @@ class _ToldToAll(type):
     def __call__(cls, *args: Any, **options: Any) -> Any:
         """Make one, as `type` does, or tell the others, who would wait for this worker, why not."""
         optimizer: Any = object.__new__(cls)  # type: ignore[arg-type]  # a class it is
+        # What can be read once is needed again to tell the others.
+        args = tuple(list(x) if isinstance(x, Iterator) else x for x in args)
         try:
             optimizer.__init__(*args, **options)
         except (ValueError, TypeError) as error:
             # Later than that, all have heard of it already.
             if not hasattr(optimizer, "_communicator"):
-                _tell_others(error, options)
+                _tell_others(error, WorkerMesh(list(_tensors(args))), options)
             raise
         return optimizer
 
 
-def _tell_others(error: Exception, options: dict[str, Any]) -> None:
-    """Refuse to take part, as far as the other workers can be found from these options."""
+def _tensors(params: Any) -> Iterator[Tensor]:
+    """Of parameters in whatever form, those that would be averaged."""
+    if isinstance(params, Tensor):
+        if params.requires_grad:
+            yield params
+    elif isinstance(params, torch.optim.Optimizer):
+        yield from _tensors(params.param_groups)
+    elif isinstance(params, dict):
+        yield from _tensors(params.get("params"))
+    elif isinstance(params, list | tuple):
+        for part in params:
+            yield from _tensors(part)
+
+
+def _tell_others(error: Exception, mesh: WorkerMesh, options: dict[str, Any]) -> None:
+    """Refuse to take part, as far as the others can be found from mesh and options."""
     names = ("communicator", "group", "device_mesh", "timeout_s")
     try:
         settings = SyncSettings(tau=1, **{name: options[name] for name in names if name in options})
         alone = settings.workers() == 1
     except (ValueError, TypeError):
         return
-    if not alone:
-        membership.refuse(settings.connect, error)
+    if not alone or mesh.is_shared:
+        membership.refuse(settings.connect, error, mesh)
 
 
 class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
@@ -162,7 +178,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             groups = check_levels(settings.levels, mesh, self._communicator, tau=tau)
             self._watch = Watch(inner, members, settings.modules)
         except (ValueError, TypeError) as error:
-            membership.refuse(lambda: self._communicator, error)
+            membership.refuse(lambda: self._communicator, error, mesh)
             raise
         self._agree(list(groups), beside)
         # Making their groups is collective: only now all are known to have the same.
@@ -445,7 +461,11 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         """
         for pre in self._optimizer_state_dict_pre_hooks.values():
             pre(self)
-        rounds = {**checkpoint.save(self._rounds), "parameters": self._fingerprint()}
+        rounds = {
+            **checkpoint.save(self._rounds),
+            "parameters": self._fingerprint(),
+            "shard": WorkerMesh(self._members[0]).place,
+        }
         state = {**self.inner.state_dict(), checkpoint.KEY: rounds}
         for post in self._optimizer_state_dict_post_hooks.values():
             state = post(self, state) or state
@@ -505,9 +525,20 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         if checkpoint.KEY in state:
             ours = checkpoint.understood(state.pop(checkpoint.KEY))
             saved.check_rounds(self.engine, ours)
+            self._check_shard(ours)
             self._check_order(ours)
         saved.check_inner(self.inner, state)
         return state, ours
+
+    def _check_shard(self, rounds: dict[str, Any]) -> None:
+        """Whether the rounds are of the same shards; older versions do not say."""
+        mine = WorkerMesh(self._members[0]).place
+        found = rounds.get("shard", mine)
+        if found != mine:
+            raise ValueError(
+                f"checkpoint is of the shards at {str(found)[:60]} of a worker's mesh, this rank holds "
+                f"those at {mine}: each rank loads its own file"
+            )
 
     def _check_order(self, rounds: dict[str, Any]) -> None:
         """Whether the parameters beside which the rounds were saved are still there.

@@ -239,6 +239,24 @@ def test_an_fsdp_island_resumes_in_flight_bit_for_bit():
         assert torch.equal(stopped, resumed)
 
 
+def _permuted(rank):
+    """The ranks of both islands have taken each other's files, whose shards are of equal shapes."""
+    mesh = mesh_2d()
+    model = shard(torch.nn.Sequential(torch.nn.Linear(4, 4)), mesh["shard"])
+    optimizer = LocalSGD(model.parameters(), lr=0.1, tau=2, device_mesh=mesh)
+    files = [None] * 4
+    dist.all_gather_object(files, optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"of the shards at .* each rank loads its own file"):
+        optimizer.load_state_dict(files[rank ^ 1])
+    optimizer.load_state_dict(files[rank])
+    optimizer.close()
+
+
+@fsdp
+def test_files_of_other_shards_are_refused():
+    run(_permuted, 4)
+
+
 def _apart(rank):
     """An island, or one shard of all islands, is a round ahead of the others."""
     mesh = mesh_2d()
@@ -329,6 +347,10 @@ def _refused(rank):
     # Rank 1 disagrees with rank 0 of its island and with rank 3, of which it holds the same shard.
     with pytest.raises(ValueError, match="disagree on tau: rank 0 has 2, rank 1 has 3"):
         LocalSGD(model.parameters(), lr=0.1, tau=3 if rank == 1 else 2, device_mesh=mesh)
+    with pytest.raises(
+        ValueError, match="^tau=0" if rank == 1 else "^rank 1 was refused its arguments: tau=0"
+    ):
+        LocalSGD(model.parameters(), lr=0.1, tau=0 if rank == 1 else 2, device_mesh=mesh)
     # Two parameters of one shape in another order: seen where torch knows the names.
     named = [("a", torch.nn.Parameter(torch.ones(2))), ("b", torch.nn.Parameter(torch.ones(2)))]
     with pytest.raises(

@@ -94,6 +94,16 @@ class WorkerMesh:
             )
         )
 
+    @property
+    def place(self) -> list[list[int]]:
+        """Where this rank is in each of the meshes."""
+        return [list(mesh.get_coordinate() or []) for mesh in self._meshes]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are others."""
+        return bool(self._groups)
+
     @functools.cached_property
     def _groups(self) -> list[dist.ProcessGroup]:
         """One per dimension of the meshes.

@@ -618,8 +618,7 @@ class Engine(Rounds):
 
     def _compare_steps(self) -> None:
         """See that all workers end after as many local steps; not while an exception passes."""
-        # The groups of levels have made what all have made.
-        if self._may_be_empty or self.reducer.failure is not None or sys.exc_info()[0] is not None:
+        if self.reducer.failure is not None or sys.exc_info()[0] is not None:
             return
         try:
             self.meet(Kind.CLOSE, limit_s=min(self.reducer.timeout_s, _CLOSE_S))

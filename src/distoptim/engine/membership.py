@@ -66,15 +66,15 @@ def agree(
     # waiting.
     me = communicator.ranks[communicator.rank]
     answers = communicator.all_gather_json(
-        [mesh.all_gather_json([me, plain]), own], what=_CONSTRUCTION
+        [mesh.all_gather_json([me, plain], what=_CONSTRUCTION), own], what=_CONSTRUCTION
     )
     try:
-        for rank, answer in zip(communicator.ranks, answers, strict=False):
-            if isinstance(answer, str):
-                raise ValueError(f"rank {rank} was refused its arguments: {answer}")
-        messages = cast("list[tuple[list[tuple[int, Facts]], Facts]]", answers)
+        messages = cast("list[tuple[list[tuple[int, Facts | str]], Facts]]", answers)
         said = [theirs for ranks, _ in messages for theirs in ranks]
-        compare([facts for _, facts in said], [rank for rank, _ in said])
+        for rank, facts_or_error in said:
+            if isinstance(facts_or_error, str):
+                raise ValueError(f"rank {rank} was refused its arguments: {facts_or_error}")
+        compare([cast("Facts", theirs) for _, theirs in said], [rank for rank, _ in said])
         compare([theirs for _, theirs in messages], communicator.ranks)
         module_state.make_equal(communicator, mesh, beside, sync=sync)
     except ValueError:
@@ -88,7 +88,7 @@ def agree(
         f.write(start)
 
 
-def refuse(connect: Callable[[], Communicator], error: Exception) -> None:
+def refuse(connect: Callable[[], Communicator], error: Exception, mesh: WorkerMesh) -> None:
     """Tell the other workers, who are in `agree`, why this one will not take part.
 
     Where they do not come, that is noted after the communicator's timeout.
@@ -96,12 +96,16 @@ def refuse(connect: Callable[[], Communicator], error: Exception) -> None:
     Args:
         connect: gives the communicator, which is closed afterwards.
         error: what is wrong with this worker's arguments.
+        mesh: the ranks that are one worker with this one.
     """
     try:
         communicator = connect()
         # Virtual workers are made one after the other: nobody waits.
-        if not communicator.in_lockstep:
-            communicator.all_gather_json(str(error), what=_CONSTRUCTION)
+        if mesh.is_shared or not communicator.in_lockstep:
+            me = communicator.ranks[communicator.rank]
+            # In the form of `agree`.
+            told = mesh.all_gather_json([me, str(error)], what=_CONSTRUCTION)
+            communicator.all_gather_json([told, {}], what=_CONSTRUCTION)
         communicator.close()
     except CommunicationError as silence:
         logger.warning("the other workers could not be told of this error: %s", silence)
