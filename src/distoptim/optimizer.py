@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -516,6 +516,10 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         Raises:
             ValueError: something does not.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(
+                f"load_state_dict({str(state_dict)[:60]}): allowed is what state_dict() has returned"
+            )
         state = dict(state_dict)
         if checkpoint.KEY in state:
             checkpoint.verify(state)

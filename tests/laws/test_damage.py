@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch.utils._pytree import tree_leaves
 
 from distoptim import ALGORITHMS, DiLoCo, LocalSGD, OverlapLocalSGD
@@ -257,3 +259,40 @@ def test_hooks_may_change_what_is_saved() -> None:
     optimizer.register_state_dict_post_hook(lambda _, state: {"wrapped": state})
     optimizer.register_load_state_dict_pre_hook(lambda _, state: state["wrapped"])
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+SCALARS = st.sampled_from(
+    [None, True, 0, 1, 3, -1, 10**30, 0.1, math.nan, "", "x", b"x", torch.zeros(3), torch.tensor(0)]
+)
+KEYS = st.sampled_from(
+    [
+        "state",
+        "param_groups",
+        checkpoint.KEY,
+        "params",
+        "lr",
+        "format",
+        "checksum",
+        "rank",
+        0,
+        1,
+        None,
+    ]
+)
+JUNK = st.recursive(
+    SCALARS,
+    lambda part: st.lists(part, max_size=3) | st.dictionaries(KEYS, part, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(JUNK)
+def test_what_is_no_state_at_all_is_one_value_error(junk: Any) -> None:
+    params = [torch.nn.Parameter(p) for p in toy.start(torch.float32)]
+    optimizer = toy.alone(MAKES["overlap-local-sgd"], params)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError):  # noqa: PT011  # whatever it says
+        optimizer.load_state_dict(junk)
+    assert all(map(torch.equal, params, before))
