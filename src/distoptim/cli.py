@@ -21,7 +21,7 @@ from distoptim.comm import CommunicationError, Link
 from distoptim.planning import planner
 from distoptim.planning import probe as probing
 from distoptim.planning.planner import Job, Plan, Prediction
-from distoptim.simulator.network import Ring
+from distoptim.simulator.network import Gloo
 from distoptim.version import __version__
 
 COMMANDS = "distoptim.commands"
@@ -109,6 +109,8 @@ def plan(
     latency_ms: float | None = None,
     bandwidth_gbit_s: float | None = None,
     measured: Annotated[Path | None, Parameter(name="--probe")] = None,
+    inner: str = "sgd",
+    streams: str = "auto",
     everything: Annotated[Flag, Parameter(name="--all")] = False,
     as_json: Annotated[Flag, Parameter(name="--json")] = False,
 ) -> None:
@@ -121,6 +123,8 @@ def plan(
         latency_ms: Milliseconds one message takes.
         bandwidth_gbit_s: Each worker's rate, in Gbit/s.
         measured: What `distoptim probe` wrote; options given here win.
+        inner: The inner optimizer, sgd or adamw: which algorithm trains best depends on it.
+        streams: Connections at once in a mean, 1 to 64 or auto.
         everything: Every algorithm and tau, not the best tau of each.
         as_json: Print JSON for machines.
     """
@@ -136,9 +140,9 @@ def plan(
     )
     link = Link(known["latency_ms"] / 1e3, known["bandwidth_gbit_s"])
     count = _count("params", known["params"])
-    made = planner.plan(
-        Job(known["step_s"], count, _count("workers", known["workers"]), Ring([link]))
-    )
+    workers = _count("workers", known["workers"])
+    job = Job(known["step_s"], count, workers, Gloo(link, _streams(streams)))
+    made = planner.plan(job, inner=inner)
     if as_json:
         print(json.dumps(made.as_dict(), indent=1))
     else:
@@ -171,6 +175,10 @@ def probe(
             f"step {measured.step_s * 1e3:.1f} ms, {measured.params:,} parameters, {measured.workers} workers, "
             f"latency {measured.latency_s * 1e3:.2f} ms, {measured.bandwidth_gbit_s:.2f} Gbit/s -> {out}"
         )
+
+
+def _streams(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _known(measured: Path | None, given: dict[str, float | None]) -> dict[str, float]:
@@ -210,7 +218,16 @@ def _count(name: str, value: float) -> int:
 
 def _print(made: Plan, everything: bool) -> None:
     out = Table(
-        "method", "codec", "tau", "s/step", "times DDP", "exposed", "copies", "GB/hour", box=None
+        "method",
+        "codec",
+        "tau",
+        "fragments",
+        "s/step",
+        "times DDP",
+        "exposed",
+        "copies",
+        "GB/hour",
+        box=None,
     )
     out.columns[0].no_wrap = True
     for column in out.columns[2:]:
@@ -225,6 +242,7 @@ def _print(made: Plan, everything: bool) -> None:
             p.algorithm,
             p.codec or "",
             str(p.tau),
+            str(p.fragments),
             f"{p.step_s:.4g}",
             f"{p.speed_up:.2f}",
             f"{p.exposed_share:.1%}",

@@ -5,9 +5,10 @@ Seconds per step of every algorithm and tau on a given link, and one recommendat
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -16,11 +17,12 @@ from distoptim.algorithms import ALGORITHMS
 from distoptim.comm.codecs import CODECS as _CODECS
 from distoptim.fragments import Flat
 from distoptim.optimizer import AveragingOptimizer
+from distoptim.planning.studied import below, inner_optimizers
 from distoptim.settings import Params
 from distoptim.simulator.cluster import Cluster
 from distoptim.simulator.compute import Constant
 from distoptim.simulator.fabric import VirtualCommunicator
-from distoptim.simulator.network import Network
+from distoptim.simulator.network import Gloo, Network
 
 TAUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Periods offered; more local steps than that are rarely trained with."""
@@ -37,10 +39,9 @@ MANY = 64
 CLOSE = 1.05
 """Settings up to 5 % slower than the fastest count as equally fast: then the smaller tau trains better."""
 
-BELOW = "overlap-local-sgd"
-FROM_8 = "overlap-bmuf"
-FAVOURED_FROM = 8
-"""From this tau on OverlapBMUF was compared with Overlap-Local-SGD, and better at 8 and 24 (results/beyond)."""
+FRAGMENTED = "streaming-diloco"
+MOST_FRAGMENTS = 64
+"""Messages of a round that are offered."""
 
 _BUCKET_BYTES = 25 * 2**20
 _BACKWARD = 2 / 3
@@ -95,6 +96,7 @@ class Prediction:
         copies: memory beyond the model and its inner optimizer, in float32 copies of the model.
         gbytes_per_hour: payload per worker and hour, in 10^9 bytes.
         codec: in which means travel; None: float32. Its time on the processor is not counted.
+        fragments: messages in which a round's mean is cut.
     """
 
     algorithm: str
@@ -105,6 +107,7 @@ class Prediction:
     copies: float
     gbytes_per_hour: float
     codec: str | None = None
+    fragments: int = 1
 
     @property
     def hidden(self) -> bool:
@@ -133,20 +136,26 @@ class Plan:
 
 
 def plan(
-    job: Job, *, algorithms: Sequence[str] | None = None, taus: Sequence[int] | None = None
+    job: Job,
+    *,
+    algorithms: Sequence[str] | None = None,
+    taus: Sequence[int] | None = None,
+    inner: str = "sgd",
 ) -> Plan:
     """Predict every setting and choose one.
 
     Chosen is, of the settings within 5 % of the fastest, DDP if it is among them, else the one with
     the smallest tau, since workers drift apart for tau steps. Of equals it is the algorithm that
-    comes first; by default OverlapBMUF from tau = 8 on and Overlap-Local-SGD below (docs/which.md).
+    comes first; by default the one that ended least below DDP in the studies with this inner
+    optimizer, at a tau like this (`planning.studied`).
     Where that is more than `MANY` local steps, `CODECS` are offered too, and where none of `TAUS`
-    hides the link, `FURTHER_TAUS`; by default only with these two algorithms.
+    hides the link, `FURTHER_TAUS`; by default only with the best two that hide a round.
 
     Args:
         job: the model, the machines and their link.
         algorithms: names in `ALGORITHMS`; default all.
         taus: the periods offered, and no others; default `TAUS`.
+        inner: the inner optimizer, "sgd" or "adamw".
 
     Raises:
         ValueError: an unknown algorithm or a tau below 1.
@@ -155,18 +164,30 @@ def plan(
     for name in names:
         if name not in ALGORITHMS:
             raise ValueError(f"algorithm {name!r}: allowed are {', '.join(ALGORITHMS)}")
+    if inner not in inner_optimizers():
+        raise ValueError(f"inner={inner!r}: allowed are {', '.join(inner_optimizers())}")
     offered = [checks.integer("tau", tau, 1) for tau in (TAUS if taus is None else taus)]
     ddp = _ddp(job)
     predictions = [ddp] + [
         _predict(job, name, tau, ddp.step_s) for name in names for tau in offered
     ]
-    best = _best(predictions, favour=algorithms is None)
+    studied = inner if algorithms is None else None
+    best = _best(predictions, studied)
     if best.tau > MANY:
         further = () if taus is not None or best.hidden else FURTHER_TAUS
-        few = names if algorithms is not None else [BELOW, FROM_8]
+        few = names if algorithms is not None else _hiding(inner)
         predictions += _further(job, few, offered, further, ddp.step_s)
-        best = _best(predictions, favour=algorithms is None)
-    return Plan(predictions, best, _line(best), _reason(best, predictions))
+        best = _best(predictions, studied)
+    return Plan(predictions, best, _line(best), _reason(best, predictions, studied))
+
+
+def _hiding(inner: str) -> list[str]:
+    """The two best of those that hide a whole round by default."""
+    return [
+        name
+        for name in below(inner, MANY)
+        if inspect.signature(ALGORITHMS[name]).parameters["delay"].default is None
+    ][:2]
 
 
 def _further(
@@ -182,8 +203,8 @@ def _further(
     ]
 
 
-def _best(predictions: Sequence[Prediction], *, favour: bool) -> Prediction:
-    """See `plan`."""
+def _best(predictions: Sequence[Prediction], inner: str | None) -> Prediction:
+    """See `plan`; without an inner optimizer, of equals the first."""
     fastest = min(p.step_s for p in predictions)
     close = [p for p in predictions if p.step_s <= CLOSE * fastest]
     codecs: list[str | None] = [None, *CODECS]
@@ -193,7 +214,7 @@ def _best(predictions: Sequence[Prediction], *, favour: bool) -> Prediction:
             p.algorithm != "ddp",
             p.tau,
             codecs.index(p.codec),
-            favour and not _favoured(p),
+            below(inner, p.tau).get(p.algorithm, math.inf) if inner else 0.0,
         ),
     )
 
@@ -201,11 +222,14 @@ def _best(predictions: Sequence[Prediction], *, favour: bool) -> Prediction:
 def _ddp(job: Job) -> Prediction:
     """DDP sends gradients in buckets of 25 MiB as the backward pass, 2/3 of a step, makes them ready."""
     nbytes = job.nbytes()
+    # DDP knows no streams.
+    network = job.network
+    one = replace(job, network=replace(network, streams=1)) if isinstance(network, Gloo) else job
     buckets = math.ceil(nbytes / _BUCKET_BYTES)
     link_free = 0.0
     for k in range(1, buckets + 1):
         ready = job.step_s * (1 - _BACKWARD + _BACKWARD * k / buckets)
-        link_free = max(link_free, ready) + job.all_reduce_s(nbytes / buckets)
+        link_free = max(link_free, ready) + one.all_reduce_s(nbytes / buckets)
     step_s = max(job.step_s, link_free)
     return _prediction(job, "ddp", 1, step_s, copies=1.0, baseline=step_s)
 
@@ -216,17 +240,26 @@ def _predict(job: Job, name: str, tau: int, ddp_s: float, codec: str | None = No
     One virtual worker, who stands for all, on their network.
     """
 
+    fragments = _fragments(job, name, tau, codec)
+
     def optimizer(params: Params, communicator: VirtualCommunicator) -> AveragingOptimizer:
         communicator.size = job.workers
-        return ALGORITHMS[name](params, tau=tau, lr=0.0, communicator=communicator, codec=None)
+        return ALGORITHMS[name](
+            params,
+            tau=tau,
+            lr=0.0,
+            communicator=communicator,
+            codec=None,
+            fragments=fragments,
+        )
 
     cluster = Cluster(
         workers=1,
-        model=lambda: torch.nn.Linear(1, 1, bias=False),
+        model=lambda: torch.nn.ParameterList([torch.zeros(1) for _ in range(fragments)]),
         optimizer=optimizer,
         threads=1,
         compute=Constant(job.step_s),
-        network=_Whole(job, codec),
+        network=_Whole(job, codec, fragments),
     )
     for _ in range(2 * tau):
         cluster.step()
@@ -238,7 +271,17 @@ def _predict(job: Job, name: str, tau: int, ddp_s: float, codec: str | None = No
     if codec is not None:
         # Codes to send, codes received, and coded means.
         copies += 3 * job.nbytes(codec) / job.nbytes()
-    return _prediction(job, name, tau, step_s, copies=copies, baseline=ddp_s, codec=codec)
+    made = _prediction(job, name, tau, step_s, copies=copies, baseline=ddp_s, codec=codec)
+    return replace(made, fragments=fragments)
+
+
+def _fragments(job: Job, name: str, tau: int, codec: str | None) -> int:
+    """As many as make each message as short as a local step, of the algorithm that is made of them."""
+    if name != FRAGMENTED:
+        return 1
+    most = min(tau, MOST_FRAGMENTS, job.params)
+    nbytes = job.nbytes(codec)
+    return next((n for n in range(1, most + 1) if job.all_reduce_s(nbytes / n) <= job.step_s), most)
 
 
 def _prediction(
@@ -262,11 +305,12 @@ class _Whole:
 
     job: Job
     codec: str | None
+    fragments: int
 
     def all_reduce_s(self, nbytes: float, workers: int) -> float:
         """Seconds of a mean of the job's model over the job's workers; of codes they are the same,
         for as many bytes."""
-        return self.job.all_reduce_s(self.job.nbytes(self.codec))
+        return self.job.all_reduce_s(self.job.nbytes(self.codec) / self.fragments)
 
 
 def _copies(optimizer: AveragingOptimizer) -> float:
@@ -283,18 +327,18 @@ def _copies(optimizer: AveragingOptimizer) -> float:
     return total / len(optimizer.engine.syncs)
 
 
-def _favoured(p: Prediction) -> bool:
-    return p.algorithm == (FROM_8 if p.tau >= FAVOURED_FROM else BELOW)
-
-
 def _line(best: Prediction) -> str:
     if best.algorithm == "ddp":
         return "model = torch.nn.parallel.DistributedDataParallel(model)"
-    given = f"tau={best.tau}" + (f", codec={best.codec!r}" if best.codec else "")
+    given = f"tau={best.tau}"
+    if best.fragments > 1:
+        given += f", fragments={best.fragments}"
+    if best.codec:
+        given += f", codec={best.codec!r}"
     return f"optimizer = distoptim.{ALGORITHMS[best.algorithm].__name__}(optimizer, {given})"
 
 
-def _reason(best: Prediction, predictions: Sequence[Prediction]) -> str:
+def _reason(best: Prediction, predictions: Sequence[Prediction], inner: str | None) -> str:
     """In one sentence, which begins with what is bad."""
     ddp = predictions[0]
     if best.algorithm == "ddp":
@@ -306,7 +350,7 @@ def _reason(best: Prediction, predictions: Sequence[Prediction]) -> str:
         f"{best.speed_up:.1f} times as fast as DDP, which waits {ddp.exposed_share:.0%} of the computation",
         f"communication exposed {best.exposed_share:.1%}",
         f"no smaller tau is within {CLOSE - 1:.0%} of it",
-        "why this one of the equally fast algorithms: docs/which.md",
+        _compared(best, inner),
     ]
     if not best.hidden:
         told.insert(
@@ -326,3 +370,14 @@ def _reason(best: Prediction, predictions: Sequence[Prediction]) -> str:
             + "; codecs are for float32 on CPUs (docs/compression.md)"
         )
     return "; ".join(told)
+
+
+def _compared(best: Prediction, inner: str | None) -> str:
+    """Why this one of the equally fast algorithms."""
+    points = below(inner, best.tau).get(best.algorithm) if inner else None
+    if points is None:
+        return "of the equally fast algorithms the first (docs/which.md)"
+    return (
+        f"of the equally fast algorithms the one that ended least below DDP with {inner} in our studies, "
+        f"{points:.1f} points (docs/which.md)"
+    )

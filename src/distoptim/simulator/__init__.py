@@ -15,13 +15,14 @@ from distoptim.simulator.compute import (
     Unequal,
 )
 from distoptim.simulator.fabric import Fabric, VirtualCommunicator
-from distoptim.simulator.network import Network, Ring, Tree, TwoTier
+from distoptim.simulator.network import Gloo, Network, Ring, Tree, TwoTier
 
 __all__ = [
     "Cluster",
     "Compute",
     "Constant",
     "Fabric",
+    "Gloo",
     "Network",
     "Pareto",
     "Ring",

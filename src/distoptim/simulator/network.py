@@ -10,6 +10,7 @@ from typing import Protocol
 
 from distoptim import checks
 from distoptim.comm import Link
+from distoptim.comm.streams import AUTO, check, choose, mean_s
 
 
 class Network(Protocol):
@@ -34,6 +35,37 @@ class Ring:
     def all_reduce_s(self, nbytes: float, workers: int) -> float:
         """Seconds."""
         return max(link.all_reduce_s(nbytes, workers) for link in _cycle(self.links, workers))
+
+
+@dataclass(frozen=True)
+class Gloo:
+    """A ring over TCP as gloo makes it, of which one connection moves so many bytes a round trip only.
+
+    T as `distoptim.comm.streams.mean_s` says: that of a ring where messages are short or near.
+
+    Args:
+        link: between any two workers; its latency is that of one message of gloo, a round trip.
+        streams: connections at once, 1 to 64, or "auto", as many as the optimizers would take.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    link: Link
+    streams: int | str = AUTO
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        check(self.streams)
+
+    def all_reduce_s(self, nbytes: float, workers: int) -> float:
+        """Seconds."""
+        if workers == 1:
+            return 0.0
+        count = self.streams
+        if not isinstance(count, int):
+            count = choose(int(nbytes), self.link, workers)
+        return mean_s(nbytes, self.link, workers, count)
 
 
 @dataclass(frozen=True)
