@@ -447,7 +447,15 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         return self.engine.syncs[0].merges
 
     def close(self) -> None:
-        """Finish or abandon what is in flight and leave the communication groups; twice is fine."""
+        """Finish or abandon what is in flight and leave the communication groups; twice is fine.
+
+        Waits, for a minute at most, for the others to close too, to compare the numbers of local steps;
+        not after a failure, and not while an exception passes.
+
+        Raises:
+            CommunicationError: on all workers, if they are in unlike calls, or have made unlike numbers
+                of local steps.
+        """
         self._rounds.close()
 
     # ---- saving and resuming ----------------------------------------------------------------------
@@ -482,9 +490,10 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         A worker's damaged or unfit state is an error on all workers, and nothing is changed.
 
         Raises:
-            ValueError: it is damaged, of another algorithm, or of other parameters; a plain
-                optimizer's on some workers only; workers saved different anchors; or the model was
-                loaded before the optimizer was made.
+            ValueError: it is damaged, of another algorithm, of other parameters or shards, or no state
+                at all; a plain optimizer's on some workers only; workers saved different anchors; or
+                the model was loaded before the optimizer was made.
+            CommunicationError: on all workers, if one is in another call.
         """
         try:
             state, ours = self._read(state_dict)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import distoptim
 from distoptim import LocalSGD
@@ -152,6 +156,49 @@ def _another_algorithm(rank):
     distoptim.EASGD(module.parameters(), lr=0.1, tau=2).load_state_dict(saved)
 
 
+def _late(rank):
+    """Rank 1 comes when rank 0 has given up."""
+    module = _model()
+    optimizer = _made(module, timeout_s=0.5)
+    time.sleep(1.5 * rank)
+    _train(module, optimizer, rank)
+
+
+def _not_made(rank):
+    time.sleep(1.5 * rank)
+    _made(_model(), timeout_s=0.5)
+
+
+def _unlike_ends(rank):
+    module = _model()
+    optimizer = _made(module, timeout_s=30, tau=4)
+    _train(module, optimizer, rank, steps=3 - rank)
+    optimizer.close()
+
+
+def _no_state(rank):
+    _made(_model()).load_state_dict(None)
+
+
+def _others_residual(rank):
+    module = _model()
+    optimizer = _made(module, codec="int8+ef")
+    files = [None] * 2
+    dist.all_gather_object(files, optimizer.state_dict())
+    optimizer.load_state_dict(files[1 - rank])
+
+
+def _others_shard(rank):
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    weight = distribute_tensor(torch.ones(2, 2), mesh["shard"], [Shard(0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = LocalSGD([nn.Parameter(weight)], lr=0.1, tau=2, device_mesh=mesh)
+    files = [None] * 2
+    dist.all_gather_object(files, optimizer.state_dict())
+    optimizer.load_state_dict(files[1 - rank])
+
+
 FAULTS: list[Callable[[int], object]] = [
     _buffer_differs,
     _buffer_is_compared,
@@ -171,6 +218,12 @@ FAULTS: list[Callable[[int], object]] = [
     _another_tau,
     _damaged,
     _another_algorithm,
+    _late,
+    _not_made,
+    _unlike_ends,
+    _no_state,
+    _others_residual,
+    _others_shard,
 ]
 
 
