@@ -111,9 +111,8 @@ class GlobalMomentum(AveragingOptimizer):
         tau: local steps in a round, >= 1, or a period object; default 1. More only where a mean takes
             longer than a step: then as many as it takes. In `PostLocal`'s synchronous phase momentum
             is the workers' own; the mean's begins at 0 after it.
-        gain: of the correction, in (0, 1]; default 0.7, from trials at 4 bits; 0.5 with 1 or 2 bits or
-            skewed data. Differences between workers shrink to (1 - gain) a round in flat directions;
-            1 swings in stiff ones.
+        gain: of the correction, in (0, 1]; default 0.7, from trials at 4 bits. Differences between
+            workers shrink to (1 - gain) a round in flat directions; 1 swings in stiff ones.
         delay: local steps from launch to merge, in [0, tau]; default tau. 0 with gain = 1 and no codec
             is synchronous SGD(momentum, nesterov=True).
         momentum_key: where an inner optimizer that is not named above has its momentum in its param
