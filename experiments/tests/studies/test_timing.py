@@ -89,6 +89,7 @@ def test_every_algorithm_of_the_library_is_timed_at_its_default_delay():
         "eager-diloco": 12,
         "co2": 12,
         "overlap-bmuf": 12,
+        "global-momentum": 12,
     }
     assert not any(made[name].layerwise for name in ALGORITHMS)
     assert {name for name in ALGORITHMS if made[name].fragments is None} == {"streaming-diloco"}
@@ -120,7 +121,7 @@ def test_what_a_formula_says_the_engine_does(name, tau, rate):
         compute=Constant(0.1),
         network=Layers(rate),
         model=lambda: torch.nn.ParameterList(torch.zeros(64) for _ in range(6)),
-        optimizer=partial(ALGORITHMS[name], lr=0.1, tau=tau, **options),
+        optimizer=partial(ALGORITHMS[name], lr=0.1, tau=tau, codec=None, **options),
     )
     stood = []
     for _ in range(2):
@@ -163,6 +164,10 @@ def test_data_parallel_hides_all_but_the_last_backward_pass_of_the_first_layer()
     assert utilisation(SHAPE, METHODS["data-parallel"], rate) == pytest.approx(0.1 / (0.1 + layer))
 
 
+# Half the payload makes half as many buckets, of the same size.
+WITHOUT_BUCKETS = {name: method for name, method in METHODS.items() if name != "ddp"}
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("latency_s", [0.0, 0.05])
 def test_more_bandwidth_is_never_worse(method, latency_s):
@@ -174,7 +179,7 @@ def test_more_bandwidth_is_never_worse(method, latency_s):
     assert (values <= 1).all()
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", WITHOUT_BUCKETS.values(), ids=WITHOUT_BUCKETS)
 def test_half_the_payload_needs_half_the_bandwidth(method):
     half = Method(
         name="half",
@@ -266,3 +271,15 @@ def test_bad_input_gets_one_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_ddp_pays_the_latency_once_a_bucket():
+    # 24 layers of 10 MB, of which three exceed 25 MiB: eight messages.
+    shape = ModelShape(params=60e6, layers=24, step_s=0.1)
+    found = utilisation(shape, METHODS["ddp"], 1e6, latency_s=0.1)
+    # The first leaves when the backward pass of its three layers has ended, 24 + 6 of 71 units in.
+    assert found == pytest.approx(0.1 / (0.1 * 30 / 71 + 8 * 0.2), rel=1e-3)
+    layerwise = utilisation(shape, METHODS["data-parallel"], 1e6, latency_s=0.1)
+    assert found > 2.5 * layerwise
+    with pytest.raises(ValueError, match="tau of a method with buckets=2"):
+        Method(name="x", tau=2, bucket_bytes=1.0)

@@ -22,6 +22,9 @@ from distoptim_experiments.studies.utilisation import (
 )
 
 TARGETS = (0.5, 0.8, 0.9, 0.95, 0.99)
+DDP_BUCKET_BYTES = 25 * 2**20
+"""From so many bytes of gradients on DistributedDataParallel sends them, by default."""
+
 PUBLISHED_PAYLOAD_BYTES = 13.4 / 8
 
 
@@ -85,8 +88,8 @@ def layerwise_methods(
 
 
 def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, Method]:
-    """The methods of `layerwise_methods` and every algorithm of `distoptim.ALGORITHMS` at its
-    default delay.
+    """The methods of `layerwise_methods`, torch's DDP, and every algorithm of `distoptim.ALGORITHMS` at
+    its default delay.
 
     StreamingDiLoCo is cut into the model's fragments, all others are sent in one.
 
@@ -99,6 +102,7 @@ def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, Method]:
         ValueError: a value outside its range.
     """
     made = layerwise_methods(tau=tau, payload_bytes=payload_bytes)
+    made["ddp"] = Method(name="ddp", payload_bytes=payload_bytes, bucket_bytes=DDP_BUCKET_BYTES)
     for name, algorithm in ALGORITHMS.items():
         made[name] = Method(
             name=name,

@@ -63,6 +63,9 @@ class Method:
         layerwise: whether a layer is sent as soon as its own backward pass has ended, and only its
             own forward pass waits for it. Default False: a part is sent after a local step, and the
             next one that needs it waits before it begins, as in this library's optimizers.
+        bucket_bytes: of a method that sends gradients in every step: layers are sent together from so
+            many bytes on, as soon as the backward pass of the last of them has ended, and the next step
+            waits for all, as in DistributedDataParallel. None: not so.
 
     Raises:
         ValueError: a value outside its range.
@@ -74,9 +77,13 @@ class Method:
     delay: int = 0
     fragments: int | None = 1
     layerwise: bool = False
+    bucket_bytes: float | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.bucket_bytes is not None:
+            checks.number("bucket_bytes", self.bucket_bytes, 0, checks.LARGEST, open_low=True)
+            checks.integer("tau of a method with buckets", self.tau, 1, 1)
         checks.number("payload_bytes", self.payload_bytes, 0, checks.LARGEST, open_low=True)
         checks.integer("tau", self.tau, 1)
         checks.integer("delay", self.delay, 0, self.tau)
@@ -136,8 +143,8 @@ def utilisations(
       input, so a local step has 3 layers - 1 units, and forward to backward is about 1 to 2.
     - Computation is one sequential resource and so is the network: collectives run one after the
       other in the order of their launch, each 2 (n-1) latency + 2 (n-1)/n bytes / rate, a ring; for
-      2 workers the factor is 1. A layerwise method so pays the latency once a layer; buckets of
-      several layers would pay it less often.
+      2 workers the factor is 1. A layerwise method so pays the latency once a layer, one with
+      buckets once a bucket.
     - Fragment p of P holds the layers p, p + P, ... (strided).
     - A wait shifts all that is computed later. Measured once the pattern repeats, over whole
       rounds; that the link is never used for more than all the time is a bound of its own, which
@@ -244,6 +251,8 @@ def _all_reduce_s(
 
 def _messages(model: ModelShape, method: Method) -> list[_Message]:
     """What is sent in one round, in the order in which it is launched within a step."""
+    if method.bucket_bytes is not None:
+        return _buckets(model, method.bucket_bytes, method.payload_bytes)
     parts = model.fragments if method.fragments is None else method.fragments
     checks.integer(f"fragments of {method.name}", parts, 1, model.layers)
     count = model.layers
@@ -254,15 +263,31 @@ def _messages(model: ModelShape, method: Method) -> list[_Message]:
         need = begin + (1 + method.delay) * step
         layers = range(part, count, parts)
         if method.layerwise:
-            # The forward pass takes `count` units, then the backward pass two a layer, the last
-            # layer first.
             messages += [
-                _Message(begin + min(count + 2 * (count - layer), step), need + layer, 1)
+                _Message(begin + _backward_ends(count, layer), need + layer, 1)
                 for layer in reversed(layers)
             ]
         else:
             messages.append(_Message(begin + step, need, len(layers)))
     return messages
+
+
+def _buckets(model: ModelShape, bucket_bytes: float, payload_bytes: float) -> list[_Message]:
+    """Of one step, the last layers first."""
+    count = model.layers
+    size = max(1, math.ceil(bucket_bytes / (model.params / count * payload_bytes)))
+    return [
+        _Message(_backward_ends(count, max(0, last - size)), 3 * count - 1, min(size, last))
+        for last in range(count, 0, -size)
+    ]
+
+
+def _backward_ends(count: int, layer: int) -> int:
+    """Units until the gradients of a layer's weights are there.
+
+    The forward pass takes `count` units, then the backward pass two a layer, the last layer first.
+    """
+    return min(count + 2 * (count - layer), 3 * count - 1)
 
 
 def _events(messages: list[_Message], units: int) -> list[tuple[int, bool, tuple[int, int]]]:
