@@ -5,12 +5,15 @@ PYTHON ?= python3
 # The CPU build, without gigabytes of CUDA packages. Where this index cannot be reached, pip goes on without it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# What is installed of the library; workers that come and go need torchft, which needs torch 2.7.
+EXTRAS ?= dev,elastic
+
 .PHONY: demo test lint pytest chaos tables package bench clean
 
 $(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --retries 0 --extra-index-url $(TORCH_INDEX) torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' -e 'experiments[tensorboard]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]' -e 'experiments[tensorboard]'
 	touch $@
 
 demo: $(VENV)/installed

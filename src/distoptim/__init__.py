@@ -20,7 +20,7 @@ from distoptim.algorithms import (
     StreamingDiLoCo,
     register,
 )
-from distoptim.comm import CommunicationError
+from distoptim.comm import CommunicationError, Elastic
 from distoptim.engine.engine import QuarantineWarning
 from distoptim.inner_state import copies
 from distoptim.module_state import local, statistics
@@ -40,6 +40,7 @@ __all__ = [
     "CommunicationError",
     "DiLoCo",
     "EagerDiLoCo",
+    "Elastic",
     "GlobalMomentum",
     "LocalSGD",
     "Mean",

@@ -6,8 +6,11 @@ as cyclopts takes it; it is imported when it is called, or when the help lists i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import signal
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +20,7 @@ from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
 from rich.console import Console
 from rich.table import Table
 
+from distoptim import checks
 from distoptim.comm import CommunicationError, Link
 from distoptim.planning import planner
 from distoptim.planning import probe as probing
@@ -98,7 +102,45 @@ def application() -> App:
         app.command(entry.load() if lists else entry.value, name=entry.name)
     app.command(plan)
     app.command(probe)
+    app.command(lighthouse)
     return app
+
+
+def lighthouse(*, bind: str, heartbeat_timeout_s: float = 5.0) -> None:
+    """Tell workers that come and go (distoptim.Elastic) who is alive; runs until SIGTERM or Ctrl-C.
+
+    It has no authentication: bind it to an address that only the workers reach.
+
+    Args:
+        bind: ADDRESS:PORT at which it listens.
+        heartbeat_timeout_s: a worker that has not been heard of for so long is taken for dead.
+    """
+    checks.number("heartbeat_timeout_s", heartbeat_timeout_s, 0.1, 3600)
+    address, _, port = bind.rpartition(":")
+    if not address or not port.isdecimal():
+        raise ValueError(f"--bind {bind}: allowed is ADDRESS:PORT")
+    # It would print every question of every worker.
+    os.environ.setdefault("RUST_LOG", "warn")
+    try:
+        from torchft.coordination import LighthouseServer
+    except ImportError:
+        fail("lighthouse needs torchft: pip install 'distoptim[elastic]'", 2)
+    try:
+        server = LighthouseServer(
+            bind=bind,
+            min_replicas=1,
+            join_timeout_ms=60_000,
+            quorum_tick_ms=20,
+            heartbeat_timeout_ms=int(heartbeat_timeout_s * 1000),
+        )
+    except RuntimeError as error:
+        raise ValueError(f"--bind {bind}: {error}") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print(f"lighthouse at {bind}, heartbeat timeout {heartbeat_timeout_s:g} s", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            signal.pause()
+    server.shutdown()
 
 
 def plan(

@@ -180,12 +180,15 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         except (ValueError, TypeError) as error:
             membership.refuse(lambda: self._communicator, error, mesh)
             raise
+        if self._communicator.elastic:
+            membership.check_elastic(settings, self._fragments())
         self._agree(list(groups), beside)
         # Making their groups is collective: only now all are known to have the same.
         self._levels = connect_levels(groups, settings.timeout_s, settings.streams)
         for level in self._levels.values():
             level.prepare(self._largest_message(coded=False))
         self._build()
+        membership.take_part(self.engine, beside)
 
     def _agree(self, levels: Sequence[int], beside: dict[str, Tensor]) -> None:
         """Compare with all workers what must be equal; everybody gets rank 0's parameters."""
@@ -436,6 +439,16 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         models too low. None where nothing was measured (one worker, virtual ones, nccl).
         """
         return self._communicator.link
+
+    @property
+    def local_step(self) -> int:
+        """Local steps that have been counted; of a worker that has joined or caught up, the others'."""
+        return self.engine.step
+
+    @torch.no_grad()
+    def anchor_digest(self) -> str:
+        """In hex, equal on workers exactly where what they share (anchors, outer state) is bit-equal."""
+        return checkpoint.digest(self.engine)
 
     @property
     def rounds(self) -> int:

@@ -32,6 +32,9 @@ SHELL = {
     ".venv/bin/pre-commit install": f"{PYTHON} -m pre_commit validate-config",
     # `make package` builds and installs.
     "pip install .": "test -f pyproject.toml",
+    "pip install 'distoptim[elastic]'": "test -f pyproject.toml",
+    # It runs until it is told to end: tests/distributed/test_elastic.py.
+    "distoptim lighthouse --bind 10.0.0.1:29510": "distoptim lighthouse --help",
     f"torchrun --nnodes=4 --nproc-per-node=1 {ANY_HOST} train.py": "cp {folder}/after.py train.py && torchrun --nproc-per-node=2 train.py",
     "distoptim train --init tcp://host1:29500 --world-size 4 --rank 0": f"distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
     f"torchrun --nnodes=2 --nproc-per-node=1 {ANY_HOST} -m distoptim train": f"torchrun --nproc-per-node=2 -m distoptim train {SMALL}",
@@ -71,7 +74,10 @@ SHELL = {
 }
 AT_ROOT = ("make ", "grep ", "test ", f"{PYTHON} -m pre_commit")
 # Pages whose blocks need several processes, or one after another, and have tests of their own.
-DISTRIBUTED = ("README.md", "CONTRIBUTING.md", "slow-link.md", "islands.md", "cluster.md")
+DISTRIBUTED = (
+    *("README.md", "CONTRIBUTING.md", "slow-link.md", "islands.md", "cluster.md"),
+    "elastic.md",
+)
 
 
 def blocks(path, language):

@@ -10,9 +10,16 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from distoptim.comm.codecs import Codec, ErrorFeedback, TopK, register_codec
-from distoptim.comm.communicator import CommunicationError, Communicator, SingleWorker
+from distoptim.comm.communicator import (
+    CommunicationError,
+    Communicator,
+    MeanLost,
+    Member,
+    SingleWorker,
+)
+from distoptim.comm.elastic import Elastic
 from distoptim.comm.emulated import emulate
-from distoptim.comm.handles import Handle
+from distoptim.comm.handles import CatchUp, Handle
 from distoptim.comm.link import Link
 from distoptim.comm.process_group import (
     ProcessGroupCommunicator,
@@ -23,13 +30,17 @@ from distoptim.comm.process_group import (
 )
 
 __all__ = [
+    "CatchUp",
     "Codec",
     "CommunicationError",
     "Communicator",
     "DeviceMesh",
+    "Elastic",
     "ErrorFeedback",
     "Handle",
     "Link",
+    "MeanLost",
+    "Member",
     "ProcessGroup",
     "ProcessGroupCommunicator",
     "SingleWorker",

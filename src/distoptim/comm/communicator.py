@@ -6,6 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,26 @@ class CommunicationError(RuntimeError):
     """
 
 
+class Member(ABC):
+    """What a communicator whose workers come and go asks of whoever sends means over it."""
+
+    @abstractmethod
+    def place(self, buffer: Tensor) -> dict[str, Any]:
+        """Where this worker is, as JSON; asked at every launch, in the training thread.
+
+        Args:
+            buffer: what it launches.
+        """
+
+    @abstractmethod
+    def give(self) -> dict[str, Any]:
+        """What all workers share, for one that is behind; asked while a mean is on its way."""
+
+
+class MeanLost(CommunicationError):
+    """A mean will never come, since a worker was lost on its way; the others go on with the next."""
+
+
 class Communicator(ABC):
     """Moves bytes between workers.
 
@@ -32,11 +53,27 @@ class Communicator(ABC):
         size: the number of workers.
         in_lockstep: whether one thread drives all workers through the same calls (a simulator), so
             that none can be elsewhere.
+        elastic: whether workers come and go.
+        joins: whether this worker has still to take over what the others share.
     """
 
     rank: int
     size: int
     in_lockstep: bool = False
+    elastic: bool = False
+    joins: bool = False
+
+    def enter(self, facts: object, *, what: str) -> list[object]:
+        """Find the other workers: everybody's facts, in rank order. Blocks.
+
+        Args:
+            facts: what must be equal on all, as `all_gather_json` takes it.
+            what: the call that asks.
+        """
+        return self.all_gather_json(facts, what=what)
+
+    def attach(self, member: Member) -> None:  # noqa: B027  # most have nothing to ask
+        """Begin to send means for `member`; by default nothing."""
 
     @property
     def ranks(self) -> list[int]:

@@ -6,10 +6,25 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CatchUp:
+    """What a worker that was behind has been given.
+
+    Attributes:
+        place: where the giver was when it launched the mean.
+        state: what all workers shared then.
+    """
+
+    place: dict[str, Any]
+    state: dict[str, Any]
 
 
 class Handle:
@@ -27,7 +42,12 @@ class Handle:
         waited_s: how long the worker's computation stood still for it; None while that is not
             known.
         worked_s: how long the worker computed for it after the launch (codes).
+        workers: how many are in it, where that is not all of the communicator's.
+        caught_up: what this worker was given with it, if it was behind the others.
     """
+
+    workers: int | None = None
+    caught_up: CatchUp | None = None
 
     def __init__(self, buffer: Tensor, *, now: float = 0.0) -> None:
         self.buffer = buffer

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from distoptim import rule as rules
 from distoptim.checksum import checksum
 from distoptim.engine.engine import Engine, Rounds
+from distoptim.rule import State
 from distoptim.version import __version__
 
 FORMAT = 3
@@ -115,6 +123,23 @@ def shared(engine: Engine, saved: dict[str, Any]) -> dict[str, object]:
                 memory = value["state"] if isinstance(value, Mapping) else value
                 out[f"{name} of {sync.name}"] = f"{checksum(memory):08x}"
     return out
+
+
+def digest(engine: Engine) -> str:
+    """In hex, of all that workers share: anchors and outer states."""
+    found = hashlib.sha256()
+    for sync in engine.syncs:
+        values = rules.save(cast("State", SimpleNamespace(**engine.rule.shared(sync.state))))
+        # Workers may have learning rates of their own.
+        values.pop("lr", None)
+        # Of an optimizer, what it remembers; its settings are the rule's.
+        memory = {n: v["state"] if isinstance(v, dict) else v for n, v in values.items()}
+        for leaf in tree_leaves(memory):
+            if isinstance(leaf, Tensor):
+                found.update(leaf.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                found.update(repr(leaf).encode())
+    return found.hexdigest()
 
 
 def keeps_residual(saved: dict[str, Any]) -> bool:

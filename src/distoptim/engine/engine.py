@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from distoptim.comm import CommunicationError, Communicator, Handle
+from distoptim import rule as rules
+from distoptim.comm import CatchUp, CommunicationError, Communicator, Handle, MeanLost
 from distoptim.comm.codecs import Coding
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
@@ -312,24 +313,33 @@ class Engine(Rounds):
         sync.launched = launched
         sync.samples = self.weights.samples or 0.0
 
-    def _merge(self, sync: FragmentSync) -> None:
-        """Wait for the mean, if it is not there yet, and let it meet state and parameters."""
+    def _merge(self, sync: FragmentSync) -> bool:
+        """Wait for the mean, if it is not there yet, and let it meet state and parameters.
+
+        Returns: whether it has come; not where a worker was lost on its way.
+        """
         pending = sync.pending
         assert pending is not None
         may_be_empty = self._may_be_empty or self.weights.left_at is not None or self.clock.timed
-        weight = self.reducer.finish(sync, may_be_empty=may_be_empty)
+        try:
+            weight = self.reducer.finish(sync, may_be_empty=may_be_empty)
+        except MeanLost:
+            self._lose(sync)
+            return False
         handle = pending.handle
+        if handle.caught_up is not None:
+            self._catch_up(sync, handle)
         self.counters.waited(handle)
         sync.seconds = handle.seconds
         start = time.perf_counter()
         with record_function("distoptim::merge"):
             if weight == 0:
                 self._ended = self.weights.left_at is not None
-                return
+                return True
             if sync.extra:
                 measured = handle.tails(sync.extra + SIZE + 1)[: sync.extra]
                 self.clock.told([float(x) / weight for x in measured])
-            workers = float(self.communicator.size)
+            workers = float(handle.workers or self.communicator.size)
             if weight != 1:
                 workers *= self.weights.share(weight)
             # Not twice, if another fragment's merge has replaced this one's since it was launched.
@@ -340,9 +350,7 @@ class Engine(Rounds):
             ):
                 self._quarantine(sync)
             if sync.likeness is not None and sync.merges > 2:
-                mean = sync.buffer.tensor[: sync.fragment.numel]
-                if sync.likeness.compare(mean, sync.compressed):
-                    sync.likeness = None
+                sync.compare()
             if sync.compressed is not None:
                 sync.compressed.merging(sync.buffer.tensor)
             found = Mean(sync.buffer, workers, pending.lr, sync.compressed)
@@ -351,6 +359,7 @@ class Engine(Rounds):
             if self._inner.reset_at_merge and not self.clock.synchronous:
                 self._inner.forget(sync.fragment.params)
         self.counters.merged(self.step - sync.launched, time.perf_counter() - start)
+        return True
 
     def plan(self) -> None:
         """Note what is in flight, in order of launch, and the next step at which something is due."""
@@ -381,7 +390,8 @@ class Engine(Rounds):
             self.reducer.meet(order[0], self._identity(Kind.FLUSH, order[0]))
         for sync in left:
             self._launch(sync, Kind.FLUSH)
-            self._merge(sync)
+            while not self._merge(sync):
+                self._launch(sync, Kind.FLUSH)
         for sync in self.syncs:
             sync.place(self.step, self.clock.tau)
         self._begin_time()
@@ -424,6 +434,11 @@ class Engine(Rounds):
         Args:
             tick: counts a local step; default `tick`.
         """
+        if self.communicator.elastic:
+            raise ValueError(
+                "join() beside workers that come and go (Elastic): who has no data any more leaves, by "
+                "close()"
+            )
         weights = self.weights
         step = self.step
         samples = weights.total
@@ -485,6 +500,8 @@ class Engine(Rounds):
             CommunicationError: on all workers, if they are not all here.
         """
         self.watch.check()
+        if self.communicator.elastic and (anchors := self._copied_anchors()):
+            return anchors
         order = self._next_first()
         if order[0].compressed is None:
             self._settle_now()
@@ -502,6 +519,18 @@ class Engine(Rounds):
             for sync in order
         }
         return [found[sync.index] for sync in self.syncs]
+
+    def _copied_anchors(self) -> list[Flat]:
+        """What stands for the mean where others may have gone; none in algorithms without an anchor."""
+        copies = []
+        for sync in self.syncs:
+            anchor = self._anchor(sync)
+            if anchor is not None:
+                copy = sync.fragment.flat(extra=1)
+                copy.tensor[: sync.fragment.numel] = anchor.tensor[: sync.fragment.numel]
+                copy.tensor[-1] = 1.0
+                copies.append(copy)
+        return copies
 
     def mean_of(self, fragment: Fragment, kind: Kind) -> Flat:
         """The same for another fragment, after `means`."""
@@ -620,6 +649,9 @@ class Engine(Rounds):
         """See that all workers end after as many local steps; not while an exception passes."""
         if self.reducer.failure is not None or sys.exc_info()[0] is not None:
             return
+        # Where workers come and go they end when they like.
+        if self.communicator.elastic:
+            return
         try:
             self.meet(Kind.CLOSE, limit_s=min(self.reducer.timeout_s, _CLOSE_S))
         except CommunicationError as error:
@@ -723,6 +755,62 @@ class Engine(Rounds):
                 sync.fragment.write(fallback)
             self._inner.forget(sync.fragment.params)
             sync.replaced = self.step
+
+    def _lose(self, sync: FragmentSync) -> None:
+        """A mean will not come; local steps go on, and the next launch is as any other."""
+        sync.pending = None
+        self._active.abandoned(sync.fragment, sync.state)
+        self.counters.lost += 1
+
+    def _catch_up(self, sync: FragmentSync, handle: Handle) -> None:
+        """Take over what the others share, as of the launch of the mean that is merged now.
+
+        x is kept, and what is this worker's own begins anew there.
+        """
+        given = handle.caught_up
+        assert given is not None
+        handle.caught_up = None
+        place = given.place
+        late = place["step"] - sync.launched
+        self.step += late
+        sync.launched += late
+        sync.next_launch += late
+        sync.merges = place["merges"]
+        self.reducer.messages = place["messages"]
+        sync.state = self.rule.start(sync.fragment)
+        rules.load(sync.state, given.state["shared"])
+        self.counters.catch_ups += 1
+
+    @torch.no_grad()
+    def listen(self) -> dict[str, Any]:
+        """Join a run: take over what the others share with the next mean of theirs, and begin there.
+
+        Returns: all that the giver gave.
+        """
+        sync = self.syncs[0]
+        sync.pending = None
+        given: CatchUp | None = None
+        while given is None:
+            handle = self.communicator.all_reduce(sync.buffer.tensor.zero_())
+            with contextlib.suppress(MeanLost):
+                handle.wait(self.reducer.timeout_s)
+                given = handle.caught_up
+        sync.launched = self.step
+        sync.next_launch = self.step + self.clock.tau
+        # Of what there is now; where nothing is an anchor, x begins at the mean of this round.
+        anchor = given.state["shared"].get("anchor")
+        weight = float(handle.tails(1)[0])
+        values = sync.buffer.tensor[: sync.fragment.numel] / weight if anchor is None else anchor
+        start = sync.fragment.flat()
+        start.tensor.copy_(values)
+        sync.fragment.write(start)
+        self._catch_up(sync, handle)
+        finite = torch.tensor(False)
+        self._take_off(sync, handle, finite, launched=sync.launched)
+        self.plan()
+        self.merge_due()
+        self.plan()
+        return given.state
 
     def _abandon(self) -> None:
         """Nothing that is in flight will come any more."""

@@ -109,6 +109,9 @@ def _statistics(
     engines: Sequence[Engine], parts: Parts, kind: Kind
 ) -> tuple[list[Tensor], list[tuple[Fragment, Flat]]]:
     """What of a module is averaged beside the parameters, and its means; collective."""
+    # Others need not be here: statistics stay this worker's.
+    if engines[0].communicator.elastic:
+        return [], []
     _compare(engines, parts, kind)
     tensors = list(parts.statistics.values())
     if not tensors:

@@ -85,6 +85,12 @@ class FragmentSync:
         """Begin its rounds anew at a local step: spread over the round by the fragment's offset."""
         self.next_launch = step + (self.fragment.offset_at(tau) or tau)
 
+    def compare(self) -> None:
+        """See whether all workers send the same, until it is settled."""
+        assert self.likeness is not None
+        if self.likeness.compare(self.buffer.tensor[: self.fragment.numel], self.compressed):
+            self.likeness = None
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain data and tensors (not copied); a mean in flight must be there."""
         return {

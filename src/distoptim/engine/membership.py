@@ -6,18 +6,22 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
 from distoptim import module_state
-from distoptim.comm import CommunicationError, Communicator
+from distoptim import rule as rules
+from distoptim.comm import CommunicationError, Communicator, Member
 from distoptim.comm.mesh import WorkerMesh, describe
 from distoptim.engine import checkpoint
 from distoptim.engine.engine import Engine
-from distoptim.engine.identity import Kind
+from distoptim.engine.identity import SIZE, Kind
 from distoptim.fragments import Fragment
+from distoptim.rule import State
+from distoptim.settings import SyncSettings
 
 logger = logging.getLogger("distoptim")
 
@@ -65,7 +69,7 @@ def agree(
     # One message, compared only when everybody has them all: who finds a difference leaves nobody
     # waiting.
     me = communicator.ranks[communicator.rank]
-    answers = communicator.all_gather_json(
+    answers = communicator.enter(
         [mesh.all_gather_json([me, plain], what=_CONSTRUCTION), own], what=_CONSTRUCTION
     )
     try:
@@ -74,18 +78,97 @@ def agree(
         for rank, facts_or_error in said:
             if isinstance(facts_or_error, str):
                 raise ValueError(f"rank {rank} was refused its arguments: {facts_or_error}")
-        compare([cast("Facts", theirs) for _, theirs in said], [rank for rank, _ in said])
+        # Who comes to others does not know beforehand which of them it will be.
+        ranks = range(len(said)) if communicator.elastic else [rank for rank, _ in said]
+        compare([cast("Facts", theirs) for _, theirs in said], ranks)
         compare([theirs for _, theirs in messages], communicator.ranks)
-        module_state.make_equal(communicator, mesh, beside, sync=sync)
+        if not communicator.joins:
+            module_state.make_equal(communicator, mesh, beside, sync=sync)
     except ValueError:
         # Nobody could later: with torch 2.6 a program that ends with these groups open may hang.
         communicator.close()
         raise
-    for f in fragments:
+    # Who joins a run takes over what the others share with its first mean.
+    for f in () if communicator.joins else fragments:
         start = f.flat()
         f.read(start)
         communicator.broadcast(start.tensor)
         f.write(start)
+
+
+@final
+class Giver(Member):
+    """An engine whose workers come and go, and what beside its parameters was equal at the start.
+
+    Args:
+        engine: of one fragment.
+        beside: buffers and frozen parameters by name; live.
+    """
+
+    def __init__(self, engine: Engine, beside: Mapping[str, Tensor]) -> None:
+        self._engine = engine
+        self._beside = beside
+
+    def place(self, buffer: Tensor) -> dict[str, Any]:
+        """The message's identity, local step, and what is counted."""
+        engine = self._engine
+        code = buffer[-1 - SIZE : -1].tolist()
+        return {
+            "code": code,
+            "what": f"{Kind(int(code[0]) or 1).call} at local step {engine.step}",
+            "step": engine.step,
+            "messages": engine.reducer.messages,
+            "merges": engine.syncs[0].merges,
+        }
+
+    def give(self) -> dict[str, Any]:
+        """Anchor and outer state, which no step changes before the mean is merged."""
+        shared = self._engine.rule.shared(self._engine.syncs[0].state)
+        return {
+            "shared": rules.save(cast("State", SimpleNamespace(**shared))),
+            "beside": dict(self._beside),
+        }
+
+
+@torch.no_grad()
+def take_part(engine: Engine, beside: Mapping[str, Tensor]) -> None:
+    """Begin to send means; where workers come and go and a run is on, take over what it shares first.
+
+    Args:
+        engine: of this worker.
+        beside: buffers and frozen parameters, by name.
+    """
+    communicator = engine.communicator
+    if not communicator.elastic:
+        return
+    communicator.attach(Giver(engine, beside))
+    if communicator.joins:
+        for name, value in engine.listen()["beside"].items():
+            beside[name].copy_(value)
+
+
+def check_elastic(settings: SyncSettings, fragments: Sequence[Fragment]) -> None:
+    """Whether all of it goes with workers that come and go.
+
+    Raises:
+        ValueError: something does not.
+    """
+    unfit = {
+        "fragments": len(fragments) != 1 and settings.fragments,
+        "codec": settings.codec,
+        "levels": settings.levels,
+        "tau": settings.period.choices != frozenset([settings.period.first]) and settings.tau,
+    }
+    for name, value in unfit.items():
+        if value:
+            raise ValueError(
+                f"{name}={value!r} beside workers that come and go (Elastic): not yet; allowed is to "
+                "leave it away" + (", and an integer for tau" if name == "tau" else "")
+            )
+    if any(f.sharded or f.device.type != "cpu" for f in fragments):
+        raise ValueError(
+            "Elastic averages whole parameters in host memory; allowed is no DTensor and no accelerator"
+        )
 
 
 def refuse(connect: Callable[[], Communicator], error: Exception, mesh: WorkerMesh) -> None:
@@ -132,6 +215,11 @@ def catch_up(
             or if what all should have saved alike differs.
     """
     communicator = engine.communicator
+    if communicator.elastic:
+        raise ValueError(
+            "load_state_dict() beside workers that come and go (Elastic): not yet; allowed is a new "
+            "optimizer, which joins the run and takes over what the others share"
+        )
     place = None if saved is None else checkpoint.place(saved)
     of_rank = {
         "number": communicator.ranks[communicator.rank],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from distoptim.comm import CommunicationError, Communicator, Handle
+from distoptim.comm import CommunicationError, Communicator, Handle, MeanLost
 from distoptim.comm.codecs import Coding
 from distoptim.comm.compressed import CompressedMean, check_codable
 from distoptim.engine.fragment_sync import FragmentSync
@@ -252,13 +252,19 @@ class Reducer:
         try:
             with record_function("distoptim::wait"):
                 handle.wait(self.timeout_s if limit_s is None else limit_s)
+        except MeanLost:
+            raise
         except RuntimeError as error:
             self._fail(name, self.communicator.now() - handle.launched_at, error)
-        if identity is not None:
+        # Who has caught up has sent the others' identity, not its own.
+        if identity is not None and handle.caught_up is None:
             found = handle.tails(SIZE + 1)[:SIZE]
             # Not exactly: some backends divide by the number of workers before they add. Means of
             # integers that differ do so by 1/workers at least.
-            if bool((found - identity.code).abs().max() > 0.25 / self.communicator.size):
+            if bool(
+                (found - identity.code).abs().max()
+                > 0.25 / (handle.workers or self.communicator.size)
+            ):
                 self._mismatch(identity)
 
     def _mismatch(self, identity: Identity) -> NoReturn:

@@ -18,6 +18,8 @@ class Counters:
     syncs: int = 0
     staleness: int = 0
     quarantined: int = 0
+    lost: int = 0
+    catch_ups: int = 0
     started_at: float | None = None
     ticked_at: float = 0.0
     ticks: int = 0
@@ -76,4 +78,6 @@ class Counters:
             "bytes": self.bytes,
             "staleness": self.staleness / self.syncs if self.syncs else 0.0,
             "quarantined": self.quarantined,
+            "lost": self.lost,
+            "catch_ups": self.catch_ups,
         }

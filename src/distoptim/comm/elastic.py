@@ -1,0 +1,593 @@
+"""Membership that changes: torchft's lighthouse says who is alive, gloo groups move the bytes.
+
+One thread does, for one mean after the other: ask the lighthouse who is there, make a new group if those
+are not the ones of before, let who is behind catch up, all-reduce. Nothing of it happens in the training
+thread, and since it is one mean after the other, nothing else is on its way when groups change.
+
+Who is behind is decided by a history, a hash that every mean continues, and not by counts: two halves of
+a network that were cut apart may each have made five means, and then have different anchors.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, cast, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distoptim import checks
+from distoptim.comm.communicator import CommunicationError, Communicator, MeanLost, Member
+from distoptim.comm.handles import CatchUp, Handle, TimedHandle
+
+logger = logging.getLogger("distoptim")
+
+# torch types neither the stores nor a backend's options.
+_dist: Any = dist
+# Far below any timeout at which a lighthouse takes a worker for dead.
+_HEARTBEAT_S = 0.2
+# So long after one that said goodbye the lighthouse may still count it among the living, and wait for it.
+_FORGOTTEN_S = 6.0
+# A new lighthouse, which knows nobody, tells the first who ask of too few: so long ask again.
+_NEW_LIGHTHOUSE_S = 5.0
+# Between questions to a lighthouse that is away, or that knows too few workers.
+_PAUSE_S = 0.2
+
+
+@final
+class ElasticHandle(TimedHandle):
+    """A mean that other workers may drop out of on its way."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__(buffer, now=time.perf_counter())
+        self._over = threading.Event()
+        self._failure: CommunicationError | None = None
+
+    def end(self, failure: CommunicationError | None = None) -> None:
+        """It is there, or never will be."""
+        self._failure = failure
+        self._over.set()
+
+    def poll(self) -> None:
+        """Note the end."""
+        self.look(self._over.is_set())
+
+    def _wait(self, timeout_s: float) -> None:
+        # Without a limit of its own: every wait in the thread has one, but for a lighthouse that is
+        # away and for workers that are too few, for which it waits until they are back.
+        while not self._over.wait(1.0):
+            pass
+        if self._failure is not None:
+            raise self._failure
+
+
+@final
+@dataclass(frozen=True)
+class _Asked:
+    """A worker as the lighthouse tells of it.
+
+    Attributes:
+        phase: "round", it has launched a mean; "look", it has just come; "leave", it is going.
+        history: of its means; "" before the first.
+        count: of its means.
+        place: where it was at the launch.
+        every_s: from one launch of its to the next.
+        holds: the group that it has.
+        asked: how often it has asked.
+    """
+
+    name: str
+    life: str
+    store: str
+    phase: str
+    history: str
+    count: int
+    place: dict[str, Any]
+    every_s: float
+    holds: str
+    asked: int
+
+
+@final
+@dataclass
+class _Group:
+    """The members of a generation, in the order of their names.
+
+    Attributes:
+        key: its name, unlike that of any other.
+        lives: of its members.
+        work: their process group; None for one that is alone.
+    """
+
+    key: str = ""
+    lives: tuple[str, ...] = ()
+    work: Any = None
+
+
+@final
+@dataclass
+class _Launch:
+    buffer: Tensor
+    place: dict[str, Any]
+    handle: ElasticHandle = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.handle = ElasticHandle(self.buffer)
+
+
+@final
+class Elastic(Communicator):
+    """Workers that come and go: means go on with those that are there.
+
+    Every launch asks the lighthouse (`distoptim lighthouse`) who is alive. Who is lost is missed by the
+    next mean, at the latest after the lighthouse's heartbeat timeout; who comes, or comes back, takes
+    over what the others share and counts from the next round on. A mean that is on its way when a worker
+    is lost may be lost with it: its local steps stay in x.
+
+    Needs `pip install 'distoptim[elastic]'`. Not yet beside `fragments`, `codec`, `levels`, `join()`,
+    meshes, or a tau that changes; those are refused.
+
+    Args:
+        lighthouse: "HOST:PORT" at which `distoptim lighthouse` listens.
+        name: of this worker; no two living ones have the same. One that is restarted keeps it.
+        start: so many workers begin a run; who comes later joins it.
+        min_workers: with fewer, those that are left wait until others come.
+        host: the address of this machine at which other workers reach it; what listens, listens there
+            alone. 127.0.0.1 by default, since no other is known to be meant.
+        timeout_s: bound of one collective, in seconds: so long a worker that stands still is waited for.
+        join_timeout_s: how long to wait for a run to join, or for `start` workers, in seconds.
+
+    Attributes:
+        name: of this worker.
+        members: names of the workers in the last mean, sorted.
+        generation: how often the members have changed, as this worker has seen it.
+
+    Raises:
+        ValueError: a value outside its range, or another living worker of that name.
+        CommunicationError: no lighthouse, no run and too few workers within `join_timeout_s`.
+    """
+
+    def __init__(
+        self,
+        lighthouse: str,
+        *,
+        name: str,
+        start: int = 1,
+        min_workers: int = 1,
+        host: str = "127.0.0.1",
+        timeout_s: float = 60.0,
+        join_timeout_s: float = 600.0,
+    ) -> None:
+        host_of, _, port = str(lighthouse).rpartition(":")
+        if not host_of or not port.isdecimal():
+            raise ValueError(f"lighthouse={lighthouse!r}: allowed is HOST:PORT")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name={name!r}: allowed is text, another one for each worker")
+        self.name = name
+        self.timeout_s = checks.number("timeout_s", timeout_s, 1e-3, 1e9)
+        self.join_timeout_s = checks.number("join_timeout_s", join_timeout_s, 1e-3, 1e9)
+        self.start = checks.integer("start", start, 1)
+        self.min_workers = checks.integer("min_workers", min_workers, 1)
+        self.host = host
+        self.members: list[str] = [name]
+        self.generation = 0
+        self.rank = 0
+        # Before it has found the others: as many as it knows of.
+        self.size = self.start
+        self.history = ""
+        self.count = 0
+        self._address = f"http://{lighthouse}"
+        self._life = uuid.uuid4().hex
+        self._member: Member | None = None
+        self._group = _Group()
+        self._asked = 0
+        self._quorum = 0
+        # Launches for which the members are those of the last one, and nobody asks.
+        self._unasked = 0
+        self._launched_s = 0.0
+        self._every_s = 0.0
+        self._launches: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._store, self._store_address = _own_store(host, self.timeout_s)
+        self._client = self._connect()
+        # An interpreter that ends with a collective under way aborts.
+        atexit.register(self.close)
+
+    elastic = True
+
+    # ---- what an optimizer asks -------------------------------------------------------------------
+
+    def all_reduce(self, buffer: Tensor) -> Handle:
+        """Start the mean over whoever is there; see `ElasticHandle`."""
+        if self._closed.is_set():
+            raise CommunicationError("this communicator has been closed")
+        assert self._member is not None
+        launch = _Launch(buffer, self._member.place(buffer))
+        self._launches.put(launch)
+        return launch.handle
+
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """Among those that begin a run together; to one that joins it comes with its first mean."""
+        if self._group.work is not None and self._member is None:
+            self._group.work.broadcast(buffer, source).wait(timedelta(seconds=self.timeout_s))
+
+    def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
+        """Everybody's among those that begin a run together.
+
+        Raises:
+            CommunicationError: later: what then goes on beside means nobody else need be in.
+        """
+        if self._member is not None:
+            raise CommunicationError(
+                f"{self.name}: {what or 'a message'} beside workers that come and go"
+            )
+        text = json.dumps(message)
+        if self._group.work is None:
+            return [json.loads(text)]
+        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        sizes = self._gather(torch.tensor([mine.numel()]))
+        longest = int(max(sizes))
+        rows = self._gather(torch.nn.functional.pad(mine, (0, longest - mine.numel())))
+        return [
+            json.loads(bytes(row[: int(size)].tolist()).decode())
+            for row, size in zip(rows, sizes, strict=True)
+        ]
+
+    def enter(self, facts: object, *, what: str) -> list[object]:
+        """Begin a run with `start` workers, or join the one that there is; blocks until then.
+
+        Args:
+            facts: what must be equal on all workers, as JSON.
+            what: the call that asks.
+
+        Returns: the facts of a worker of the run that is joined, and the own; or those of all that begin.
+
+        Raises:
+            CommunicationError: neither within `join_timeout_s`.
+            ValueError: a living worker has this name.
+        """
+        self._store.set("facts", json.dumps(facts))
+        deadline = time.monotonic() + self.join_timeout_s
+        found = 0
+        while (left := deadline - time.monotonic()) > 0:
+            there = self._ask("look", {}, left)
+            if there is None:
+                continue
+            if any(w.name == self.name and w.life != self._life for w in there):
+                raise ValueError(
+                    f"name={self.name!r}: a living worker has it; allowed is one that no other has"
+                )
+            if running := _furthest(there):
+                self.joins = True
+                theirs = _client_of(running[0].store, self.timeout_s).get("facts")
+                return [json.loads(theirs), json.loads(json.dumps(facts))]
+            new = sorted((w for w in there if w.phase == "look"), key=lambda w: w.name)
+            found = len(new)
+            if found >= self.start:
+                self._form(new)
+                self.history = _hash("", self._group.key, "0")
+                return self.all_gather_json(facts)
+            time.sleep(_PAUSE_S)
+        raise CommunicationError(
+            f"{self.name}: no run to join, and {found} of {self.start} workers, within "
+            f"{self.join_timeout_s:g} s (join_timeout_s)"
+        )
+
+    def attach(self, member: Member) -> None:
+        """Take part from here on: be alive to the lighthouse, and make what `all_reduce` launches."""
+        self._member = member
+        if not self._threads:
+            for run in (self._beat, self._communicate):
+                thread = threading.Thread(target=run, name=f"distoptim {run.__name__}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def close(self) -> None:
+        """Say goodbye at the others' next launch, and leave. Twice is fine."""
+        if self._closed.is_set():
+            return
+        self._launches.put(None)
+        for thread in self._threads[1:]:
+            thread.join(self.timeout_s)
+        self._closed.set()
+        self._leave_group()
+        atexit.unregister(self.close)
+
+    # ---- the communication thread -----------------------------------------------------------------
+
+    def _communicate(self) -> None:
+        while (launch := self._launches.get()) is not None:
+            self._answer(launch)
+        if self.size > 1 and self.history and not self.joins:
+            self._ask("leave", {}, self.timeout_s)
+
+    def _answer(self, launch: _Launch) -> None:
+        try:
+            self._mean(launch)
+        except CommunicationError as error:
+            launch.handle.end(error)
+        except BaseException as error:  # noqa: BLE001  # the training thread waits: it must hear of any
+            launch.handle.end(CommunicationError(f"{self.name}: {type(error).__name__}: {error}"))
+
+    def _mean(self, launch: _Launch) -> None:
+        """Ask, regroup, let who is behind catch up, all-reduce.
+
+        Raises:
+            MeanLost: a worker was lost on its way.
+        """
+        self._note_pace()
+        before = (self.history, self.count)
+        try:
+            if self._unasked and not self.joins:
+                self._unasked -= 1
+            else:
+                before = self._regroup(launch)
+            self._all_reduce(launch)
+        except (RuntimeError, OSError) as error:
+            # At once: others of the group wait for this worker as long as it holds it, and who goes on
+            # without asking finds out by it.
+            self._leave_group()
+            if isinstance(error, CommunicationError):
+                raise
+            logger.info("%s: a mean is lost: %s", self.name, str(error).splitlines()[0])
+            raise MeanLost(f"{self.name}: a mean is lost: {error}") from error
+        history, count = before
+        self.count = count + 1
+        self.history = _hash(history, self._group.key, str(self.count))
+        self.joins = False
+        launch.handle.workers = self.size
+        launch.handle.end()
+
+    def _regroup(self, launch: _Launch) -> tuple[str, int]:
+        """Ask, have the group, let who is behind catch up; history and count of those that are right."""
+        members, leaving = self._members(launch.place)
+        leading = _furthest(members)
+        if not leading:
+            raise CommunicationError(f"{self.name}: nobody is left of the run that it was to join")
+        _check_places(leading)
+        self._form(members, first=leading[0])
+        behind = [w for w in members if w.history != leading[0].history]
+        if behind:
+            self._catch_up(launch, members, leading[0], behind)
+        if leaving:
+            # Of one worker's pace, so that all leave off together.
+            self._unasked = int(_FORGOTTEN_S / max(leading[0].every_s, 0.01)) + 1
+        return leading[0].history, leading[0].count
+
+    def _members(self, place: dict[str, Any]) -> tuple[list[_Asked], bool]:
+        """Who takes part in the next mean, by name, and whether some leave; waits until there are enough."""
+        too_few_until = None
+        while not self._closed.is_set():
+            before = self._quorum
+            there = self._ask("round", place, self.timeout_s) or []
+            members = sorted((w for w in there if w.phase == "round"), key=lambda w: w.name)
+            leaving = {w.name for w in there if w.phase == "leave"}
+            missing = set(self.members) - {w.name for w in members} - leaving
+            if there and self._quorum < before and missing:
+                too_few_until = time.monotonic() + _NEW_LIGHTHOUSE_S
+            waits = too_few_until is not None and missing and time.monotonic() < too_few_until
+            enough = len(members) >= self.min_workers
+            if enough and not waits and any(w.life == self._life for w in members):
+                return members, bool(leaving)
+            time.sleep(_PAUSE_S)
+        raise CommunicationError(f"{self.name}: this communicator has been closed")
+
+    def _note_pace(self) -> None:
+        now = time.monotonic()
+        if self._launched_s:
+            self._every_s = now - self._launched_s
+        self._launched_s = now
+
+    def _form(self, members: Sequence[_Asked], first: _Asked | None = None) -> None:
+        """Have the group of these members: the one of before, if all have it still."""
+        lives = tuple(w.life for w in members)
+        held = {w.holds for w in members}
+        if lives == self._group.lives and held == {self._group.key}:
+            return
+        self._leave_group()
+        # Of how often they have asked, so that no group of before has the name.
+        key = _hash(*(f"{w.life}{w.asked}" for w in members))
+        names = [w.name for w in members]
+        if names != self.members:
+            for gone in sorted(set(self.members) - set(names)):
+                logger.info("%s: worker %s is gone", self.name, gone)
+            for come in sorted(set(names) - set(self.members)):
+                logger.info("%s: worker %s has come", self.name, come)
+            self.generation += 1
+        self.members = names
+        self.rank = lives.index(self._life)
+        self.size = len(members)
+        work = None
+        if self.size > 1:
+            address = (first or members[0]).store
+            mine = address == self._store_address
+            store = self._store if mine else _client_of(address, self.timeout_s)
+            work = _gloo(
+                _dist.PrefixStore(key, store), self.rank, self.size, self.host, self.timeout_s
+            )
+        self._group = _Group(key, lives, work)
+
+    def _catch_up(
+        self, launch: _Launch, members: Sequence[_Asked], giver: _Asked, behind: Sequence[_Asked]
+    ) -> None:
+        """One that is not behind gives what all share; who is behind sends nothing in this mean."""
+        work = self._group.work
+        source = members.index(giver)
+        limit = timedelta(seconds=self.timeout_s)
+        late = [members.index(w) for w in behind]
+        if self.rank == source:
+            assert self._member is not None
+            file = io.BytesIO()
+            torch.save(self._member.give(), file)
+            message = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+            for rank in late:
+                work.send([torch.tensor([message.numel()])], rank, 0).wait(limit)
+                work.send([message], rank, 1).wait(limit)
+        elif self.rank in late:
+            size = torch.zeros(1, dtype=torch.int64)
+            work.recv([size], source, 0).wait(limit)
+            message = torch.zeros(int(size), dtype=torch.uint8)
+            work.recv([message], source, 1).wait(limit)
+            state = torch.load(io.BytesIO(message.numpy().tobytes()), weights_only=True)
+            launch.handle.caught_up = CatchUp(giver.place, state)
+            code = torch.tensor(giver.place["code"], dtype=launch.buffer.dtype)
+            launch.buffer.zero_()
+            launch.buffer[-1 - len(code) : -1] = code
+            logger.info("%s: catches up with %s", self.name, giver.name)
+
+    def _all_reduce(self, launch: _Launch) -> None:
+        if self.size > 1:
+            self._group.work.allreduce([launch.buffer]).wait(timedelta(seconds=self.timeout_s))
+            launch.buffer.div_(self.size)
+
+    def _gather(self, row: Tensor) -> list[Tensor]:
+        rows = [torch.zeros_like(row) for _ in range(self.size)]
+        self._group.work.allgather([rows], [row]).wait(timedelta(seconds=self.timeout_s))
+        return rows
+
+    def _leave_group(self) -> None:
+        work = self._group.work
+        self._group = _Group()
+        if work is not None:
+            work.abort()
+
+    # ---- the lighthouse ---------------------------------------------------------------------------
+
+    def _connect(self) -> Any:
+        try:
+            from torchft.coordination import LighthouseClient
+        except ImportError as error:
+            raise ValueError("Elastic needs torchft: pip install 'distoptim[elastic]'") from error
+        deadline = time.monotonic() + self.join_timeout_s
+        limit = timedelta(seconds=min(5.0, self.timeout_s))
+        while time.monotonic() < deadline:
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                return LighthouseClient(self._address, limit)
+            time.sleep(_PAUSE_S)
+        raise CommunicationError(f"{self.name}: no lighthouse answers at {self._address}")
+
+    def _beat(self) -> None:
+        """Be alive to the lighthouse, also while this worker computes or waits."""
+        client = self._connect()
+        while not self._closed.wait(_HEARTBEAT_S):
+            # Where it is away, whoever asks it waits until it is back.
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                client.heartbeat(self._id, timedelta(seconds=1.0))
+
+    @property
+    def _id(self) -> str:
+        return f"{self.name}#{self._life}"
+
+    def _ask(self, phase: str, place: dict[str, Any], limit_s: float) -> list[_Asked] | None:
+        """Who asks now; None if the lighthouse does not answer."""
+        self._asked += 1
+        own = {
+            "name": self.name,
+            "life": self._life,
+            "phase": phase,
+            "history": self.history,
+            "count": self.count,
+            "place": place,
+            "every_s": self._every_s,
+            "holds": self._group.key,
+            "asked": self._asked,
+        }
+        try:
+            quorum = self._client.quorum(
+                self._id,
+                timedelta(seconds=limit_s),
+                address="",
+                store_address=self._store_address,
+                step=0,
+                world_size=1,
+                shrink_only=False,
+                data={"json": json.dumps(own)},
+            )
+        except (RuntimeError, TimeoutError):
+            time.sleep(_PAUSE_S)
+            return None
+        self._quorum = int(quorum.quorum_id)
+        return [
+            _Asked(store=p.store_address, **json.loads(cast("str", p.data["json"])))
+            for p in quorum.participants
+        ]
+
+
+def _furthest(workers: Sequence[_Asked]) -> list[_Asked]:
+    """Of the workers in a run those that are right: the largest history of the furthest, by name."""
+    in_a_run = [w for w in workers if w.history]
+    if not in_a_run:
+        return []
+    count = max(w.count for w in in_a_run)
+    last = [w for w in in_a_run if w.count == count]
+    histories = [w.history for w in last]
+    chosen = max(sorted(set(histories)), key=histories.count)
+    return sorted((w for w in last if w.history == chosen), key=lambda w: w.name)
+
+
+def _check_places(leading: Sequence[_Asked]) -> None:
+    """Whether those that are not behind are in the same call.
+
+    Raises:
+        CommunicationError: on all of them.
+    """
+    if any(w.place["code"] != leading[0].place["code"] for w in leading):
+        where = ", ".join(f"{w.name} in {w.place['what']}" for w in leading)
+        raise CommunicationError(
+            f"workers are not in the same call: {where}. All must call average() equally often, and "
+            "averaged(), flush() and the like together; nothing of this was merged"
+        )
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha1("|".join(parts).encode(), usedforsecurity=False).hexdigest()
+
+
+def _own_store(host: str, timeout_s: float) -> tuple[Any, str]:
+    """A store of this worker's at one address alone, and the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, 0), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"host={host!r}: {error.strerror}; allowed is an address of this machine"
+        ) from error
+    port = listening.getsockname()[1]
+    store = _dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listening.detach(),
+    )
+    return store, f"{host} {port}"
+
+
+def _client_of(address: str, timeout_s: float) -> Any:
+    host, _, port = address.rpartition(" ")
+    limit = timedelta(seconds=timeout_s)
+    return _dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=limit)
+
+
+def _gloo(store: Any, rank: int, size: int, host: str, timeout_s: float) -> Any:
+    # torch has no public options of a backend.
+    options = _dist.ProcessGroupGloo._Options()  # noqa: SLF001
+    options._devices = [_dist.ProcessGroupGloo.create_device(hostname=host)]  # noqa: SLF001
+    options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001
+    return _dist.ProcessGroupGloo(store, rank, size, options)

@@ -1,0 +1,371 @@
+"""Workers that come and go: what those that are left, and those that return, hold."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import distoptim
+from distoptim import ALGORITHMS, CommunicationError, Elastic
+from distoptim.testing.processes import free_port, run
+
+pytest.importorskip("torchft", reason="workers that come and go need distoptim[elastic]")
+
+TAU = 4
+HEARTBEAT_S = 1.0
+
+
+def lighthouse(port: int) -> Any:
+    from torchft.coordination import LighthouseServer
+
+    return LighthouseServer(
+        bind=f"127.0.0.1:{port}",
+        min_replicas=1,
+        join_timeout_ms=10_000,
+        quorum_tick_ms=20,
+        heartbeat_timeout_ms=int(1000 * HEARTBEAT_S),
+    )
+
+
+def write(path: Path, value: int) -> None:
+    """For others to read, in whole."""
+    path.with_suffix(".draft").write_text(str(value))
+    path.with_suffix(".draft").replace(path)
+
+
+@pytest.fixture
+def address():
+    os.environ.setdefault("RUST_LOG", "warn")
+    server = lighthouse(0)
+    yield f"127.0.0.1:{server.address().rpartition(':')[2]}"
+    server.shutdown()
+
+
+class Worker:
+    """One in a loop of its own; notes what it holds after every merge."""
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        algorithm: str,
+        *,
+        tau: int = TAU,
+        start: int = 3,
+        timeout_s: float = 20.0,
+    ) -> None:
+        torch.manual_seed(ord(name))
+        self.model = torch.nn.Linear(6, 3)
+        self.workers = Elastic(
+            address, name=name, start=start, timeout_s=timeout_s, join_timeout_s=60.0
+        )
+        self.optimizer: Any = ALGORITHMS[algorithm](
+            self.model.parameters(),
+            lr=0.05,
+            tau=tau,
+            communicator=self.workers,
+            module=self.model,
+        )
+        self.began = self.optimizer.local_step
+        self.generator = torch.Generator().manual_seed(ord(name))
+        self.held: dict[int, str] = {}
+
+    def step(self) -> None:
+        x = torch.randn(8, 6, generator=self.generator)
+        (self.model(x) - x[:, :3]).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        before = self.optimizer.rounds
+        self.optimizer.average()
+        if self.optimizer.rounds != before:
+            self.held[self.optimizer.rounds] = self.holds()
+        time.sleep(0.01)
+
+    def holds(self) -> str:
+        """What all must hold alike: the anchor, or x where it has just become the mean."""
+        if self.optimizer.engine.shared_state()[0]:
+            return str(self.optimizer.anchor_digest())
+        if self.optimizer.engine.clock.delay == 0:
+            return repr([p.detach().tolist() for p in self.model.parameters()])
+        return ""
+
+    def found(self) -> dict[str, Any]:
+        stats = self.optimizer.stats()
+        out = {
+            "held": self.held,
+            "began": self.began,
+            "members": self.workers.members,
+            **{name: stats[name] for name in ("lost", "catch_ups", "syncs")},
+        }
+        self.optimizer.close()
+        return out
+
+
+def killed_and_back(rank: int, address: str, algorithm: str, folder: Path) -> dict[str, Any]:
+    """c (rank 2) is killed in the middle of a round; rank 3 is c again, started anew."""
+    died = folder / "died"
+    end = folder / "end"
+    if rank == 3:
+        while not died.exists():
+            time.sleep(0.01)
+    worker = Worker("abcc"[rank], address, algorithm)
+    if rank == 3:
+        write(end, worker.began + 10 * TAU)
+    while not end.exists() or worker.optimizer.local_step < int(end.read_text()):
+        worker.step()
+        if rank == 2 and worker.optimizer.local_step == 5 * TAU + 2:
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return worker.found()
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["overlap-local-sgd", "local-sgd", "cocod-sgd", "bmuf", "eager-diloco"]
+)
+def test_a_killed_worker_is_missed_and_comes_back(address, tmp_path, algorithm):
+    found = run(killed_and_back, 4, address, algorithm, tmp_path, backend=None, expect_exit={2: -9})
+    a, b, back = found[0], found[1], found[3]
+    assert back["began"] > 5 * TAU
+    assert back["members"] == a["members"] == ["a", "b", "c"]
+    assert (back["catch_ups"], back["lost"]) == (1, 0)
+    for one in (a, b):
+        # The mean that was on its way when c died, at most.
+        assert one["lost"] <= 1
+        assert one["catch_ups"] <= one["lost"]
+    common = back["held"].keys() & a["held"].keys() & b["held"].keys()
+    assert len(common) >= 5
+    for one in (b, back):
+        same = a["held"].keys() & one["held"].keys()
+        assert all(a["held"][count] == one["held"][count] for count in same)
+
+
+def leaves(rank: int, address: str) -> dict[str, Any]:
+    """c says goodbye."""
+    worker = Worker("abc"[rank], address, "overlap-local-sgd")
+    while worker.optimizer.local_step < (5 * TAU if rank == 2 else 40 * TAU):
+        worker.step()
+    return worker.found()
+
+
+def test_no_mean_is_lost_with_who_says_goodbye(address):
+    found = run(leaves, 3, address, backend=None)
+    for one in found[:2]:
+        assert one["members"] == ["a", "b"]
+        assert one["lost"] == 0
+    assert found[0]["held"] == found[1]["held"]
+
+
+def stands_still(rank: int, address: str, folder: Path) -> dict[str, Any]:
+    """b stands still for longer than all timeouts, and goes on."""
+    end = folder / "end"
+    worker = Worker("abc"[rank], address, "overlap-local-sgd", timeout_s=2.0)
+    stopped = False
+    while not end.exists() or worker.optimizer.local_step < int(end.read_text()):
+        worker.step()
+        if rank == 1 and worker.optimizer.local_step == 5 * TAU + 1 and not stopped:
+            stopped = True
+            stop_for(4.0)
+        if rank == 1 and worker.optimizer.stats()["catch_ups"] and not end.exists():
+            write(end, worker.optimizer.local_step + 10 * TAU)
+    return worker.found()
+
+
+def stop_for(seconds: float) -> None:
+    if os.fork() == 0:
+        time.sleep(seconds)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_who_stands_still_is_left_behind_and_catches_up(address, tmp_path):
+    a, b, c = run(stands_still, 3, address, tmp_path, backend=None)
+    assert b["catch_ups"] >= 1
+    assert a["members"] == b["members"] == c["members"] == ["a", "b", "c"]
+    for one in (b, c):
+        same = a["held"].keys() & one["held"].keys()
+        assert len(same) >= 10
+        assert all(a["held"][count] == one["held"][count] for count in same)
+
+
+def goes_on(rank: int, address: str, folder: Path) -> dict[str, Any]:
+    worker = Worker("ab"[rank], address, "overlap-local-sgd", start=2)
+    while worker.optimizer.local_step < 60 * TAU:
+        worker.step()
+        if worker.optimizer.local_step == 5 * TAU:
+            (folder / f"begun-{rank}").touch()
+    return worker.found()
+
+
+def test_all_wait_for_a_lighthouse_that_is_away_and_go_on(tmp_path):
+    port = free_port()
+    first = lighthouse(port)
+
+    def restart() -> None:
+        while len(list(tmp_path.glob("begun-*"))) < 2:
+            time.sleep(0.01)
+        first.shutdown()
+        time.sleep(1.0)
+        servers.append(lighthouse(port))
+
+    servers: list[Any] = []
+    thread = threading.Thread(target=restart)
+    thread.start()
+    a, b = run(goes_on, 2, f"127.0.0.1:{port}", tmp_path, backend=None)
+    thread.join()
+    servers[0].shutdown()
+    assert a["held"] == b["held"]
+    assert len(a["held"]) == 60 - a["lost"]
+    assert a["members"] == ["a", "b"]
+
+
+def joins_with(rank: int, address: str, folder: Path) -> str:
+    """Another tau than the run's; the others go on."""
+    if rank == 2:
+        while not (folder / "begun").exists():
+            time.sleep(0.01)
+        with pytest.raises(
+            ValueError, match=r"workers disagree on tau: rank 0 has 4, rank 1 has 5"
+        ):
+            Worker("c", address, "overlap-local-sgd", tau=5)
+        (folder / "refused").touch()
+        return "refused"
+    worker = Worker("ab"[rank], address, "overlap-local-sgd", start=2)
+    while not (folder / "refused").exists():
+        worker.step()
+        (folder / "begun").touch()
+    count = worker.optimizer.rounds
+    # Both have to end at one round.
+    while worker.optimizer.rounds < count + 20:
+        worker.step()
+    return "went on"
+
+
+def test_a_newcomer_that_disagrees_is_refused_and_the_others_go_on(address, tmp_path):
+    found = run(joins_with, 3, address, tmp_path, backend=None)
+    assert found == ["went on", "went on", "refused"]
+
+
+def other_tau(rank: int, address: str) -> str:
+    torch.manual_seed(0)
+    workers = Elastic(address, name="ab"[rank], start=2, timeout_s=20.0)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"workers disagree on tau: rank 0 has 4, rank 1 has 5"):
+        distoptim.LocalSGD(model.parameters(), lr=0.1, tau=4 + rank, communicator=workers)
+    workers.close()
+    return "refused"
+
+
+def test_workers_that_disagree_are_refused(address):
+    assert run(other_tau, 2, address, backend=None) == ["refused"] * 2
+
+
+def test_too_few_are_said_after_a_while(address):
+    workers = Elastic(address, name="a", start=2, join_timeout_s=0.5)
+    with pytest.raises(
+        CommunicationError, match=r"no run to join, and 1 of 2 workers, within 0.5 s"
+    ):
+        distoptim.LocalSGD(torch.nn.Linear(2, 2).parameters(), lr=0.1, tau=4, communicator=workers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codec": "int8"}, "codec='int8' beside workers that come and go"),
+        ({"fragments": 2}, "fragments=2 beside workers"),
+        ({"tau": {0: 2, 4: 4}}, "tau=.* beside workers .* an integer for tau"),
+    ],
+)
+def test_what_does_not_go_with_it_yet_is_refused(address, options, message):
+    workers = Elastic(address, name="a")
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=message):
+        distoptim.OverlapLocalSGD(
+            model.parameters(), **{"lr": 0.1, "tau": 4, "communicator": workers, **options}
+        )
+    workers.close()
+
+
+def test_what_all_would_have_to_come_to_is_refused(address):
+    model = torch.nn.Linear(2, 2)
+    optimizer = distoptim.OverlapLocalSGD(
+        model.parameters(), lr=0.1, tau=4, communicator=Elastic(address, name="a")
+    )
+    with (
+        pytest.raises(ValueError, match=r"join.. beside workers that come and go"),
+        optimizer.join(),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"load_state_dict.. beside workers that come and go"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(9):
+        optimizer.average()
+    before = [p.detach().clone() for p in model.parameters()]
+    # No other worker need be there for it.
+    with optimizer.averaged(model):
+        pass
+    optimizer.flush()
+    assert all(map(torch.equal, before, model.parameters()))
+    assert optimizer.local_step == 9
+    optimizer.close()
+    optimizer.close()
+
+
+def test_the_script_of_the_docs_runs(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "elastic.md"
+    script = page.read_text().partition("```python\n")[2].partition("```")[0]
+    for there, here in {
+        "10.0.0.1:29510": address,
+        "10.0.0.5": "127.0.0.1",
+        "start=3": "start=1",
+    }.items():
+        assert there in script
+        script = script.replace(there, here)
+    script = script.replace("...", "model(torch.ones(1, 2)).sum().backward()")
+    names = {"torch": torch, "distoptim": distoptim, "model": torch.nn.Linear(2, 2), "steps": 45}
+    exec(compile(script, page.name, "exec"), names)
+    assert names["optimizer"].stats()["syncs"] == 45 // 20 - 1 + 1
+    assert Path("model.pt").exists()
+
+
+def test_the_command_listens_until_it_is_told_to_end():
+    port = free_port()
+    command = [sys.executable, "-m", "distoptim", "lighthouse", "--bind", f"127.0.0.1:{port}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert (
+            process.stdout.readline() == f"lighthouse at 127.0.0.1:{port}, heartbeat timeout 5 s\n"
+        )
+        worker = Worker("a", f"127.0.0.1:{port}", "overlap-local-sgd", start=1)
+        worker.step()
+        worker.found()
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "options", "message"),
+    [
+        ("host1", {}, "allowed is HOST:PORT"),
+        ("127.0.0.1:1", {"name": ""}, "name='': allowed is text"),
+        ("127.0.0.1:1", {"start": 0}, "start=0"),
+        ("127.0.0.1:1", {"host": "203.0.113.7"}, "host='203.0.113.7'.*an address of this machine"),
+    ],
+)
+def test_bad_arguments_are_refused(where, options, message):
+    with pytest.raises(ValueError, match=message):
+        Elastic(where, **{"name": "a", **options})
+
+
+def test_no_lighthouse_is_said():
+    with pytest.raises(CommunicationError, match=r"no lighthouse answers at http://127.0.0.1:1"):
+        Elastic("127.0.0.1:1", name="a", join_timeout_s=0.1, timeout_s=0.5)
