@@ -126,6 +126,25 @@ def test_the_others_go_on_as_if_it_had_sent_their_mean(make):
     )
 
 
+@pytest.mark.filterwarnings("ignore:all workers have sent equal")
+def test_where_nobody_moves_nobody_moves_after_it(make):
+    """What was not finite is no distance from which a worker has moved since."""
+
+    def still(rank, params):
+        return [torch.zeros_like(p) for p in params]
+
+    def once(rank, params):
+        return [torch.full_like(p, math.nan if rank == SICK else 0) for p in params]
+
+    workers = Lockstep(make, [toy.start()] * toy.WORKERS)
+    before = workers.run(AT - 1, still)[-1]
+    with pytest.warns(QuarantineWarning):
+        workers.step(once)
+    for x in workers.run(3 * toy.TAU, still):
+        # Adam makes 1e-9 of the rounding of a mean of three.
+        torch.testing.assert_close(x, before, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("delay", [0, 1, toy.TAU])
 def test_easgd_sums_over_the_healthy(delay):
     workers = cluster(MAKERS[f"easgd-delay{delay}-fragments1"])
