@@ -198,6 +198,18 @@ def test_few_bits_train_as_float32_does(codec):
     assert float((cluster.x().mean(0) - minimum).norm()) < (0.01 if codec != "2bit" else 0.05) * way
 
 
+@pytest.mark.parametrize("workers", [2, 4])
+def test_codes_weigh_as_samples_do(workers):
+    found = []
+    for codec in (None, "bf16"):
+        cluster = run_of(SGD, start=lambda: coded.START, workers=workers, codec=codec)
+        for step in range(6):
+            cluster.step(coded.gradient, samples=[1.0 + rank + step % 2 for rank in range(workers)])
+        found.append(cluster.x())
+    close(*found, 0.02)
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_resuming_in_flight_is_bit_equal_also_with_codes_in_two_stages(workers):
     def make(params, communicator):
