@@ -130,7 +130,7 @@ class Average(Rule):
         return state
 
     def sent(self, fragment: Fragment, state: State, sent: Flat) -> None:
-        """Remember what was sent."""
+        """Keep a copy: the mean will stand in the buffer."""
         # Not by the state alone: in the synchronous phase of `PostLocal` it is another rule's.
         if self.carry and isinstance(state, Sent):
             state.sent.tensor.copy_(sent.tensor[: fragment.numel])

@@ -163,11 +163,11 @@ class OuterOptimizer(OuterStep):
     settings: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Try the factory."""
+        """Try the factory on one number, and note what it makes."""
         object.__setattr__(self, "settings", _tried(self.factory))
 
     def optimizer(self, anchors: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
-        """The factory's."""
+        """What the factory makes of them."""
         return self.factory(anchors)
 
     def step(self, fragment: Fragment, state: Anchored, mean: Mean) -> None:
@@ -239,7 +239,7 @@ class Pull(Rule):
             fragment.pull(state.anchor, self.alpha)
 
     def shared(self, state: State) -> Mapping[str, Any]:
-        """All of it."""
+        """Anchor, outer optimizer and its learning rates: all of the state."""
         return shared_fields(state)
 
 

@@ -74,7 +74,7 @@ class Penalised(Rule):
         state.farthest = max(state.farthest, state.moved)
 
     def shared(self, state: State) -> Mapping[str, Any]:
-        """All of it."""
+        """Anchor and momentum: all of the state."""
         return vars(state)
 
 

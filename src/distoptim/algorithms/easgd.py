@@ -48,7 +48,7 @@ class Spring(Rule):
         state.anchor.tensor.lerp_(payload, self.alpha * mean.workers)
 
     def shared(self, state: State) -> Mapping[str, Any]:
-        """All of it."""
+        """The anchor: all of the state."""
         return shared_fields(state)
 
 

@@ -180,18 +180,18 @@ class SingleWorker(Communicator):
         return Handle(buffer)
 
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
-        """The own input."""
+        """Only this worker's input, at once."""
         output[0].copy_(input)
         return Handle(output)
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
-        """The own row."""
+        """The row that this worker has for itself, at once."""
         output.copy_(input)
         return Handle(output)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
-        """Nothing to receive."""
+        """The buffer stays: nobody else has one."""
 
     def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
-        """The own message."""
+        """Only this worker's message, as it would have come over a wire."""
         return [json.loads(json.dumps(message))]

@@ -318,7 +318,7 @@ class CodedHandle(Handle):
 
     @property
     def seconds(self) -> float:
-        """Of the codes' way."""
+        """How long the codes travelled, without coding and decoding."""
         return self.carried.seconds
 
     def poll(self) -> None:

@@ -71,7 +71,7 @@ class NcclHandle(TimedHandle):
             self.waited_s = self._events[0].elapsed_time(self._events[1]) / 1e3
 
     def tails(self, count: int) -> Tensor:
-        """From pinned memory."""
+        """From pinned memory, to which the mean's end was copied behind it."""
         return self._tail[-count:]
 
 
@@ -146,5 +146,5 @@ class StagedHandle(TimedHandle):
         torch.cuda.current_stream(self.buffer.device).wait_stream(self._stream)
 
     def tails(self, count: int) -> Tensor:
-        """From the host's copy."""
+        """From the copy in host memory, in which gloo has averaged."""
         return self._host[-count:]

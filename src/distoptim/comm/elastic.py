@@ -63,7 +63,7 @@ class ElasticHandle(TimedHandle):
         self._over.set()
 
     def poll(self) -> None:
-        """Note the end."""
+        """Note whether the communication thread is done with it."""
         self.look(self._over.is_set())
 
     def _wait(self, timeout_s: float) -> None:

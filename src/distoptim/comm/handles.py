@@ -82,7 +82,7 @@ class TimedHandle(Handle, ABC):
     """A collective that takes real time; subclasses say how to wait for it."""
 
     def wait(self, timeout_s: float) -> None:
-        """Block, by the clock."""
+        """Block, and count for how long."""
         start = time.perf_counter()
         self._wait(timeout_s)
         end = time.perf_counter()

@@ -41,13 +41,13 @@ class Saved:
         raise ValueError(f"checkpoint: {self.name} is {_short(self.value)}: allowed is {allowed}")
 
     def __getitem__(self, key: str) -> Saved:
-        """A dictionary's value."""
+        """What stands under a key, which must be there."""
         if key not in self.names():
             raise ValueError(f"checkpoint: {self.name} has no {key!r}")
         return Saved(self.value[key], f"{self.name}.{key}")
 
     def names(self) -> list[Any]:
-        """A dictionary's keys."""
+        """The keys, where it is a dictionary; else refused."""
         if not isinstance(self.value, Mapping):
             self.refuse("a dictionary")
         return list(self.value)
@@ -58,7 +58,7 @@ class Saved:
             yield key, Saved(self.value[key], f"{self.name}[{key!r}]")
 
     def parts(self, count: int | None = None) -> list[Saved]:
-        """A list's values."""
+        """The values with their places, where it is a list; else refused."""
         if not isinstance(self.value, list | tuple) or count not in (None, len(self.value)):
             self.refuse("a list" if count is None else f"a list of {count}")
         return [Saved(value, f"{self.name}[{i}]") for i, value in enumerate(self.value)]
@@ -79,12 +79,12 @@ class Saved:
         return float(found)
 
     def flag(self) -> None:
-        """True or False."""
+        """The value, where it is True or False; else refused."""
         if not isinstance(self.value, bool):
             self.refuse("True or False")
 
     def text(self) -> str:
-        """A text."""
+        """The value, where it is text; else refused."""
         if not isinstance(self.value, str):
             self.refuse("a text")
         return self.value

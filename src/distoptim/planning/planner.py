@@ -131,7 +131,7 @@ class Plan:
     reason: str
 
     def as_dict(self) -> dict[str, object]:
-        """Plain data."""
+        """As JSON can hold it, for `--json`."""
         return asdict(self)
 
 

@@ -37,7 +37,7 @@ class Measured:
     bandwidth_gbit_s: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """As JSON can hold it, for the file that `plan --probe` reads."""
         return asdict(self)
 
 

@@ -49,7 +49,7 @@ class Constant:
             raise ValueError("step_s=[]: allowed is one number per worker")
 
     def seconds(self, rank: int, step: int) -> float:
-        """The worker's constant."""
+        """The same at every step of a worker."""
         each = self._each()
         return float(each[rank % len(each)])
 
@@ -81,7 +81,7 @@ class ShiftedExponential:
         checks.integer("seed", self.seed, 0)
 
     def seconds(self, rank: int, step: int) -> float:
-        """The step's draw."""
+        """Drawn for this worker and step; the same whenever it is asked."""
         return self.shift_s - self.mean_s * math.log1p(-_uniform(self.seed, rank, step))
 
 
@@ -110,7 +110,7 @@ class Pareto:
         checks.integer("seed", self.seed, 0)
 
     def seconds(self, rank: int, step: int) -> float:
-        """The step's draw."""
+        """Drawn for this worker and step; the same whenever it is asked."""
         return self.scale_s * float((1 - _uniform(self.seed, rank, step)) ** (-1 / self.shape))
 
 
@@ -169,7 +169,7 @@ class Trace:
             raise ValueError(f"{path}: no step in it")
 
     def seconds(self, rank: int, step: int) -> float:
-        """The recorded value."""
+        """What was recorded for this worker and step, over again at the end."""
         row = self._steps[step % len(self._steps)]
         return row[rank % len(row)]
 

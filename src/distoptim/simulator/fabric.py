@@ -230,7 +230,7 @@ class VirtualCommunicator(Communicator):
         return self._fabric.clocks[self.rank]
 
     def all_reduce(self, buffer: Tensor) -> Handle:
-        """Join the next mean."""
+        """Hand in a buffer; the mean is there when all workers have."""
         return self._fabric.arrive(self.rank, buffer, buffer, _average)
 
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:

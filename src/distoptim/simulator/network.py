@@ -33,7 +33,7 @@ class Ring:
     links: Sequence[Link]
 
     def all_reduce_s(self, nbytes: float, workers: int) -> float:
-        """Seconds."""
+        """Seconds of one mean, the slowest part of its way deciding."""
         return max(link.all_reduce_s(nbytes, workers) for link in _cycle(self.links, workers))
 
 
@@ -59,7 +59,7 @@ class Gloo:
         check(self.streams)
 
     def all_reduce_s(self, nbytes: float, workers: int) -> float:
-        """Seconds."""
+        """Seconds of one mean, the slowest part of its way deciding."""
         if workers == 1:
             return 0.0
         count = self.streams
@@ -82,7 +82,7 @@ class Tree:
     links: Sequence[Link]
 
     def all_reduce_s(self, nbytes: float, workers: int) -> float:
-        """Seconds."""
+        """Seconds of one mean, the slowest part of its way deciding."""
         hops = 2 * math.ceil(math.log2(workers))
         return max(hops * link.broadcast_s(nbytes, 2) for link in _cycle(self.links, workers))
 
@@ -112,7 +112,7 @@ class TwoTier:
         checks.integer("size", self.size, 1)
 
     def all_reduce_s(self, nbytes: float, workers: int) -> float:
-        """Seconds."""
+        """Seconds of one mean, the slowest part of its way deciding."""
         members = min(self.size, workers)
         inside = self.inside.all_reduce_s(nbytes, members)
         return 1.5 * inside + self.between.all_reduce_s(nbytes, math.ceil(workers / self.size))

@@ -102,7 +102,7 @@ class CliOption:
         return f"--{self.name.replace('_', '-')}"
 
     def parameter(self, group: Group) -> inspect.Parameter:
-        """For cyclopts."""
+        """How cyclopts reads it from the command line."""
         # 0 is worth showing, and equal to False.
         shown = self.default is not False and self.default not in (None, "", ())
         unset = self.place.unset if self.default is None else None

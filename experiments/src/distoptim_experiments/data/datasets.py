@@ -186,7 +186,7 @@ class Batches:
         self._shuffle()
 
     def __iter__(self) -> Batches:
-        """Itself."""
+        """Goes on where it stands, also in mid-epoch."""
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ class Worker(Processes):
         return made
 
     def run(self, job: Job, observers: Sequence[Observer]) -> int:
-        """This worker's part."""
+        """One rank's part of a run, in step with the others."""
         self._runs += 1
         # A group must not find the addresses of the one before.
         return run_worker(

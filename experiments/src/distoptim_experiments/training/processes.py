@@ -50,7 +50,7 @@ class Processes(Workers):
 
     @property
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        """This rank's."""
+        """This rank's alone; the others are in processes of their own."""
         return [self._method.optimizer]
 
     @property
@@ -136,7 +136,7 @@ class Processes(Workers):
         return self._before + self._method.costs()
 
     def barrier(self) -> None:
-        """Of all ranks."""
+        """Wait until all ranks are here."""
         self._world.barrier()
 
     def state_dict(self) -> dict[str, Any]:

@@ -35,12 +35,12 @@ class StopSignals:
         self._raises = False
 
     def __enter__(self) -> StopSignals:
-        """Take over."""
+        """From here on signals are noted, and end nothing."""
         self._before = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give back."""
+        """Signals do again what they did before."""
         for s, handler in self._before.items():
             signal.signal(s, handler)
 

@@ -106,16 +106,16 @@ class Virtual(Workers):
 
     @property
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        """Of all workers."""
+        """Rank by rank, since all are in this process."""
         return self.cluster.optimizers
 
     @property
     def parameters(self) -> int:
-        """Of one worker."""
+        """Numbers in one worker's model."""
         return sum(p.numel() for p in self.cluster.models[0].parameters())
 
     def begin(self) -> None:
-        """They are."""
+        """Virtual workers begin together by themselves."""
 
     def step(self, step: int) -> Sequence[float]:
         """Of all workers, in lockstep; a whole round of equal time, if there are such."""
@@ -163,7 +163,7 @@ class Virtual(Workers):
         }
 
     def barrier(self) -> None:
-        """Nobody else is there."""
+        """Nothing to wait for: no other process takes part."""
 
     def state_dict(self) -> dict[str, Any]:
         """Of all workers; takes no virtual time."""

@@ -39,7 +39,7 @@ class Seat:
 
     @property
     def part(self) -> int:
-        """Which part of it."""
+        """Index of this rank among those of its worker."""
         return self.rank % self.island_size
 
 
@@ -74,7 +74,7 @@ class World:
         self.control = dist.new_group(backend="gloo")
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait until all ranks are here."""
         dist.barrier(self.control)
 
     def gather(self, message: object) -> list[Any]:

@@ -93,7 +93,7 @@ class PowerSGD(Method):
         return future
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """As synchronous SGD."""
+        """Nothing to average: workers hold equal parameters."""
         return self._synchronous.averaged()
 
     def costs(self) -> Costs:
