@@ -271,6 +271,11 @@ class RunConfig(Settings):
         Field(gt=0, description="Emulate a link: each worker's rate, in Gbit/s."),
         Option(NETWORK),
     ] = None
+    streams: Annotated[
+        int | None,
+        Field(ge=1, le=64, description="Connections at once in a mean."),
+        Option(NETWORK, unset="as many as a long fat link is worth"),
+    ] = None
     slowdown: Annotated[
         Slowdown, Field(description="Random delay of every worker's steps."), Option(NETWORK)
     ] = "none"

@@ -88,7 +88,7 @@ def check(config: RunConfig) -> RunConfig:
     _check_rounds(config)
     # As many as there can be fragments.
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(min(config.tau, 1000))]
-    build(config, params, communicator=_Absent(config.workers))
+    build(config.replace(streams=None), params, communicator=_Absent(config.workers))
     return config
 
 
@@ -114,6 +114,8 @@ def build(config: RunConfig, params: Iterable[Tensor], **where: Any) -> torch.op
         checks.integer("approximation_rank", config.options.get("approximation_rank", 1), 1)
     if config.synchronous:
         return inner
+    if config.streams is not None:
+        where["streams"] = config.streams
     return ALGORITHMS[config.algorithm](
         inner, tau=period_of(config), timeout_s=config.timeout_s, **where, **config.options
     )

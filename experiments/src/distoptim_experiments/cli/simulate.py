@@ -44,6 +44,7 @@ ONLY_REAL = (
     "slowdown",
     "slowdown_ms",
     "levels",
+    "streams",
     "island_size",
     "island_kind",
     "checkpoint_every",
