@@ -124,6 +124,8 @@ class BlockCodec(Codec):
             code[:end].view(self.scale or torch.uint8).view(blocks, int(self.scale is not None))
         )
         numbers = code[end : self.nbytes(x.numel())].view(self.word).view(blocks, -1)
+        if blocks <= STEP:
+            return iter(((x, scales, numbers),))
         chunks = [torch.split(x, STEP * BLOCK), *(torch.split(t, STEP) for t in (scales, numbers))]
         return zip(*chunks, strict=True)
 
@@ -438,24 +440,27 @@ class _Scratch(threading.local):
     """A room of each thread: two may code at a time."""
 
     def __init__(self) -> None:
-        self._room = _Room(
+        self._whole = _Room(
             torch.empty(STEP, BLOCK),
             torch.empty(STEP, BLOCK, dtype=torch.int8),
             torch.empty(STEP, BLOCK, dtype=torch.int8),
             torch.empty(STEP, BLOCK // 2, dtype=torch.int32),
         )
+        self._last = self._whole
 
     def of(self, x: Tensor) -> _Room:
         """As much of it as x [blocks, 256] needs."""
-        room = self._room
-        if len(x) == STEP:
-            return room
-        return _Room(
-            room.floats[: len(x)],
-            room.bytes[: len(x)],
-            room.more_bytes[: len(x)],
-            room.integers[: len(x)],
-        )
+        blocks = x.shape[0]
+        if self._last.floats.shape[0] != blocks:
+            whole = self._whole
+            # Kept: messages of a run have few sizes.
+            self._last = _Room(
+                whole.floats[:blocks],
+                whole.bytes[:blocks],
+                whole.more_bytes[:blocks],
+                whole.integers[:blocks],
+            )
+        return self._last
 
 
 _scratch = _Scratch()
