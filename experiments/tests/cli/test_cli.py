@@ -3,6 +3,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -547,7 +548,9 @@ def _by_tcp(rank, port, folder):
     os.chdir(folder)
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
-    meeting = ("--init", f"tcp://127.0.0.1:{port}", "--rank", str(rank), "--world-size", "2")
+    # An IPv6 address where there are any; torchrun's tests have the others.
+    host = "[::1]" if socket.has_dualstack_ipv6() else "127.0.0.1"
+    meeting = ("--init", f"tcp://{host}:{port}", "--rank", str(rank), "--world-size", "2")
     sys.argv = ["distoptim", "train", *TINY, "--steps", "4", *meeting, "--folder", "a"]
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
         console.main()

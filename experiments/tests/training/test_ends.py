@@ -102,8 +102,10 @@ def in_training(folder) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     [
         (signal.SIGKILL, os.kill),
         pytest.param(signal.SIGHUP, os.killpg, marks=pytest.mark.soak),
+        pytest.param(signal.SIGQUIT, os.killpg, marks=pytest.mark.soak),
+        pytest.param(signal.SIGQUIT, os.kill, marks=pytest.mark.soak),
     ],
-    ids=["killed", "terminal closed"],
+    ids=["killed", "terminal closed", "Ctrl-\\", "quit"],
 )
 def test_all_processes_end_with_the_command_and_say_nothing(tmp_path, signum, send):
     with in_training(tmp_path / "run") as (command, pids):
