@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 LARGEST = 1e30  # far enough from the end of float32 that a product with a parameter is finite
+
+
+def is_zero(value: object) -> bool:
+    """Whether it is the integer 0, of anything that may still have to be refused."""
+    return isinstance(value, Integral) and value == 0
 
 
 def number(

@@ -48,6 +48,7 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "consensus_distance()": lambda o: o.consensus_distance(),
     "consolidate()": lambda o: o.consolidate(),
     "load_state_dict()": lambda o: o.load_state_dict(o.state_dict()),
+    "average_module()": lambda o: o.average_module(torch.nn.Linear(3, 2)),
     "close()": lambda o: o.close(),
 }
 DISAGREEMENTS = {

@@ -100,6 +100,12 @@ COMMON = {
     "average_in_step": st.one_of(st.booleans(), ODD),
     "reset_inner": st.one_of(st.booleans(), ODD),
     "gmf": UNIT,
+    "codec": st.one_of(st.sampled_from(["int8", "2bit+ef", "int8+ef+ef", "+ef", Int8()]), ODD),
+    "module": st.one_of(st.sampled_from([torch.nn.Linear(1, 1), torch.nn.ReLU]), ODD),
+    "sync_module": FLAG,
+    "levels": ODD,
+    "device_mesh": ODD,
+    "streams": st.one_of(TAU, st.just("auto")),
 }
 OWN = {
     "local-sgd": {"delay": TAU, "outer_momentum": UNIT, "carry": FLAG},

@@ -293,10 +293,10 @@ def adopting(outer: OuterStep, *, delay: int | None, carry: bool) -> Rule:
     Raises:
         ValueError: a delay without `carry`, which would throw away the local steps made meanwhile.
     """
-    if not checks.flag("carry", carry) and delay != 0:
+    if not checks.flag("carry", carry) and not checks.is_zero(delay):
         raise ValueError(
             f"delay={delay} without carry: adopting a late anchor throws away the local steps made "
             "meanwhile; use delay=0, or carry=True, which keeps them, or OverlapLocalSGD, which pulls "
             "instead"
         )
-    return Carry(outer) if delay != 0 else Pull(outer, 1.0)
+    return Pull(outer, 1.0) if checks.is_zero(delay) else Carry(outer)

@@ -56,7 +56,7 @@ class OverlapLocalSGD(AveragingOptimizer):
     ) -> None:
         alpha = checks.number("alpha", alpha, 0, 1)
         momentum = checks.outer_momentum(outer_momentum, gmf, default=0.7)
-        if alpha == 1 and delay != 0:
+        if alpha == 1 and not checks.is_zero(delay):
             raise ValueError(
                 f"alpha=1 with delay={tau if delay is None else delay}: the local steps made "
                 "meanwhile would be thrown away; allowed is alpha below 1, or delay=0"

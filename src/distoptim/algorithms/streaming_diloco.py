@@ -66,7 +66,7 @@ class StreamingDiLoCo(AveragingOptimizer):
         **options: Unpack[Options],
     ) -> None:
         local_weight = checks.number("local_weight", local_weight, 0, 1, open_high=True)
-        if delay != 0 and not local_weight:
+        if not local_weight and not checks.is_zero(delay):
             raise ValueError(
                 f"local_weight=0 with delay={delay}: the local steps made meanwhile would be "
                 "thrown away; allowed is a local_weight above 0, delay=0, or DiLoCo(carry=True)"
