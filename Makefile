@@ -8,7 +8,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # What is installed of the library; workers that come and go need torchft, which needs torch 2.7.
 EXTRAS ?= dev,elastic
 
-.PHONY: demo test lint pytest chaos tables package bench clean
+.PHONY: demo test lint pytest test-integrations chaos tables package bench clean
 
 $(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,11 @@ lint: $(VENV)/installed
 # Whole files to a process: some have workers that run once for all their tests.
 pytest: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The trainers that the library works inside of, installed and tried; `pytest` passes over those that are not there.
+test-integrations: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers]'
+	$(BIN)/python -m pytest tests/integrations
 
 # What takes real processes many seconds: more faults, more seeds, more ranks than `make test` has.
 chaos: $(VENV)/installed
