@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,3 +71,11 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
 
 def whole(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([t.detach().flatten().double() for t in model.state_dict().values()])
+
+
+def of_the_page(section: str) -> str:
+    """The code of docs/trainers.md as it is after a section's diff."""
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
+    diff = re.search(rf"^## {section}\n.*?^```diff\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert diff is not None
+    return "\n".join(line[1:] for line in diff[1].splitlines() if line[:1] != "-")

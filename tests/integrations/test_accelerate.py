@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from distoptim.testing.processes import run
-from tests.integrations.replay import BY_HAND, flat, ours, whole
+from tests.integrations.replay import BY_HAND, flat, of_the_page, ours, whole
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed: make test-integrations")
 
@@ -166,7 +166,28 @@ def _two(rank: int, folder: Path) -> None:
     _with(rank, _all, folder)
 
 
+def page() -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    import distoptim.integrations.accelerate
+
+    AcceleratorState._reset_state()  # noqa: SLF001  # as above
+    model = model_of()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    names = {
+        "distoptim": distoptim,
+        "Accelerator": lambda **options: Accelerator(cpu=True, **options),
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
+    }
+    exec(compile(of_the_page("Accelerate"), "trainers.md", "exec", dont_inherit=True), names)
+    assert type(names["optimizer"]).__name__ == "AveragedOptimizer"
+
+
 def _all(rank: int, folder: Path) -> None:
+    page()
     right_numbers(rank)
     checkpoints(rank, folder)
 

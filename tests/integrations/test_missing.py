@@ -1,0 +1,18 @@
+"""Without its framework, a module says in one line what to install."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["accelerate", "transformers"])
+def test_one_line_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in ("accelerate", "transformers"):
+        monkeypatch.delitem(sys.modules, f"distoptim.integrations.{known}", raising=False)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=rf"pip install 'distoptim\[{name}\]'$") as error:
+        importlib.import_module(f"distoptim.integrations.{name}")
+    assert "\n" not in str(error.value)
