@@ -136,6 +136,11 @@ class Parts:
     equal: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def compared(self) -> bool:
+        """Whether there is something that workers have to compare."""
+        return bool(self.statistics or self.equal)
+
 
 def parts_of(modules: Sequence[torch.nn.Module], own: Collection[int]) -> Parts:
     """What is in the modules beside the parameters with these ids; what is a worker's own left out."""

@@ -165,3 +165,17 @@ def equal_counts(rank: int) -> float:
 
 def test_equal_counts_of_other_batches_are_right() -> None:
     assert run(equal_counts, 2) == [-16.0, -16.0]
+
+
+def with_and_without(rank: int) -> str:
+    """Only one worker gives the module, whose statistics it would average."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    optimizer = ALGORITHMS["local-sgd"](module.parameters(), lr=0.1, tau=4, timeout_s=TIMEOUT_S)
+    with pytest.raises(CommunicationError) as caught:
+        optimizer.averaged(module if rank else None).__enter__()
+    return str(caught.value)
+
+
+def test_a_module_that_only_one_gives_is_told_to_all() -> None:
+    for text in run(with_and_without, 2):
+        assert "rank 0 in averaged() at local step 0, rank 1 in averaged() with a module" in text

@@ -27,11 +27,12 @@ def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Itera
     """
     _reshard(module)
     parts = _parts(engines, module)
+    kind = Kind.AVERAGED_MODULE if parts.compared else Kind.AVERAGED
     # First, since it finds workers that are elsewhere.
     means = [
         (sync.fragment, mean)
         for engine in engines
-        for sync, mean in zip(engine.syncs, engine.means(Kind.AVERAGED), strict=True)
+        for sync, mean in zip(engine.syncs, engine.means(kind), strict=True)
     ]
     statistics, more = _statistics(engines, parts, Kind.AVERAGED)
     means += more
@@ -67,7 +68,7 @@ def consolidate(engine: Engine, module: torch.nn.Module | None) -> None:
     """
     engine.check_local()
     parts = _parts([engine], module)
-    means = engine.means(Kind.CONSOLIDATE)
+    means = engine.means(Kind.CONSOLIDATE_MODULE if parts.compared else Kind.CONSOLIDATE)
     statistics, more = _statistics([engine], parts, Kind.CONSOLIDATE)
     engine.adopt(means)
     with torch.inference_mode(any(x.is_inference() for x in statistics)), torch.no_grad():
@@ -152,7 +153,7 @@ def _parts(engines: Sequence[Engine], module: torch.nn.Module | None) -> Parts:
 def _compare(engines: Sequence[Engine], parts: Parts, kind: Kind) -> None:
     """Whether what is to be equal is, and statistics have equal shapes; collective."""
     communicator = engines[0].communicator
-    if communicator.size == 1 or not (parts.statistics or parts.equal):
+    if communicator.size == 1 or not parts.compared:
         return
     call = kind.call
     own = {name: module_state.look(t) for name, t in parts.statistics.items()}

@@ -35,6 +35,8 @@ class Kind(IntEnum):
     MODULE = 7
     LOAD = 8
     CLOSE = 9
+    AVERAGED_MODULE = 10
+    CONSOLIDATE_MODULE = 11
 
     @property
     def call(self) -> str:
@@ -49,6 +51,8 @@ class Kind(IntEnum):
             Kind.MODULE: "average_module()",
             Kind.LOAD: "load_state_dict()",
             Kind.CLOSE: "close()",
+            Kind.AVERAGED_MODULE: "averaged() with a module",
+            Kind.CONSOLIDATE_MODULE: "consolidate() with a module",
         }[self]
 
 
