@@ -13,11 +13,17 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distoptim import __main__ as console
 from distoptim.testing.processes import run
+
+# What a script leaves behind, until its process ends, as in one of its own. Dropped at once, torch's
+# DistributedDataParallel hung in one of ten runs: its end waits, with the interpreter lock, for a thread of
+# gloo that wants it.
+_kept: list[dict[str, Any]] = []
 
 
 def execute(line: str, folder: Path) -> list[str]:
@@ -51,7 +57,7 @@ def _worker(rank: int, program: list[str]) -> str:
             if module:
                 runpy.run_module(program[1], run_name="__main__", alter_sys=True)
             else:
-                runpy.run_path(program[0], run_name="__main__")
+                _kept.append(runpy.run_path(program[0], run_name="__main__"))
     except SystemExit as end:
         if end.code:
             raise RuntimeError(f"{program}: exit code {end.code}") from end
