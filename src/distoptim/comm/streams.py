@@ -57,7 +57,8 @@ def choose(nbytes: int, link: Link, workers: int) -> int:
     """How many streams a mean of so many bytes is worth, on a link as measured by two or more workers.
 
     None that would have less than `LEAST_STREAM` bytes to send, which its connections take to get up
-    to speed, and twice as many as fill the link at the most, since it is measured by one connection.
+    to speed, and four times as many as fill the link at the most: its rate is measured by one
+    connection that has just begun, on long links too low.
     """
     # A message of gloo takes a round trip: it asks before it sends.
     rtt_s = link.latency_s
@@ -65,7 +66,7 @@ def choose(nbytes: int, link: Link, workers: int) -> int:
         return 1
     sent = 2 * (workers - 1) / workers * nbytes
     filling = math.ceil(min(link.bandwidth_gbit_s * 1e9 / 8 * rtt_s / PER_ROUND_TRIP, MOST))
-    return max(1, min(MOST_CHOSEN, 2 * filling, int(sent / LEAST_STREAM)))
+    return max(1, min(MOST_CHOSEN, 4 * filling, int(sent / LEAST_STREAM)))
 
 
 def mean_s(nbytes: float, link: Link, workers: int, streams: int) -> float:

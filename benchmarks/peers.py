@@ -1,0 +1,205 @@
+"""What users would pick instead, over a slow link: milliseconds a step of each. Linux, root.
+
+Two workers in namespaces of their own (`benchmarks.delay_line`), real TCP. A local step is 24 layers that
+sleep, a third of it forward and two thirds backward, so that the load of the machine matters little; the
+gradients and messages are real. Peers that are not installed are left out.
+
+Run: python -m benchmarks.peers [--mbit-s 100] [--rtt-ms 20] [--params 820352] [--step-ms 60]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import distoptim
+from benchmarks.delay_line import DelayLine
+
+LAYERS = 24
+WIDTH = 64
+TAU = 8
+ROUNDS = 3
+WARM_UP = 2
+
+Train = Callable[[], None]
+"""One step: forward, backward, local step, averaging."""
+
+
+class Sleep(torch.autograd.Function):
+    """A layer: sleeps forward and twice as long backward; the parameter gets a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
+        time.sleep(seconds)
+        ctx.seconds = seconds
+        ctx.like = weight
+        return x + weight[0, 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        time.sleep(2 * ctx.seconds)
+        return grad, torch.full_like(ctx.like, 1e-3), None
+
+
+class Sleeper(nn.Module):
+    """A model of so many parameters whose step takes so long."""
+
+    def __init__(self, params: int, step_s: float) -> None:
+        super().__init__()
+        rows = params // LAYERS // WIDTH
+        self.weights = nn.ParameterList([torch.zeros(rows, WIDTH) for _ in range(LAYERS)])
+        self._each_s = step_s / (3 * LAYERS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All layers, one after the other."""
+        for weight in self.weights:
+            x = Sleep.apply(x, weight, self._each_s)
+        return x
+
+
+def methods(make: Callable[[], Sleeper]) -> Iterator[tuple[str, Train]]:
+    """By name, how each trains; made one after the other."""
+    model = make()
+    yield "computation alone", stepper(model, adamw(model))
+    for name, hook in HOOKS.items():
+        ddp = DistributedDataParallel(make())
+        hook(ddp)
+        yield name, stepper(ddp, adamw(ddp))
+    model = make()
+    averager = PeriodicModelAverager(period=TAU, warmup_steps=0)
+    yield "torch PostLocalSGD", stepper(model, PostLocalSGDOptimizer(adamw(model), averager))
+    if find_spec("accelerate") is not None:
+        yield "accelerate LocalSGD", accelerated(make())
+    for name, algorithm, options in OURS:
+        model = make()
+        optimizer = algorithm(adamw(model), tau=TAU, module=model, **options)
+        yield name, stepper(model, optimizer, optimizer.average)
+        optimizer.close()
+
+
+HOOKS: dict[str, Callable[[Any], object]] = {
+    "DDP": lambda ddp: None,
+    "DDP, fp16 hook": lambda ddp: ddp.register_comm_hook(None, default_hooks.fp16_compress_hook),
+    "DDP, PowerSGD rank 2": lambda ddp: ddp.register_comm_hook(
+        powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2),
+        powerSGD_hook.powerSGD_hook,
+    ),
+}
+OURS: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+    ("LocalSGD", distoptim.LocalSGD, {}),
+    ("OverlapLocalSGD", distoptim.OverlapLocalSGD, {}),
+    ("OverlapLocalSGD, int8", distoptim.OverlapLocalSGD, {"codec": "int8"}),
+    ("OverlapLocalSGD, e3m0", distoptim.OverlapLocalSGD, {"codec": "e3m0"}),
+    ("StreamingDiLoCo, 4 fragments", distoptim.StreamingDiLoCo, {"fragments": 4, "delay": 2}),
+)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """What all step with."""
+    return torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+
+def stepper(model: nn.Module, optimizer: Any, average: Train = lambda: None) -> Train:
+    """A training loop's body."""
+
+    def train() -> None:
+        model(torch.zeros(1)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average()
+
+    return train
+
+
+def accelerated(model: nn.Module) -> Train:
+    """Hugging Face's LocalSGD."""
+    from accelerate import Accelerator
+    from accelerate.local_sgd import LocalSGD
+
+    accelerator = Accelerator(cpu=True)
+    optimizer = adamw(model)
+    prepared = accelerator.prepare_model(model)
+    local = LocalSGD(
+        accelerator=accelerator, model=prepared, local_sgd_steps=TAU, enabled=True
+    ).__enter__()
+    inside = stepper(prepared, optimizer, local.step)
+
+    def train() -> None:
+        with accelerator.no_sync(prepared):
+            inside()
+
+    return train
+
+
+def worker(params: int, step_s: float) -> None:
+    """Rank 0 prints a line of JSON for each method."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for name, train in methods(lambda: Sleeper(params, step_s)):
+        for _ in range(WARM_UP * TAU):
+            train()
+        dist.barrier()
+        cpu = time.process_time()
+        rounds = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            for _ in range(TAU):
+                train()
+            rounds.append((time.perf_counter() - start) / TAU)
+        cpu = (time.process_time() - cpu) / (ROUNDS * TAU)
+        if dist.get_rank() == 0:
+            found = {"method": name, "step_s": statistics.median(rounds), "cpu_s": cpu}
+            print(json.dumps(found), flush=True)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--mbit-s", type=float, default=100.0)
+    parser.add_argument("--rtt-ms", type=float, default=20.0)
+    parser.add_argument("--params", type=int, default=820_352)
+    parser.add_argument("--step-ms", type=float, default=60.0)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        worker(given.params, given.step_ms / 1e3)
+        return
+    command = [sys.executable, "-m", "benchmarks.peers", "--worker"]
+    command += ["--params", str(given.params), "--step-ms", str(given.step_ms)]
+    print("| method | ms a step | without communication | CPU, ms a step | load |")
+    print("|---|---|---|---|---|")
+    with DelayLine(2, rtt_s=given.rtt_ms / 1e3, gbit_s=given.mbit_s / 1e3) as line:
+        first, second = line.start(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        alone = 0.0
+        for text in first.stdout or ():
+            found = json.loads(text)
+            alone = alone or found["step_s"]
+            print(
+                f"| {found['method']} | {1e3 * found['step_s']:.1f} | {alone / found['step_s']:.0%} | "
+                f"{1e3 * found['cpu_s']:.1f} | {os.getloadavg()[0]:.1f} |",
+                flush=True,
+            )
+        code = first.wait() or second.wait()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
