@@ -56,9 +56,11 @@ class DelayLine:
         self._bytes_per_s = gbit_s * 1e9 / 8
         self._names = [f"line{os.getpid()}-{i}" for i in range(hosts)]
         self._pid = 0
+        self._started: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Self:
-        """Make hosts and link."""
+        """Make hosts and link, which are taken away when this process is stopped, too."""
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         devices = []
         for i, name in enumerate(self._names):
             _ip("netns", "add", name)
@@ -73,7 +75,10 @@ class DelayLine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take them away."""
+        """Take them away, with what still runs on them."""
+        for process in self._started:
+            process.kill()
+            process.wait()
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
         for name in self._names:
@@ -96,7 +101,7 @@ class DelayLine:
             "GLOO_SOCKET_IFNAME": _DEVICE,
             "TP_SOCKET_IFNAME": _DEVICE,
         }
-        return [
+        started: list[subprocess.Popen[str]] = [
             subprocess.Popen(  # type: ignore[call-overload]  # as its caller says
                 ["ip", "netns", "exec", self._names[rank], *command],
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": "0"},
@@ -105,6 +110,8 @@ class DelayLine:
             )
             for rank in (range(self.hosts) if ranks is None else ranks)
         ]
+        self._started += started
+        return started
 
     def _pass_on(self, devices: Sequence[int]) -> None:
         """Every packet when the link would have; for ever."""
