@@ -34,7 +34,7 @@ pytest: $(VENV)/installed
 
 # The trainers that the library works inside of, installed and tried; `pytest` passes over those that are not there.
 test-integrations: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,lightning]'
 	$(BIN)/python -m pytest tests/integrations
 
 # What takes real processes many seconds: more faults, more seeds, more ranks than `make test` has.

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("name", ["accelerate", "transformers"])
+@pytest.mark.parametrize("name", ["accelerate", "transformers", "lightning"])
 def test_one_line_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for known in ("accelerate", "transformers"):
+    for known in ("accelerate", "transformers", "lightning"):
         monkeypatch.delitem(sys.modules, f"distoptim.integrations.{known}", raising=False)
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=rf"pip install 'distoptim\[{name}\]'$") as error:

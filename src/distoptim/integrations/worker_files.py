@@ -31,14 +31,19 @@ def write(
         optimizers: by name.
         beside: what else workers have of their own, such as schedulers; plain data and tensors.
     """
-    rank, workers = _place(optimizers)
+    path = _path(folder, optimizers)
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "model": model.state_dict(),
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "beside": dict(beside),
     }
-    torch.save(content, folder / f"distoptim_{rank}_of_{workers}.pt")
+    torch.save(content, path)
+
+
+def remove(folder: Path, optimizers: Mapping[str, AveragingOptimizer]) -> None:
+    """Delete this worker's file, if it is there."""
+    _path(folder, optimizers).unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -77,6 +82,11 @@ def read(
         optimizer.load_state_dict(saved["optimizers"][name])
     beside: dict[str, Any] = saved["beside"]
     return beside if alike else None
+
+
+def _path(folder: Path, optimizers: Mapping[str, AveragingOptimizer]) -> Path:
+    rank, workers = _place(optimizers)
+    return folder / f"distoptim_{rank}_of_{workers}.pt"
 
 
 def _place(optimizers: Mapping[str, AveragingOptimizer]) -> tuple[int, int]:

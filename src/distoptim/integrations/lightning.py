@@ -1,0 +1,182 @@
+"""Averaging optimizers in Lightning: a strategy that averages, and a callback that validates the mean."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from distoptim.integrations import worker_files
+from distoptim.optimizer import AveragingOptimizer, averaged
+
+try:
+    from lightning.pytorch import Callback
+    from lightning.pytorch.strategies import DDPStrategy
+except ImportError as error:
+    raise ImportError(
+        "distoptim.integrations.lightning needs Lightning: pip install 'distoptim[lightning]'"
+    ) from error
+
+
+@final
+class AveragingStrategy(DDPStrategy):
+    """One process per device, as DDPStrategy starts them, and no DDP: optimizers of distoptim average.
+
+    Each optimizer step counts once, skipped ones too. A checkpoint's weights are the workers' mean; the
+    workers' own are in the folder "NAME.ckpt.workers" beside it, from which `ckpt_path=` goes on bit-equal,
+    or on another number of workers from the anchor. After `fit` all workers hold the mean.
+
+    Args: DDPStrategy's, of which those about DDP itself have no effect.
+    """
+
+    strategy_name = "distoptim"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._resumes_from: Path | None = None
+        self._beside: dict[str, Any] | None = None
+
+    def configure_ddp(self) -> None:
+        """No DDP: gradients stay a worker's own."""
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Lightning's.
+
+        Raises:
+            ValueError: one is none of distoptim's, so that what it trains would never be averaged.
+        """
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if not isinstance(optimizer, AveragingOptimizer):
+                raise ValueError(
+                    f"AveragingStrategy with {type(optimizer).__name__}, whose parameters would stay each "
+                    "worker's own: allowed are optimizers of distoptim from configure_optimizers()"
+                )
+
+    @property
+    def averaging(self) -> dict[str, AveragingOptimizer]:
+        """The optimizers by number; none before `fit`."""
+        return {str(i): optimizer for i, optimizer in enumerate(self.optimizers)}
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the module is the workers' mean; as is before `fit`."""
+        optimizers = self.averaging.values()
+        if not optimizers:
+            return contextlib.nullcontext()
+        return averaged(self.lightning_module, *optimizers)
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **options: Any) -> Any:
+        """A local step, which counts."""
+        out = super().optimizer_step(optimizer, *args, **options)
+        optimizer.average()
+        return out
+
+    def on_train_end(self) -> None:
+        """The module holds the workers' mean from here on."""
+        super().on_train_end()
+        for optimizer in self.averaging.values():
+            optimizer.consolidate(self.lightning_module if len(self.optimizers) == 1 else None)
+
+    # ---- checkpoints ------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Of the workers' mean; on all workers."""
+        with self.averaged():
+            return {
+                name: value.clone() if isinstance(value, torch.Tensor) else value
+                for name, value in super().lightning_module_state_dict().items()
+            }
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Lightning's, of rank 0, and each worker's own."""
+        if self.averaging and "optimizer_states" in checkpoint:
+            schedulers = checkpoint.get("lr_schedulers", [])
+            beside = {"schedulers": schedulers}
+            worker_files.write(_own(filepath), self.lightning_module, self.averaging, beside)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Lightning's, and each worker's own."""
+        if self.averaging:
+            worker_files.remove(_own(filepath), self.averaging)
+        super().remove_checkpoint(filepath)
+        self.barrier()
+        if self.is_global_zero and _own(filepath).exists():
+            _own(filepath).rmdir()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Lightning's; notes what it is."""
+        self._resumes_from = _own(checkpoint_path)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each worker's own model, which is the mean so far, and optimizers."""
+        if self._resumes_from is None:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        self._beside = worker_files.read(self._resumes_from, self.lightning_module, self.averaging)
+
+    def on_train_start(self) -> None:
+        """After all was loaded: schedulers are each worker's own too."""
+        super().on_train_start()
+        if self._beside is not None:
+            trainer = self.lightning_module.trainer
+            for config, state in zip(
+                trainer.lr_scheduler_configs, self._beside["schedulers"], strict=True
+            ):
+                config.scheduler.load_state_dict(state)
+            self._beside = None
+
+
+@final
+class AveragingCallback(Callback):
+    """Validation within `fit` sees the workers' mean, so also early stopping and the best checkpoint.
+
+    Logs what the optimizers have measured under "distoptim/...".
+    """
+
+    def __init__(self) -> None:
+        self._block = contextlib.ExitStack()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Look at the strategy.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        if not isinstance(trainer.strategy, AveragingStrategy):
+            raise ValueError(
+                f"AveragingCallback with {type(trainer.strategy).__name__}: allowed is "
+                "Trainer(strategy=AveragingStrategy())"
+            )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Log, as often as Lightning logs."""
+        for number, optimizer in trainer.strategy.averaging.items():
+            values = worker_files.logged(optimizer)
+            suffix = f"/{number}" if len(trainer.optimizers) > 1 else ""
+            pl_module.log_dict({name + suffix: value for name, value in values.items()})
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Parameters become the mean."""
+        # After fit they are it already.
+        if trainer.state.fn == "fit":
+            self._block.enter_context(trainer.strategy.averaged())
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Parameters become local again."""
+        self._block.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same; communicates nothing."""
+        self._block.close()
+
+
+def _own(filepath: Any) -> Path:
+    """The folder of the workers' own files."""
+    return Path(f"{filepath}.workers")
