@@ -81,10 +81,18 @@ class Rule(ABC):
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """Combine the finished mean with the state and the local parameters."""
 
-    def abandoned(self, fragment: Fragment, state: State) -> None:  # noqa: B027  # optional
-        """A launch whose mean never came: leave x and state such that the next launch is right.
+    def abandoned(  # noqa: B027  # optional
+        self, fragment: Fragment, state: State, sent: Flat | None
+    ) -> None:
+        """A launch whose mean never came: leave x and state as if there had been none.
 
         Nothing unless overridden: right for every rule that leaves x alone at the launch.
+
+        Args:
+            fragment: the parameters, with the local steps made since.
+            state: as the launch left it.
+            sent: the payload, and its weight (0 or 1) as last element; may be overwritten. None where it
+                was not kept, since workers do not come and go: then nothing is launched any more.
         """
 
     def shared(self, state: State) -> Mapping[str, Any]:

@@ -73,6 +73,13 @@ class Penalised(Rule):
         state.moved = self.outer_lr * float(torch.stack(norms).norm())
         state.farthest = max(state.farthest, state.moved)
 
+    def abandoned(self, fragment: Fragment, state: State, sent: Flat | None) -> None:
+        """x <- sent + (x - z): the steps that no mean will bring back."""
+        assert isinstance(state, Gap)
+        if sent is not None:
+            sent.tensor[: fragment.numel].sub_(state.anchor.tensor)
+            fragment.add(sent)
+
     def shared(self, state: State) -> Mapping[str, Any]:
         """Anchor and momentum: all of the state."""
         return vars(state)

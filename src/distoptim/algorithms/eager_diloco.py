@@ -103,6 +103,20 @@ class Restart(Rule):
         torch.sub(state.anchor.tensor, base.tensor, out=base.tensor)
         fragment.add(base)
 
+    def abandoned(self, fragment: Fragment, state: State, sent: Flat | None) -> None:
+        """x <- sent + (x - base), and the own momentum as before: u <- (u - g)/beta."""
+        assert isinstance(state, Carried)
+        if sent is None:
+            return
+        payload = sent.tensor[: fragment.numel]
+        beta = self.outer.momentum
+        if isinstance(state, Eager) and state.own is not None and beta:
+            # Weighted as at the launch, where one that was not finite did not count.
+            own = state.own.tensor
+            own.sub_((state.anchor.tensor - payload).mul_(sent.tensor[-1])).div_(beta)
+        payload.sub_(base_of(state).tensor)
+        fragment.add(sent)
+
     def shared(self, state: State) -> Mapping[str, Any]:
         """Anchor and outer state, neither the base nor the own momentum."""
         return shared_fields(state)

@@ -47,6 +47,13 @@ class Spring(Rule):
         payload = mean.flat.tensor[: fragment.numel]
         state.anchor.tensor.lerp_(payload, self.alpha * mean.workers)
 
+    def abandoned(self, fragment: Fragment, state: State, sent: Flat | None) -> None:
+        """x <- x + alpha (sent - z): the anchor was not pulled, so x was not either."""
+        assert isinstance(state, Anchored)
+        if sent is not None:
+            sent.tensor[: fragment.numel].sub_(state.anchor.tensor)
+            fragment.add(sent, weight=self.alpha)
+
     def shared(self, state: State) -> Mapping[str, Any]:
         """The anchor: all of the state."""
         return shared_fields(state)

@@ -160,6 +160,9 @@ class Engine(Rounds):
             )
             for index, fragment in enumerate(fragments)
         ]
+        if communicator.elastic and type(rule).abandoned is not Rule.abandoned:
+            for sync in self.syncs:
+                sync.kept = sync.fragment.flat(extra=1)
         self._code()
         clock.expect(sum(communicator.mean_s(sync.nbytes) for sync in self.syncs))
         self._begin()
@@ -295,6 +298,8 @@ class Engine(Rounds):
         if fragment.device.type == "cpu" and not finite:
             self._quarantine(sync)
             rule.payload(fragment, sync.state, sync.buffer)
+        if sync.kept is not None:
+            sync.keep()
         # After the payload was read: rules that move x at the launch send what it was before.
         rule.sent(fragment, sync.state, sync.buffer)
         return finite
@@ -759,7 +764,9 @@ class Engine(Rounds):
     def _lose(self, sync: FragmentSync) -> None:
         """A mean will not come; local steps go on, and the next launch is as any other."""
         sync.pending = None
-        self._active.abandoned(sync.fragment, sync.state)
+        self._active.abandoned(sync.fragment, sync.state, sync.kept)
+        # What is in the buffer is nobody's mean, to which a worker could go back.
+        sync.fragment.read(sync.buffer)
         self.counters.lost += 1
 
     def _catch_up(self, sync: FragmentSync, handle: Handle) -> None:
@@ -817,7 +824,7 @@ class Engine(Rounds):
         for sync in self.syncs:
             if sync.pending is not None:
                 sync.pending = None
-                self._active.abandoned(sync.fragment, sync.state)
+                self._active.abandoned(sync.fragment, sync.state, sync.kept)
         self.plan()
 
 

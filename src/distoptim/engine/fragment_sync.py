@@ -57,6 +57,7 @@ class FragmentSync:
         seconds: how long the last mean took.
         samples: of this worker when it launched last (see `Weights`).
         likeness: whether all workers send the same; None where that is settled, or not asked.
+        kept: a copy of what is in flight, for a rule that needs it when the mean is lost; else None.
     """
 
     index: int
@@ -73,6 +74,7 @@ class FragmentSync:
     pending: PendingMean | None = None
     compressed: CompressedMean | None = None
     likeness: Likeness | None = None
+    kept: Flat | None = None
 
     def __post_init__(self) -> None:
         """Note what messages call it, and how large they are without a codec."""
@@ -80,6 +82,12 @@ class FragmentSync:
         self.fragment.read(self.buffer)
         self.name = f"fragment {self.index}"
         self.nbytes = self.buffer.nbytes
+
+    def keep(self) -> None:
+        """Copy what is about to be sent, and its weight."""
+        assert self.kept is not None
+        self.kept.tensor[:-1] = self.buffer.tensor[: self.fragment.numel]
+        self.kept.tensor[-1] = self.buffer.tensor[-1]
 
     def place(self, step: int, tau: int) -> None:
         """Begin its rounds anew at a local step: spread over the round by the fragment's offset."""
