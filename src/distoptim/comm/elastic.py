@@ -46,6 +46,9 @@ _FORGOTTEN_S = 6.0
 _NEW_LIGHTHOUSE_S = 5.0
 # Between questions to a lighthouse that is away, or that knows too few workers.
 _PAUSE_S = 0.2
+# While a group is built nobody hears of a death but by asking: so often, and connecting takes at most so long.
+_LOOK_S = 0.02
+_CONNECT_S = 5.0
 
 
 @final
@@ -417,10 +420,29 @@ class Elastic(Communicator):
             address = (first or members[0]).store
             mine = address == self._store_address
             store = self._store if mine else _client_of(address, self.timeout_s)
-            work = _gloo(
-                _dist.PrefixStore(key, store), self.rank, self.size, self.host, self.timeout_s
-            )
+            store = _dist.PrefixStore(key, store)
+            self._gather_at(store, members)
+            work = _gloo(store, self.rank, self.size, self.host, self.timeout_s)
         self._group = _Group(key, lives, work)
+
+    def _gather_at(self, store: Any, members: Sequence[_Asked]) -> None:
+        """Wait until all have come to build their group, as long as those that have not are alive.
+
+        A group that is built with one that died after the lighthouse named it would be waited for as long
+        as one that stands still.
+
+        Raises:
+            RuntimeError: one is gone, or has not come within the timeout.
+        """
+        store.set(self._life, "")
+        missing = [w for w in members if w.life != self._life]
+        deadline = time.monotonic() + self.timeout_s
+        while missing := [w for w in missing if not store.check([w.life])]:
+            for worker in missing:
+                _see_alive(worker)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{missing[0].name} has not come within {self.timeout_s:g} s")
+            time.sleep(_LOOK_S)
 
     def _catch_up(
         self, launch: _Launch, members: Sequence[_Asked], giver: _Asked, behind: Sequence[_Asked]
@@ -463,6 +485,8 @@ class Elastic(Communicator):
     def _leave_group(self) -> None:
         work = self._group.work
         self._group = _Group()
+        # Who has none must ask who is there.
+        self._unasked = 0
         if work is not None:
             work.abort()
 
@@ -579,8 +603,20 @@ def _own_store(host: str, timeout_s: float) -> tuple[Any, str]:
     return store, f"{host} {port}"
 
 
+def _see_alive(worker: _Asked) -> None:
+    """Whether the process is there whose store this is: one that stands still is.
+
+    Raises:
+        OSError: it is not.
+    """
+    host, _, port = worker.store.rpartition(" ")
+    socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+
+
 def _client_of(address: str, timeout_s: float) -> Any:
     host, _, port = address.rpartition(" ")
+    # The store would try again until its timeout.
+    socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
     limit = timedelta(seconds=timeout_s)
     return _dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=limit)
 
@@ -589,5 +625,8 @@ def _gloo(store: Any, rank: int, size: int, host: str, timeout_s: float) -> Any:
     # torch has no public options of a backend.
     options = _dist.ProcessGroupGloo._Options()  # noqa: SLF001
     options._devices = [_dist.ProcessGroupGloo.create_device(hostname=host)]  # noqa: SLF001
-    options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001
-    return _dist.ProcessGroupGloo(store, rank, size, options)
+    # All are here: connecting waits for nobody but one that dies in these milliseconds.
+    options._timeout = timedelta(seconds=min(_CONNECT_S, timeout_s))  # noqa: SLF001
+    group = _dist.ProcessGroupGloo(store, rank, size, options)
+    group._set_default_timeout(timedelta(seconds=timeout_s))  # noqa: SLF001
+    return group
