@@ -69,6 +69,7 @@ def walk(workers, rounds, pushes):
     return workers.x()
 
 
+@pytest.mark.filterwarnings("ignore:all workers have sent equal parameters")
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_round_without_a_mean_is_none(name):
     """All steps before and after a launch whose mean is lost are in x, and in the next payload."""

@@ -20,6 +20,7 @@ import queue
 import socket
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -343,7 +344,9 @@ class Elastic(Communicator):
             self._all_reduce(launch)
         except (RuntimeError, OSError) as error:
             # At once: others of the group wait for this worker as long as it holds it, and who goes on
-            # without asking finds out by it.
+            # without asking finds out by it. It hears of nothing while anybody holds the group, as the
+            # exception's frames do.
+            traceback.clear_frames(error.__traceback__)
             self._leave_group()
             if isinstance(error, CommunicationError):
                 raise
@@ -450,27 +453,50 @@ class Elastic(Communicator):
         """One that is not behind gives what all share; who is behind sends nothing in this mean."""
         work = self._group.work
         source = members.index(giver)
-        limit = timedelta(seconds=self.timeout_s)
-        late = [members.index(w) for w in behind]
         if self.rank == source:
             assert self._member is not None
             file = io.BytesIO()
             torch.save(self._member.give(), file)
             message = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-            for rank in late:
-                work.send([torch.tensor([message.numel()])], rank, 0).wait(limit)
-                work.send([message], rank, 1).wait(limit)
-        elif self.rank in late:
+            for worker in behind:
+                rank = members.index(worker)
+                self._wait(work.send([torch.tensor([message.numel()])], rank, 0), worker)
+                self._wait(work.send([message], rank, 1), worker)
+        elif members[self.rank] in behind:
             size = torch.zeros(1, dtype=torch.int64)
-            work.recv([size], source, 0).wait(limit)
+            self._wait(work.recv([size], source, 0), giver)
             message = torch.zeros(int(size), dtype=torch.uint8)
-            work.recv([message], source, 1).wait(limit)
+            self._wait(work.recv([message], source, 1), giver)
             state = torch.load(io.BytesIO(message.numpy().tobytes()), weights_only=True)
             launch.handle.caught_up = CatchUp(giver.place, state)
             code = torch.tensor(giver.place["code"], dtype=launch.buffer.dtype)
             launch.buffer.zero_()
             launch.buffer[-1 - len(code) : -1] = code
             logger.info("%s: catches up with %s", self.name, giver.name)
+
+    def _wait(self, work: Any, other: _Asked) -> None:
+        """Wait for a message to or from one worker; gloo would not hear of its death.
+
+        Raises:
+            RuntimeError: it is gone, or stands still for longer than the timeout.
+        """
+        over = threading.Event()
+
+        def watch() -> None:
+            try:
+                while not over.wait(_PAUSE_S):
+                    _see_alive(other)
+            except OSError:
+                work.abort()
+
+        thread = threading.Thread(target=watch, name="distoptim watch", daemon=True)
+        thread.start()
+        try:
+            if not work.wait(timedelta(seconds=self.timeout_s)):
+                raise RuntimeError(f"{other.name} is gone")
+        finally:
+            over.set()
+            thread.join()
 
     def _all_reduce(self, launch: _Launch) -> None:
         if self.size > 1:
