@@ -7,6 +7,7 @@ import torch
 
 from distoptim import rule as rules
 from distoptim.algorithms.anchor import Pull
+from distoptim.algorithms.easgd import Spring
 from distoptim.comm import Handle, MeanLost
 from distoptim.rule import Mean
 from distoptim.simulator.fabric import VirtualCommunicator
@@ -122,3 +123,15 @@ def test_what_is_shared_is_enough_to_go_on(name):
             assert torch.dist(x, start.tensor) <= 2 * max(
                 moved, torch.dist(start.tensor, 1.1 * start.tensor)
             )
+
+
+def test_an_anchor_is_pulled_no_harder_by_more_workers_than_began():
+    """Two began, six more have come: with all of their pulls z would swing ever further."""
+    fragment = cluster("easgd-delay0-fragments1", None).optimizers[0].engine.syncs[0].fragment
+    rule = Spring(1 / 3, 2)
+    state = rule.start(fragment)
+    z = state.anchor.tensor.clone()
+    mean = fragment.flat(extra=1)
+    mean.tensor.fill_(1.0)
+    rule.merge(fragment, state, Mean(mean, 8, [0.1]))
+    torch.testing.assert_close(state.anchor.tensor, z.lerp(torch.ones_like(z), 2 / 3))

@@ -28,9 +28,11 @@ class Spring(Rule):
 
     Args:
         alpha: the elastic strength, in (0, 2/(m+1)).
+        most: m; where workers come and go there may be more, and pull the anchor as if they were so many.
     """
 
     alpha: float
+    most: int
 
     def start(self, fragment: Fragment) -> State:
         """The start as anchor."""
@@ -45,7 +47,7 @@ class Spring(Rule):
         """z <- z + alpha workers (mean - z)."""
         assert isinstance(state, Anchored)
         payload = mean.flat.tensor[: fragment.numel]
-        state.anchor.tensor.lerp_(payload, self.alpha * mean.workers)
+        state.anchor.tensor.lerp_(payload, self.alpha * min(mean.workers, self.most))
 
     def abandoned(self, fragment: Fragment, state: State, sent: Flat | None) -> None:
         """x <- x + alpha (sent - z): the anchor was not pulled, so x was not either."""
@@ -99,8 +101,9 @@ class EASGD(AveragingOptimizer):
 
         def rule(workers: int) -> Rule:
             if alpha is None:
-                return Spring(1 / (workers + 1))
+                return Spring(1 / (workers + 1), workers)
             limit = 2 / (workers + 1)
-            return Spring(checks.number("alpha", alpha, 0, limit, open_low=True, open_high=True))
+            strength = checks.number("alpha", alpha, 0, limit, open_low=True, open_high=True)
+            return Spring(strength, workers)
 
         super().__init__(params, rule=rule, tau=tau, delay=delay, **options)
