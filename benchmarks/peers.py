@@ -2,7 +2,8 @@
 
 Two workers in namespaces of their own (`benchmarks.delay_line`), real TCP. A local step is 24 layers that
 sleep, a third of it forward and two thirds backward, so that the load of the machine matters little; the
-gradients and messages are real. Peers that are not installed are left out.
+gradients and messages are real. Peers that are not installed are left out, and PowerSGD's hook, which
+waits for ever where a layer's backward pass is written in Python.
 
 Run: python -m benchmarks.peers [--mbit-s 100] [--rtt-ms 20] [--params 820352] [--step-ms 60]
 """
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -96,10 +97,6 @@ def methods(make: Callable[[], Sleeper]) -> Iterator[tuple[str, Train]]:
 HOOKS: dict[str, Callable[[Any], object]] = {
     "DDP": lambda ddp: None,
     "DDP, fp16 hook": lambda ddp: ddp.register_comm_hook(None, default_hooks.fp16_compress_hook),
-    "DDP, PowerSGD rank 2": lambda ddp: ddp.register_comm_hook(
-        powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2),
-        powerSGD_hook.powerSGD_hook,
-    ),
 }
 OURS: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("LocalSGD", distoptim.LocalSGD, {}),
