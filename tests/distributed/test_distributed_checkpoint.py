@@ -86,8 +86,6 @@ def saved(rank: int, folder: Path) -> None:
             resumed.close()
         found = read_mean(folder / name)
         other.load_state_dict(found)
-        floats = [t.flatten().double() for n, t in found.items() if "num_batches" not in n]
-        assert torch.equal(torch.cat(floats), torch.cat([t.flatten().double() for t in floats]))
         torch.testing.assert_close(values(other), mean, rtol=0, atol=0)
         optimizer.close()
 
