@@ -397,19 +397,25 @@ def test_a_file_in_the_way_gives_one_line(tmp_path):
         report.write(read(tmp_path), tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", ["report.md", "report.html", "report-pictures/front.png"])
-def test_a_file_of_the_users_is_not_overwritten_but_a_report_is(tmp_path, name):
+def test_a_file_of_the_users_is_not_overwritten_but_a_report_is(tmp_path):
     put(tmp_path, "a", lines())
-    mine = tmp_path / name
-    mine.parent.mkdir(exist_ok=True)
-    mine.write_text("mine")
     command = ["report", str(tmp_path)]
-    with pytest.raises(ValueError, match=re.escape(f"{mine}: is there and was not made by")):
-        application()(command)
-    assert mine.read_text() == "mine"
-    assert not (tmp_path / "report.md").exists() or name == "report.md"
+    names = ("report.md", "report.html", f"{page.PICTURES}/front.png")
+    files = [tmp_path / name for name in names]
+    (tmp_path / page.PICTURES).mkdir()
+    for mine in files:
+        mine.write_text("mine")
+        with pytest.raises(ValueError, match=re.escape(f"{mine}: is there and was not made by")):
+            application()(command)
+        assert mine.read_text() == "mine"
+        assert [path for path in files if path.exists()] == [mine]
+        mine.unlink()
+    for mine in files:
+        mine.write_text("mine")
     application()([*command, "--force"])
-    made = mine.read_bytes()
+    made = [mine.read_bytes() for mine in files]
+    assert b"mine" not in made
     put(tmp_path, "b", lines(label="CoCoD-SGD"))
     application()(command)
-    assert mine.read_bytes() != made != b"mine"
+    again = [mine.read_bytes() for mine in files]
+    assert all(one != other for one, other in zip(again, made, strict=True))
