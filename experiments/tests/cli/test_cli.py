@@ -94,6 +94,7 @@ def options_of_the_algorithms():
 def test_the_help_of_every_command_lists_all_its_options(invoke):
     assert sorted(commands()) == [
         "compare",
+        "lighthouse",
         "partition",
         "plan",
         "probe",
