@@ -68,7 +68,7 @@ def _resume(rank, name, files):
         ("overlap-local-sgd", signal.SIGKILL, 1, "gloo"),
         ("cocod-sgd", signal.SIGKILL, 0, "gloo"),
         ("overlap-local-sgd", signal.SIGSTOP, 1, "gloo"),
-        ("local-sgd", signal.SIGSTOP, 3, "gloo"),
+        pytest.param("local-sgd", signal.SIGSTOP, 3, "gloo", marks=pytest.mark.soak),
         ("easgd", signal.SIGKILL, 2, "emulated"),
         ("easgd", signal.SIGSTOP, 2, "emulated"),
     ],
@@ -127,7 +127,7 @@ for backend, way, port in json.loads(sys.argv[1]):
 if me is not None:
     torch.set_num_threads(1)
     if backend == "emulated":
-        distoptim.comm.emulate(latency_s=0.1, bandwidth_gbit_s=1.0)
+        distoptim.comm.emulate(latency_s=0.02, bandwidth_gbit_s=1.0)
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     params = [torch.nn.Parameter(torch.zeros(200_000))]
     optimizer = distoptim.CoCoDSGD(params, lr=0.1, tau=3)

@@ -22,6 +22,7 @@ from distoptim import ALGORITHMS, LocalSGD
 from distoptim.comm import SingleWorker
 from distoptim.testing.processes import run
 from tests.helpers.failures import documented, is_documented
+from tests.helpers.share import share
 
 
 class Features(nn.Module):
@@ -420,7 +421,7 @@ def _alike(rank, algorithm, codec, fragments, way):
     [
         (["local-sgd", "overlap-local-sgd"], 2, None, 1),
         (["diloco", "easgd"], 2, "2bit+ef", 1),
-        (list(ALGORITHMS), 3, "int8", 2),
+        (share(ALGORITHMS, of=3), 3, "int8", 2),
     ],
 )
 def test_equal_workers_are_told_once_that_nothing_is_gained(algorithms, workers, codec, fragments):

@@ -9,6 +9,7 @@ from distoptim.comm import Link
 from distoptim.planning.planner import CLOSE, TAUS, Job, plan
 from distoptim.planning.studied import below
 from distoptim.simulator import Gloo, Ring
+from tests.helpers.share import share
 
 
 def job(latency_s=0.01, bandwidth_gbit_s=1.0, **changes):
@@ -56,7 +57,7 @@ def test_memory_is_what_the_docs_say():
 
 
 @pytest.mark.parametrize(
-    ("latency_s", "bandwidth"), [(0.001, 10), (0.01, 1), (0.05, 0.1), (0.2, 0.01)]
+    ("latency_s", "bandwidth"), share([(0.001, 10), (0.01, 1), (0.05, 0.1), (0.2, 0.01)], of=2)
 )
 def test_recommends_the_smallest_tau_that_is_close_to_the_fastest(latency_s, bandwidth):
     made = plan(job(latency_s, bandwidth))
