@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 IMPORTED_BY_WORKERS = (
@@ -20,6 +22,9 @@ def preload() -> None:
 
     The first test that has workers starts it, of whichever distribution that is.
     """
+    # Threads that torch itself starts, as for a hook of DDP's, would take all cores again, and with
+    # several a product of matrices is not the same to the last bit every time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Not at the top: with xdist this file is also read by the process that only hands tests out.
     from distoptim.testing import processes
 

@@ -12,12 +12,14 @@ import pytest
 
 from distoptim import Elastic
 from distoptim.testing.processes import run
-from tests.distributed import test_elastic
-from tests.distributed.test_elastic import TAU, Worker, write
+from tests.helpers import elastic
+from tests.helpers.elastic import TAU, Worker, write
 
+# Read when torchft is imported, which prints every question of every worker without it.
+os.environ.setdefault("RUST_LOG", "warn")
 pytest.importorskip("torchft", reason="workers that come and go need distoptim[elastic]")
 
-address = test_elastic.address
+address = elastic.address
 # Nobody may wait for so long.
 TIMEOUT_S = 30.0
 

@@ -1,0 +1,101 @@
+"""A lighthouse, and a worker in a loop of its own that notes what it holds after every merge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distoptim import ALGORITHMS, Elastic
+
+TAU = 4
+HEARTBEAT_S = 1.0
+
+
+def lighthouse(port: int) -> Any:
+    from torchft.coordination import LighthouseServer
+
+    return LighthouseServer(
+        bind=f"127.0.0.1:{port}",
+        min_replicas=1,
+        join_timeout_ms=10_000,
+        quorum_tick_ms=20,
+        heartbeat_timeout_ms=int(1000 * HEARTBEAT_S),
+    )
+
+
+def write(path: Path, value: int) -> None:
+    """For others to read, in whole."""
+    path.with_suffix(".draft").write_text(str(value))
+    path.with_suffix(".draft").replace(path)
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    server = lighthouse(0)
+    yield f"127.0.0.1:{server.address().rpartition(':')[2]}"
+    server.shutdown()
+
+
+class Worker:
+    """One in a loop of its own; notes what it holds after every merge."""
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        algorithm: str,
+        *,
+        tau: int = TAU,
+        start: int = 3,
+        timeout_s: float = 20.0,
+    ) -> None:
+        torch.manual_seed(ord(name))
+        self.model = torch.nn.Linear(6, 3)
+        self.workers = Elastic(
+            address, name=name, start=start, timeout_s=timeout_s, join_timeout_s=60.0
+        )
+        self.optimizer: Any = ALGORITHMS[algorithm](
+            self.model.parameters(),
+            lr=0.05,
+            tau=tau,
+            communicator=self.workers,
+            module=self.model,
+        )
+        self.began = self.optimizer.local_step
+        self.generator = torch.Generator().manual_seed(ord(name))
+        self.held: dict[int, str] = {}
+
+    def step(self) -> None:
+        x = torch.randn(8, 6, generator=self.generator)
+        (self.model(x) - x[:, :3]).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        before = self.optimizer.rounds
+        self.optimizer.average()
+        if self.optimizer.rounds != before:
+            self.held[self.optimizer.rounds] = self.holds()
+        time.sleep(0.01)
+
+    def holds(self) -> str:
+        """What all must hold alike: the anchor, or x where it has just become the mean."""
+        if self.optimizer.engine.shared_state()[0]:
+            return str(self.optimizer.anchor_digest())
+        if self.optimizer.engine.clock.delay == 0:
+            return repr([p.detach().tolist() for p in self.model.parameters()])
+        return ""
+
+    def found(self) -> dict[str, Any]:
+        stats = self.optimizer.stats()
+        out = {
+            "held": self.held,
+            "began": self.began,
+            "members": self.workers.members,
+            **{name: stats[name] for name in ("lost", "catch_ups", "syncs")},
+        }
+        self.optimizer.close()
+        return out
