@@ -120,3 +120,16 @@ def test_a_communicator_has_its_own_streams():
         LocalSGD(params, lr=0.1, tau=1, streams=2, communicator=SingleWorker())
     with pytest.raises(ValueError, match="streams='x'"):
         ProcessGroupCommunicator(streams="x")
+
+
+def alone(rank):
+    communicator = ProcessGroupCommunicator(streams=2)
+    params = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = LocalSGD(params, lr=0.1, tau=1, communicator=communicator)
+    optimizer.average()
+    optimizer.close()
+    return communicator.link
+
+
+def test_a_group_of_one_has_no_link_to_measure():
+    assert run(alone, 1) == [None]

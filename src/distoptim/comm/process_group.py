@@ -205,6 +205,8 @@ class ProcessGroupCommunicator(Communicator):
             ValueError: on all workers: one's limit of open files allows fewer streams than were asked
                 for, or nccl is asked for more than one.
         """
+        if self.size == 1:
+            return
         if "cpu" not in self._backends:
             if self._asked not in (1, AUTO):
                 raise ValueError(
