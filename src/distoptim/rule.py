@@ -156,10 +156,10 @@ class Average(Rule):
         return state.sent if self.carry and isinstance(state, Sent) else None
 
 
-def save(state: State) -> dict[str, Any]:
-    """A state as plain data and tensors (not copied)."""
+def save(state: State | Mapping[str, Any]) -> dict[str, Any]:
+    """A state, or some of its fields by name, as plain data and tensors (not copied)."""
     out: dict[str, Any] = {}
-    for name, value in vars(state).items():
+    for name, value in (state if isinstance(state, Mapping) else vars(state)).items():
         if isinstance(value, Flat):
             out[name] = value.tensor
         elif isinstance(value, torch.optim.Optimizer):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from distoptim import rule as rules
 from distoptim.checksum import checksum
 from distoptim.engine.engine import Engine, Rounds
-from distoptim.rule import State
 from distoptim.version import __version__
 
 FORMAT = 3
@@ -129,7 +127,7 @@ def digest(engine: Engine) -> str:
     """In hex, of all that workers share: anchors and outer states."""
     found = hashlib.sha256()
     for sync in engine.syncs:
-        values = rules.save(cast("State", SimpleNamespace(**engine.rule.shared(sync.state))))
+        values = rules.save(engine.rule.shared(sync.state))
         # Workers may have learning rates of their own.
         values.pop("lr", None)
         # Of an optimizer, what it remembers; its settings are the rule's.

@@ -6,7 +6,6 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, cast, final
 
 import torch
@@ -20,7 +19,6 @@ from distoptim.engine import checkpoint
 from distoptim.engine.engine import Engine
 from distoptim.engine.identity import SIZE, Kind
 from distoptim.fragments import Fragment
-from distoptim.rule import State
 from distoptim.settings import SyncSettings
 
 logger = logging.getLogger("distoptim")
@@ -124,10 +122,7 @@ class Giver(Member):
     def give(self) -> dict[str, Any]:
         """Anchor and outer state, which no step changes before the mean is merged."""
         shared = self._engine.rule.shared(self._engine.syncs[0].state)
-        return {
-            "shared": rules.save(cast("State", SimpleNamespace(**shared))),
-            "beside": dict(self._beside),
-        }
+        return {"shared": rules.save(shared), "beside": dict(self._beside)}
 
 
 @torch.no_grad()
