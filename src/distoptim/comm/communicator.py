@@ -21,6 +21,18 @@ class CommunicationError(RuntimeError):
     """
 
 
+def unlike_calls(where: str) -> str:
+    """What workers that are in unlike calls are told.
+
+    Args:
+        where: who is in which call.
+    """
+    return (
+        f"workers are not in the same call: {where}. All must call average() equally often, and "
+        "averaged(), flush() and the like together; nothing of this was merged"
+    )
+
+
 class Member(ABC):
     """What a communicator whose workers come and go asks of whoever sends means over it."""
 

@@ -23,7 +23,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast, final
 
@@ -32,7 +32,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distoptim import checks
-from distoptim.comm.communicator import CommunicationError, Communicator, MeanLost, Member
+from distoptim.comm import control
+from distoptim.comm.communicator import (
+    CommunicationError,
+    Communicator,
+    MeanLost,
+    Member,
+    unlike_calls,
+)
 from distoptim.comm.handles import CatchUp, Handle, TimedHandle
 
 logger = logging.getLogger("distoptim")
@@ -54,10 +61,16 @@ _CONNECT_S = 5.0
 
 @final
 class ElasticHandle(TimedHandle):
-    """A mean that other workers may drop out of on its way."""
+    """A mean that other workers may drop out of on its way.
 
-    def __init__(self, buffer: Tensor) -> None:
+    Args:
+        buffer: to be averaged, in place.
+        place: where this worker was when it launched it.
+    """
+
+    def __init__(self, buffer: Tensor, place: dict[str, Any]) -> None:
         super().__init__(buffer, now=time.perf_counter())
+        self.place = place
         self._over = threading.Event()
         self._failure: CommunicationError | None = None
 
@@ -123,17 +136,6 @@ class _Group:
 
 
 @final
-@dataclass
-class _Launch:
-    buffer: Tensor
-    place: dict[str, Any]
-    handle: ElasticHandle = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.handle = ElasticHandle(self.buffer)
-
-
-@final
 class Elastic(Communicator):
     """Workers that come and go: means go on with those that are there.
 
@@ -164,6 +166,8 @@ class Elastic(Communicator):
         ValueError: a value outside its range, or another living worker of that name.
         CommunicationError: no lighthouse, no run and too few workers within `join_timeout_s`.
     """
+
+    elastic = True
 
     def __init__(
         self,
@@ -204,15 +208,13 @@ class Elastic(Communicator):
         self._unasked = 0
         self._launched_s = 0.0
         self._every_s = 0.0
-        self._launches: queue.SimpleQueue[_Launch | None] = queue.SimpleQueue()
+        self._launches: queue.SimpleQueue[ElasticHandle | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self._store, self._store_address = _own_store(host, self.timeout_s)
         self._client = self._connect()
         # An interpreter that ends with a collective under way aborts.
         atexit.register(self.close)
-
-    elastic = True
 
     # ---- what an optimizer asks -------------------------------------------------------------------
 
@@ -221,9 +223,9 @@ class Elastic(Communicator):
         if self._closed.is_set():
             raise CommunicationError("this communicator has been closed")
         assert self._member is not None
-        launch = _Launch(buffer, self._member.place(buffer))
-        self._launches.put(launch)
-        return launch.handle
+        handle = ElasticHandle(buffer, self._member.place(buffer))
+        self._launches.put(handle)
+        return handle
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Among those that begin a run together; to one that joins it comes with its first mean."""
@@ -240,17 +242,9 @@ class Elastic(Communicator):
             raise CommunicationError(
                 f"{self.name}: {what or 'a message'} beside workers that come and go"
             )
-        text = json.dumps(message)
         if self._group.work is None:
-            return [json.loads(text)]
-        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        sizes = self._gather(torch.tensor([mine.numel()]))
-        longest = int(max(sizes))
-        rows = self._gather(torch.nn.functional.pad(mine, (0, longest - mine.numel())))
-        return [
-            json.loads(bytes(row[: int(size)].tolist()).decode())
-            for row, size in zip(rows, sizes, strict=True)
-        ]
+            return [json.loads(json.dumps(message))]
+        return control.all_gather_json(message, self._group.work, what=what)
 
     def enter(self, facts: object, *, what: str) -> list[object]:
         """Begin a run with `start` workers, or join the one that there is; blocks until then.
@@ -285,7 +279,7 @@ class Elastic(Communicator):
             if found >= self.start:
                 self._form(new)
                 self.history = _hash("", self._group.key, "0")
-                return self.all_gather_json(facts)
+                return self.all_gather_json(facts, what=what)
             time.sleep(_PAUSE_S)
         raise CommunicationError(
             f"{self.name}: no run to join, and {found} of {self.start} workers, within "
@@ -320,15 +314,15 @@ class Elastic(Communicator):
         if self.size > 1 and self.history and not self.joins:
             self._ask("leave", {}, self.timeout_s)
 
-    def _answer(self, launch: _Launch) -> None:
+    def _answer(self, launch: ElasticHandle) -> None:
         try:
             self._mean(launch)
         except CommunicationError as error:
-            launch.handle.end(error)
+            launch.end(error)
         except BaseException as error:  # noqa: BLE001  # the training thread waits: it must hear of any
-            launch.handle.end(CommunicationError(f"{self.name}: {type(error).__name__}: {error}"))
+            launch.end(CommunicationError(f"{self.name}: {type(error).__name__}: {error}"))
 
-    def _mean(self, launch: _Launch) -> None:
+    def _mean(self, launch: ElasticHandle) -> None:
         """Ask, regroup, let who is behind catch up, all-reduce.
 
         Raises:
@@ -356,10 +350,10 @@ class Elastic(Communicator):
         self.count = count + 1
         self.history = _hash(history, self._group.key, str(self.count))
         self.joins = False
-        launch.handle.workers = self.size
-        launch.handle.end()
+        launch.workers = self.size
+        launch.end()
 
-    def _regroup(self, launch: _Launch) -> tuple[str, int]:
+    def _regroup(self, launch: ElasticHandle) -> tuple[str, int]:
         """Ask, have the group, let who is behind catch up; history and count of those that are right."""
         members, leaving = self._members(launch.place)
         leading = _furthest(members)
@@ -442,13 +436,17 @@ class Elastic(Communicator):
         deadline = time.monotonic() + self.timeout_s
         while missing := [w for w in missing if not store.check([w.life])]:
             for worker in missing:
-                _see_alive(worker)
+                _see_alive(worker.store)
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{missing[0].name} has not come within {self.timeout_s:g} s")
             time.sleep(_LOOK_S)
 
     def _catch_up(
-        self, launch: _Launch, members: Sequence[_Asked], giver: _Asked, behind: Sequence[_Asked]
+        self,
+        launch: ElasticHandle,
+        members: Sequence[_Asked],
+        giver: _Asked,
+        behind: Sequence[_Asked],
     ) -> None:
         """One that is not behind gives what all share; who is behind sends nothing in this mean."""
         work = self._group.work
@@ -468,7 +466,7 @@ class Elastic(Communicator):
             message = torch.zeros(int(size), dtype=torch.uint8)
             self._wait(work.recv([message], source, 1), giver)
             state = torch.load(io.BytesIO(message.numpy().tobytes()), weights_only=True)
-            launch.handle.caught_up = CatchUp(giver.place, state)
+            launch.caught_up = CatchUp(giver.place, state)
             code = torch.tensor(giver.place["code"], dtype=launch.buffer.dtype)
             launch.buffer.zero_()
             launch.buffer[-1 - len(code) : -1] = code
@@ -485,7 +483,7 @@ class Elastic(Communicator):
         def watch() -> None:
             try:
                 while not over.wait(_PAUSE_S):
-                    _see_alive(other)
+                    _see_alive(other.store)
             except OSError:
                 work.abort()
 
@@ -498,15 +496,10 @@ class Elastic(Communicator):
             over.set()
             thread.join()
 
-    def _all_reduce(self, launch: _Launch) -> None:
+    def _all_reduce(self, launch: ElasticHandle) -> None:
         if self.size > 1:
             self._group.work.allreduce([launch.buffer]).wait(timedelta(seconds=self.timeout_s))
             launch.buffer.div_(self.size)
-
-    def _gather(self, row: Tensor) -> list[Tensor]:
-        rows = [torch.zeros_like(row) for _ in range(self.size)]
-        self._group.work.allgather([rows], [row]).wait(timedelta(seconds=self.timeout_s))
-        return rows
 
     def _leave_group(self) -> None:
         work = self._group.work
@@ -598,10 +591,7 @@ def _check_places(leading: Sequence[_Asked]) -> None:
     """
     if any(w.place["code"] != leading[0].place["code"] for w in leading):
         where = ", ".join(f"{w.name} in {w.place['what']}" for w in leading)
-        raise CommunicationError(
-            f"workers are not in the same call: {where}. All must call average() equally often, and "
-            "averaged(), flush() and the like together; nothing of this was merged"
-        )
+        raise CommunicationError(unlike_calls(where))
 
 
 def _hash(*parts: str) -> str:
@@ -629,22 +619,22 @@ def _own_store(host: str, timeout_s: float) -> tuple[Any, str]:
     return store, f"{host} {port}"
 
 
-def _see_alive(worker: _Asked) -> None:
-    """Whether the process is there whose store this is: one that stands still is.
+def _see_alive(store: str) -> tuple[str, int]:
+    """Whether the process is there whose store this is: one that stands still is; its host and port.
 
     Raises:
         OSError: it is not.
     """
-    host, _, port = worker.store.rpartition(" ")
+    host, _, port = store.rpartition(" ")
     socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    return host, int(port)
 
 
-def _client_of(address: str, timeout_s: float) -> Any:
-    host, _, port = address.rpartition(" ")
-    # The store would try again until its timeout.
-    socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+def _client_of(store: str, timeout_s: float) -> Any:
+    # The client would try again until its timeout.
+    host, port = _see_alive(store)
     limit = timedelta(seconds=timeout_s)
-    return _dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=limit)
+    return _dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
 
 
 def _gloo(store: Any, rank: int, size: int, host: str, timeout_s: float) -> Any:

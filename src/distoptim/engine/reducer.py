@@ -19,6 +19,7 @@ from torch.profiler import record_function
 
 from distoptim.comm import CommunicationError, Communicator, Handle, MeanLost
 from distoptim.comm.codecs import Coding
+from distoptim.comm.communicator import unlike_calls
 from distoptim.comm.compressed import CompressedMean, check_codable
 from distoptim.engine.fragment_sync import FragmentSync
 from distoptim.engine.identity import SIZE, Identity
@@ -278,10 +279,7 @@ class Reducer:
             )
         except RuntimeError as error:
             where = f"this worker in {identity}, another one elsewhere ({error})"
-        raise self._give_up(
-            f"workers are not in the same call: {where}. All must call average() equally often, and "
-            "averaged(), flush() and the like together; nothing of this was merged"
-        )
+        raise self._give_up(unlike_calls(where))
 
     def _fail(self, name: str, seconds: float, error: Exception) -> NoReturn:
         """Give up communication for good, keeping parameters and state."""
