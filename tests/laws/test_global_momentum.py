@@ -108,7 +108,8 @@ def test_the_recursion_with_groups_schedules_and_cycled_momentum():
         for i, group in enumerate((0, 0, 1)):
             wanted = xs[-1][i] - lrs[-1][group] * torch.stack([g[i] for g in grads]).mean(0)
             if step > 1:
-                last, older = lrs[-2][group], lrs[-3][group]
+                last = lrs[-2][group]
+                older = lrs[-3][group]
                 ratio = last / older if older else 0.0
                 wanted = wanted + beta[group] * ratio * (xs[-1][i] - xs[-2][i])
             elif step == 1:

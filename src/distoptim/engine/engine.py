@@ -267,6 +267,7 @@ class Engine(Rounds):
                 weight = weights.weight(step=self.step, since=since, samples=sync.samples)
             if sync.extra:
                 extras = self._measure()
+            # As `_identity`, written out on the path of every round.
             identity = identify(
                 kind,
                 sync.index,
@@ -392,7 +393,7 @@ class Engine(Rounds):
         left = [s for s in order if s.launched < self.step or self.clock.timed]
         if left[:1] != order[:1]:
             # The first message must be as long as what a worker that is elsewhere sends next.
-            self.reducer.meet(order[0], self._identity(Kind.FLUSH, order[0]))
+            self.reducer.meet(order[0], self._identity(Kind.FLUSH, order[0].index))
         for sync in left:
             self._launch(sync, Kind.FLUSH)
             while not self._merge(sync):
@@ -493,7 +494,7 @@ class Engine(Rounds):
         """
         self._settle_now()
         first = self._next_first()[0]
-        self.reducer.meet(first, self._identity(kind, first), limit_s=limit_s)
+        self.reducer.meet(first, self._identity(kind, first.index), limit_s=limit_s)
 
     def means(self, kind: Kind, *, weight: float = 1.0, may_be_empty: bool = False) -> list[Flat]:
         """The workers' means of all fragments' values now, in new buffers; blocking and collective.
@@ -516,7 +517,7 @@ class Engine(Rounds):
         found = {
             sync.index: self.reducer.mean_of(
                 sync.fragment,
-                self._identity(kind, sync),
+                self._identity(kind, sync.index),
                 extra=sync.extra,
                 weight=weight,
                 may_be_empty=may_be_empty,
@@ -539,14 +540,7 @@ class Engine(Rounds):
 
     def mean_of(self, fragment: Fragment, kind: Kind) -> Flat:
         """The same for another fragment, after `means`."""
-        identity = identify(
-            kind,
-            len(self.syncs),
-            self.reducer.messages,
-            self.step,
-            alike=not self.clock.timed,
-        )
-        return self.reducer.mean_of(fragment, identity)
+        return self.reducer.mean_of(fragment, self._identity(kind, len(self.syncs)))
 
     def _next_first(self) -> list[FragmentSync]:
         """The fragments in the order of their next launches, which is the same on all workers.
@@ -556,10 +550,10 @@ class Engine(Rounds):
         """
         return sorted(self.syncs, key=lambda sync: (sync.next_launch, sync.index))
 
-    def _identity(self, kind: Kind, sync: FragmentSync) -> Identity:
+    def _identity(self, kind: Kind, fragment: int) -> Identity:
         # Workers that load may come from anywhere: their steps are equal afterwards.
         alike = not self.clock.timed and kind is not Kind.LOAD
-        return identify(kind, sync.index, self.reducer.messages, self.step, alike=alike)
+        return identify(kind, fragment, self.reducer.messages, self.step, alike=alike)
 
     def check_local(self) -> None:
         """Whether parameters are the worker's own.
