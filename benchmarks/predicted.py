@@ -150,11 +150,9 @@ def predicted_exposed_s(method: str, tau: int, link: Link, step_s: float) -> flo
             params, lr=0.0, tau=tau, communicator=communicator
         ),
     )
-    before = 0.0
-    for step in range((ROUNDS + 2) * tau):
-        if step == 2 * tau:
-            before = cluster.stats()["exposed_s"]
-        cluster.step()
+    cluster.advance(2 * tau)
+    before = cluster.stats()["exposed_s"]
+    cluster.advance(ROUNDS * tau)
     return float(cluster.stats()["exposed_s"] - before) / (ROUNDS * tau)
 
 

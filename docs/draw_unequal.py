@@ -115,7 +115,7 @@ def lines(tau: Any) -> tuple[list[list[tuple[float, float]]], list[list[float]]]
         before = [optimizer.engine.step for optimizer in cluster.optimizers]
         started = list(cluster.fabric.clocks)
         rounds = cluster.optimizers[0].rounds
-        cluster.step()
+        cluster.advance(1)
         for rank, optimizer in enumerate(cluster.optimizers):
             if optimizer.engine.step > before[rank]:
                 seconds = Slowing().seconds(rank, before[rank])

@@ -195,6 +195,19 @@ class Engine(Rounds):
         """Whether this step's merges and launches are still to come."""
         return self.step >= self._next_event
 
+    @property
+    def idle(self) -> int:
+        """How many local steps from here on have nothing due after them, and may be counted at once."""
+        # A timed round asks the clock at every step, and the first step is where seconds are counted from.
+        if self.clock.timed or self.counters.started_at is None:
+            return 0
+        return max(0, self._next_event - self.step - 1)
+
+    def skip(self, steps: int) -> None:
+        """Count so many of the `idle` local steps."""
+        self.step += steps
+        self.counters.ticks += steps
+
     def _keep_time(self) -> None:
         """Let the round end with this local step if its time is up, else with the next at the earliest."""
         clock = self.clock

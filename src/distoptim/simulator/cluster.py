@@ -9,7 +9,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -74,32 +74,57 @@ class Cluster:
         threads = checks.integer("threads", os.cpu_count() if threads is None else threads, 1)
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
-    def step(self, loss: Callable[[torch.nn.Module, int], Tensor] | None = None) -> list[float]:
+    def step(self, loss: Callable[[torch.nn.Module, int], Tensor]) -> list[float]:
         """One local step of every worker, then `average()`; returns the workers' losses.
 
         Where rounds last equally long (`EqualTime`), a worker that has come to the end of its round
         makes no step until all have.
 
         Args:
-            loss: called as loss(model, rank), on several threads; None: only time passes.
+            loss: called as loss(model, rank), on several threads.
         """
-        engines = [optimizer.engine for optimizer in self.optimizers]
-        ranks = [rank for rank, engine in enumerate(engines) if not engine.waits]
-        losses: list[float] = []
-        if loss is not None:
-            run: Callable[..., Iterable[Any]] = self._pool.map if self._pool else map
-            losses = list(run(lambda rank: self._backward(loss, rank), ranks))
-            if self._synchronous:
-                self._average_gradients()
-            list(run(self._local_step, ranks))
-        if self._compute is not None:
-            for rank in ranks:
-                self.fabric.clocks[rank] += self._compute.seconds(rank, engines[rank].step)
-        self.steps += 1
-        all_step = len(ranks) == len(engines)
+        ranks = self._ready()
+        run: Callable[..., Iterable[Any]] = self._pool.map if self._pool else map
+        losses = list(run(lambda rank: self._backward(loss, rank), ranks))
+        if self._synchronous:
+            self._average_gradients()
+        list(run(self._local_step, ranks))
+        self._count(ranks, 1, losses=losses)
+        return losses
+
+    def advance(self, steps: int) -> None:
+        """So many local steps of every worker in which only time passes and means travel.
+
+        Nothing is computed, and the virtual clocks go from one launch or merge to the next.
+        """
+        end = self.steps + steps
+        while self.steps < end:
+            idle = min(optimizer.engine.idle for optimizer in self.optimizers)
+            self._count(self._ready(), min(idle + 1, end - self.steps))
+
+    def _ready(self) -> list[int]:
+        """The workers that do not wait for others at the end of their round."""
+        return [rank for rank, o in enumerate(self.optimizers) if not o.engine.waits]
+
+    def _count(self, ranks: Sequence[int], steps: int, losses: Sequence[float] = ()) -> None:
+        """Let these workers' local steps take their time; merge and launch what is due after the last."""
+        for rank in ranks:
+            engine = self.optimizers[rank].engine
+            self._spend(rank, engine.step, steps)
+            engine.skip(steps - 1)
+        self.steps += steps
+        all_step = len(ranks) == len(self.optimizers)
         with self._expected():
             average_together(self.optimizers, losses=losses if all_step else None)
-        return losses
+
+    def _spend(self, rank: int, first: int, steps: int) -> None:
+        if self._compute is None:
+            return
+        clock = self.fabric.clocks[rank]
+        # One after the other: a product would be rounded otherwise.
+        for step in range(first, first + steps):
+            clock += self._compute.seconds(rank, step)
+        self.fabric.clocks[rank] = clock
 
     @contextlib.contextmanager
     def _expected(self) -> Iterator[None]:

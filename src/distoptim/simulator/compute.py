@@ -50,8 +50,9 @@ class Constant:
 
     def seconds(self, rank: int, step: int) -> float:
         """The same at every step of a worker."""
-        each = self._each()
-        return float(each[rank % len(each)])
+        if isinstance(self.step_s, (int, float)):
+            return self.step_s
+        return self.step_s[rank % len(self.step_s)]
 
     def _each(self) -> Sequence[float]:
         return (self.step_s,) if isinstance(self.step_s, (int, float)) else self.step_s

@@ -12,6 +12,7 @@ import torch
 
 from distoptim import ALGORITHMS, LocalSGD, OverlapLocalSGD
 from distoptim.comm import Link
+from distoptim.periods import EqualTime, HideCommunication, PostLocal
 from distoptim.simulator import (
     Cluster,
     Constant,
@@ -48,24 +49,21 @@ def cluster(method, *, step_s, mean_s, workers=3, **options):
 
 def test_blocking_round_takes_computation_plus_communication():
     c = cluster(LocalSGD, step_s=1.0, mean_s=2.5, tau=4)
-    for _ in range(12):
-        c.step()
+    c.advance(12)
     assert c.seconds() == pytest.approx(12 * 1.0 + 3 * 2.5)
     assert c.stats()["exposed_s"] == pytest.approx(7.5)
 
 
 def test_blocking_round_waits_for_the_slowest():
     c = cluster(LocalSGD, step_s=[1.0, 2.0, 0.5], mean_s=0.0, tau=4)
-    for _ in range(8):
-        c.step()
+    c.advance(8)
     assert c.fabric.clocks == pytest.approx([16.0, 16.0, 16.0])
 
 
 @pytest.mark.parametrize(("mean_s", "exposed"), [(3.0, 0.0), (4.0, 0.0), (5.5, 1.5)])
 def test_overlapped_mean_costs_what_does_not_fit_in_a_round(mean_s, exposed):
     c = cluster(OverlapLocalSGD, step_s=1.0, mean_s=mean_s, tau=4)
-    for _ in range(16):
-        c.step()
+    c.advance(16)
     # The mean of the start is known; three more are waited for.
     assert c.seconds() == pytest.approx(16 + 3 * exposed)
     assert c.stats()["exposed_s"] == pytest.approx(3 * exposed)
@@ -73,15 +71,13 @@ def test_overlapped_mean_costs_what_does_not_fit_in_a_round(mean_s, exposed):
 
 def test_a_delay_hides_as_many_steps():
     c = cluster(LocalSGD, step_s=1.0, mean_s=3.0, tau=4, delay=2)
-    for _ in range(14):
-        c.step()
+    c.advance(14)
     assert c.stats()["exposed_s"] == pytest.approx(3 * 1.0)
 
 
 def test_means_of_fragments_follow_one_another_on_the_link():
     c = cluster(LocalSGD, step_s=1.0, mean_s=3.0, tau=2, fragments=2, delay=1)
-    for _ in range(6):
-        c.step()
+    c.advance(6)
     # Launches at 1, 2, 3, ...: each mean waits for the link, so every step from the second on ends
     # when one does.
     assert c.fabric.free_at == pytest.approx(1 + 3 * 6)
@@ -90,13 +86,11 @@ def test_means_of_fragments_follow_one_another_on_the_link():
 def test_a_copy_finds_the_link_as_busy_as_it_was():
     make = partial(cluster, LocalSGD, step_s=1.0, mean_s=3.0, tau=4, fragments=2, delay=3)
     expected = make()
-    for _ in range(7):
-        expected.step()
+    expected.advance(7)
     again = make()
     again.load_state_dict(copy.deepcopy(expected.state_dict()))
     for c in (expected, again):
-        for _ in range(5):
-            c.step()
+        c.advance(5)
     # Launches at every second step: each mean waits for the one before, which the next merge does not.
     assert again.fabric.clocks == expected.fabric.clocks
     assert again.fabric.free_at == expected.fabric.free_at
@@ -104,17 +98,36 @@ def test_a_copy_finds_the_link_as_busy_as_it_was():
 
 def test_an_overlapped_mean_starts_when_the_last_worker_has_arrived():
     c = cluster(OverlapLocalSGD, step_s=[1.0, 3.0], workers=2, mean_s=0.0, tau=2)
-    for _ in range(4):
-        c.step()
+    c.advance(4)
     # At step 4 the fast worker, there at 4, waits for what the slow one sent at 6.
     assert c.fabric.clocks == pytest.approx([6.0, 12.0])
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (LocalSGD, {"tau": 7, "delay": 3, "fragments": 2}),
+        (OverlapLocalSGD, {"tau": PostLocal(start=5, tau=9)}),
+        (OverlapLocalSGD, {"tau": HideCommunication()}),
+        (OverlapLocalSGD, {"tau": EqualTime(1.3)}),
+    ],
+)
+def test_the_clock_that_goes_from_event_to_event_shows_what_it_shows_step_by_step(method, options):
+    far, near = (cluster(method, step_s=[0.1, 0.3], mean_s=1.7, **options) for _ in range(2))
+    for steps in (1, 40, 3, 60):
+        far.advance(steps)
+        for _ in range(steps):
+            near.advance(1)
+        assert far.fabric.clocks == near.fabric.clocks
+        assert [o.engine.step for o in far.optimizers] == [o.engine.step for o in near.optimizers]
+        exposed = [[o.stats()["exposed_s"] for o in c.optimizers] for c in (far, near)]
+        assert exposed[0] == exposed[1]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_stats_are_in_virtual_seconds(name):
     c = cluster(ALGORITHMS[name], step_s=1000.0, mean_s=0.0, tau=2)
-    for _ in range(6):
-        c.step()
+    c.advance(6)
     assert c.seconds() == pytest.approx(6000)
     assert c.stats()["computation_s"] == pytest.approx(5000)
 
