@@ -16,6 +16,7 @@ from distoptim.engine.clock import Clock
 from distoptim.engine.copies import Copies
 from distoptim.engine.engine import Engine, Inner, Rounds, tick_together
 from distoptim.engine.hierarchy import Hierarchy, check_levels, connect_levels
+from distoptim.engine.likeness import look_for_ddp
 from distoptim.fragments import Fragment, Watch, build, names, partition, trainable
 from distoptim.inner_state import StateCopies
 from distoptim.module_state import parts_of
@@ -245,6 +246,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
     def _build(self) -> None:
         """Make the engine, and the levels below it, from parameters that all workers share."""
         settings = self._settings
+        self._has_stepped = False
         fragments = self._fragments()
         inner = Inner(self.inner, reset_at_merge=settings.reset_inner)
         self._copies = Copies(self.inner, self._state_copies)
@@ -277,6 +279,8 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         self._copies.look()
         for post in self._optimizer_step_post_hooks.values():
             post(self, args, {})
+        if not self._has_stepped:
+            self._look_for_ddp()
         if self._settings.average_in_step:
             self._rounds.tick()
         return loss
@@ -284,6 +288,13 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
     # torch wraps `step` of every class to run hooks. Ours runs the inner optimizer's, which torch has
     # wrapped already: wrapped as well, global hooks would run twice.
     step.hooked = True  # type: ignore[attr-defined]  # torch's mark of what it need not wrap
+
+    def _look_for_ddp(self) -> None:
+        """Once, after the first step, before which nobody has to have wrapped the model."""
+        self._has_stepped = True
+        if look_for_ddp(self._members[0], self._communicator):
+            # It would say the same again, some rounds later.
+            self.engine.syncs[0].likeness = None
 
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
         """With what a GradScaler has left on this object, where it knows that we take it."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -345,7 +347,9 @@ def _islands(rank):
     del module.sparse, module.float8, module.inference, module.wide  # which DDP cannot broadcast
     wrapped = nn.parallel.DistributedDataParallel(module, process_group=mesh.get_group("shard"))
     optimizer = LocalSGD(module.parameters(), lr=0.01, tau=2, device_mesh=mesh, module=wrapped)
-    train(wrapped, [optimizer], 5, rank)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="DistributedDataParallel is around")
+        train(wrapped, [optimizer], 5, rank)
     with optimizer.averaged(wrapped):
         return state(module)
 
@@ -398,7 +402,9 @@ def _alike(rank, algorithm, codec, fragments, way):
     """The warnings of ten rounds."""
     torch.manual_seed(0)
     module = nn.Linear(4, 300)
-    outer = nn.parallel.DistributedDataParallel(module) if way == "ddp" else module
+    outer = nn.parallel.DistributedDataParallel(module) if way.startswith("ddp") else module
+    if way == "ddp, own gradients":
+        outer.register_comm_hook(None, noop_hook)
     generator = torch.Generator().manual_seed(0 if way == "data" else rank)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -408,7 +414,8 @@ def _alike(rank, algorithm, codec, fragments, way):
         for _ in range(40):
             x = torch.randn(8, 4, generator=generator)
             if way != "nothing":
-                outer(x).square().mean().backward()
+                with outer.no_sync() if way == "ddp, no sync" else nullcontext():
+                    outer(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             optimizer.average()
@@ -430,11 +437,15 @@ def test_equal_workers_are_told_once_that_nothing_is_gained(algorithms, workers,
             expected = 1 if way in ("ddp", "data") else 0
             assert len(messages) == expected, (algorithm, way)
             assert all(map(is_documented, messages))
+            assert all(
+                text.startswith("DistributedDataParallel") == (way == "ddp") for text in messages
+            )
 
 
 def _of_each(rank, algorithms, codec, fragments):
     cases = [(name, way) for name in algorithms for way in ("data", "different")]
-    cases += [("overlap-local-sgd", "ddp"), ("local-sgd", "nothing"), ("diloco", "nothing")]
+    cases += [("overlap-local-sgd", "ddp"), ("local-sgd", "ddp, no sync")]
+    cases += [("local-sgd", "ddp, own gradients"), ("local-sgd", "nothing"), ("diloco", "nothing")]
     return {case: _alike(rank, case[0], codec, fragments, case[1]) for case in cases}
 
 

@@ -116,6 +116,13 @@ def _equal_workers(rank):
         _train(module, _made(module), 0, steps=20)
 
 
+def _ddp(rank):
+    module = _model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _train(nn.parallel.DistributedDataParallel(module), _made(module), rank)
+
+
 def _alone_in_a_call(rank):
     module = _model()
     optimizer = _made(module, timeout_s=30)
@@ -212,6 +219,7 @@ FAULTS: list[Callable[[int], object]] = [
     _zero,
     _meta,
     _equal_workers,
+    _ddp,
     _alone_in_a_call,
     _refused,
     _nobody_is_finite,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
+from distoptim.comm.communicator import Communicator
 from distoptim.comm.compressed import CompressedMean
+from distoptim.comm.data_parallel import averages_gradients
 
 # Of a payload, so many elements: enough that no other worker's mean has them by chance.
 _SAMPLE = 4096
@@ -58,3 +61,20 @@ class Likeness:
             stacklevel=2,
         )
         return True
+
+
+def look_for_ddp(params: Sequence[Tensor], communicator: Communicator) -> bool:
+    """Warn, after a local step, if DDP keeps the workers equal; whether it does."""
+    alone = communicator.size == 1 or communicator.in_lockstep
+    if alone or not averages_gradients(params, communicator.ranks):
+        return False
+    warnings.warn(
+        "DistributedDataParallel is around the model: it averages the gradients of all workers at every "
+        "step, so that they stay equal, every step waits, and averaging every tau steps gains nothing. "
+        "Train the module inside: model = model.module. Where a trainer has put it there: "
+        "distoptim.integrations.accelerate.prepare(accelerator, ...), transformers.AveragingTrainer, or "
+        "lightning.AveragingStrategy (docs/trainers.md)",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return True

@@ -1,0 +1,36 @@
+"""Whether somebody averages gradients already: torch's DistributedDataParallel around a model."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def averages_gradients(params: Sequence[Tensor], ranks: Sequence[int]) -> bool:
+    """Whether DDP has just averaged gradients of some of these over several of the ranks.
+
+    To be asked after a backward pass. DDP leaves no mark on parameters, and trainers put it around a model
+    of which an optimizer knows nothing, so all objects of the process are looked through, which takes
+    tenths of a second in a large program.
+
+    Args:
+        params: that are trained.
+        ranks: of different workers, among all; DDP over the ranks of one worker is no harm.
+    """
+    own = set(map(id, params))
+    # By type: to ask a stranger for its class may run code of its own.
+    found = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+    return any(
+        _averages(ddp, ranks) and own & set(map(id, ddp.module.parameters())) for ddp in found
+    )
+
+
+def _averages(ddp: DistributedDataParallel, ranks: Sequence[int]) -> bool:
+    # Not inside no_sync(); and a hook does with gradients what it likes.
+    if not ddp.require_forward_param_sync or ddp._comm_hooks:  # noqa: SLF001  # no other way
+        return False
+    return len(set(ranks) & set(dist.get_process_group_ranks(ddp.process_group))) > 1
