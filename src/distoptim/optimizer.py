@@ -496,7 +496,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         rounds = {
             **checkpoint.save(self._rounds),
             "parameters": self._fingerprint(),
-            "shard": WorkerMesh(self._members[0]).place,
+            "shard": WorkerMesh(self._members[0]).coordinates,
         }
         state = {**self.inner.state_dict(), checkpoint.KEY: rounds}
         for post in self._optimizer_state_dict_post_hooks.values():
@@ -569,7 +569,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
 
     def _check_shard(self, rounds: dict[str, Any]) -> None:
         """Whether the rounds are of the same shards; older versions do not say."""
-        mine = WorkerMesh(self._members[0]).place
+        mine = WorkerMesh(self._members[0]).coordinates
         found = rounds.get("shard", mine)
         if found != mine:
             raise ValueError(

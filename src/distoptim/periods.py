@@ -47,6 +47,15 @@ class Period(ABC):
         return self.smallest
 
     @property
+    def first_timed(self) -> int | None:
+        """The tau it begins with where the link was measured before the first round.
+
+        Long enough to time a local step that is not the first one: then it chooses, from that and from
+        the link. None: it does not ask how long means take.
+        """
+        return None
+
+    @property
     def choices(self) -> frozenset[int] | None:
         """Every tau it can choose, if that is known before."""
         return None
@@ -244,6 +253,11 @@ class HideCommunication(Period):
         checks.integer("smallest", self.smallest, 1)
         checks.integer("largest", self.largest, self.smallest)
         checks.number("margin", self.margin, 0, 10)
+
+    @property
+    def first_timed(self) -> int | None:
+        """Two local steps, where a round may be so long."""
+        return max(self.smallest, 2) if self.largest > 1 else None
 
     def choose(
         self, step: int, tau: int, means: Mapping[str, float], memory: dict[str, float]

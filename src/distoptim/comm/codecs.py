@@ -289,26 +289,26 @@ class TopK(Codec):
             raise ValueError(f"k={self.k!r}: allowed is a multiple of 4 in [4, {_WIDE}]")
 
     def nbytes(self, numel: int) -> int:
-        """Two sizes in float32 and k places and numbers of whole chunks, ceil(numel/4096) (8 + 7/4 k)."""
+        """Two sizes in float32 and k indices and numbers of whole chunks, ceil(numel/4096) (8 + 7/4 k)."""
         return -(-numel // _WIDE) * (8 + 7 * self.k // 4)
 
     def encode(self, x: Tensor, code: Tensor) -> None:
         """code <- x; infinities count as about the largest number there is."""
-        sizes, places, numbers = self._cut(x.numel(), code)
+        sizes, indices, numbers = self._cut(x.numel(), code)
         for first in range(0, len(sizes), _ROWS):
             rows = slice(first, first + _ROWS)
             wide = x[first * _WIDE : (first + _ROWS) * _WIDE]
             if wide.numel() % _WIDE:
                 wide = torch.cat([wide, wide.new_zeros(-wide.numel() % _WIDE)])
-            self._encode(wide.view(-1, _WIDE), sizes[rows], places[rows], numbers[rows])
+            self._encode(wide.view(-1, _WIDE), sizes[rows], indices[rows], numbers[rows])
 
     def add_decoded(self, code: Tensor, out: Tensor, *, weight: float = 1.0) -> None:
         """out <- out + weight decode(code), in float32."""
-        sizes, places, numbers = self._cut(out.numel(), code)
+        sizes, indices, numbers = self._cut(out.numel(), code)
         if not len(sizes):
             return
         pairs = torch.zeros(len(sizes), self.k // 2, 4, dtype=torch.uint8)
-        pairs[..., :3] = places.view(len(sizes), -1, 3)
+        pairs[..., :3] = indices.view(len(sizes), -1, 3)
         pair = pairs.view(torch.int32).squeeze(-1)
         where = torch.stack((pair % _WIDE, pair // _WIDE), -1).view(len(sizes), self.k)
         where = (where + torch.arange(len(sizes), dtype=torch.int32)[:, None] * _WIDE).view(-1)
@@ -318,7 +318,7 @@ class TopK(Codec):
         inside = where < out.numel()
         out.index_add_(0, where[inside], values[inside])
 
-    def _encode(self, x: Tensor, sizes: Tensor, places: Tensor, numbers: Tensor) -> None:
+    def _encode(self, x: Tensor, sizes: Tensor, indices: Tensor, numbers: Tensor) -> None:
         where = _largest(x.abs(), self.k)
         values = x.gather(1, where)
         size = values.abs().clamp_(max=_HUGE)
@@ -329,18 +329,18 @@ class TopK(Codec):
         pairs = where.view(len(x), -1, 2).int()
         pair = pairs[..., 0] + _WIDE * pairs[..., 1]
         triples = pair.contiguous().view(torch.uint8).view(len(x), -1, 4)[..., :3]
-        places.copy_(triples.reshape(len(x), -1))
+        indices.copy_(triples.reshape(len(x), -1))
         kinds = large.to(torch.int8).add_((values < 0).to(torch.int8), alpha=2)
         numbers.copy_(kinds.view(torch.int32).mul_(_JOIN_4).bitwise_right_shift_(_24))
 
     def _cut(self, numel: int, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A code's sizes [chunks, 2], places [chunks, 3 k/2 bytes] and numbers [chunks, k/4 bytes]."""
+        """A code's sizes [chunks, 2], indices [chunks, 3 k/2 bytes] and numbers [chunks, k/4 bytes]."""
         chunks = -(-numel // _WIDE)
         split = [chunks * n for n in (8, 3 * self.k // 2, self.k // 4)]
-        sizes, places, numbers = torch.split(code[: sum(split)], split)
+        sizes, indices, numbers = torch.split(code[: sum(split)], split)
         return (
             sizes.view(torch.float32).view(chunks, 2),
-            places.view(chunks, 3 * self.k // 2),
+            indices.view(chunks, 3 * self.k // 2),
             numbers.view(chunks, self.k // 4),
         )
 

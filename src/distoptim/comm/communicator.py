@@ -37,7 +37,7 @@ class Member(ABC):
     """What a communicator whose workers come and go asks of whoever sends means over it."""
 
     @abstractmethod
-    def place(self, buffer: Tensor) -> dict[str, Any]:
+    def position(self, buffer: Tensor) -> dict[str, Any]:
         """Where this worker is, as JSON; asked at every launch, in the training thread.
 
         Args:

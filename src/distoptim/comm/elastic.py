@@ -65,12 +65,12 @@ class ElasticHandle(TimedHandle):
 
     Args:
         buffer: to be averaged, in place.
-        place: where this worker was when it launched it.
+        position: where this worker was when it launched it.
     """
 
-    def __init__(self, buffer: Tensor, place: dict[str, Any]) -> None:
+    def __init__(self, buffer: Tensor, position: dict[str, Any]) -> None:
         super().__init__(buffer, now=time.perf_counter())
-        self.place = place
+        self.position = position
         self._over = threading.Event()
         self._failure: CommunicationError | None = None
 
@@ -101,7 +101,7 @@ class _Asked:
         phase: "round", it has launched a mean; "look", it has just come; "leave", it is going.
         history: of its means; "" before the first.
         count: of its means.
-        place: where it was at the launch.
+        position: where it was at the launch.
         every_s: from one launch of its to the next.
         holds: the group that it has.
         asked: how often it has asked.
@@ -113,7 +113,7 @@ class _Asked:
     phase: str
     history: str
     count: int
-    place: dict[str, Any]
+    position: dict[str, Any]
     every_s: float
     holds: str
     asked: int
@@ -223,7 +223,7 @@ class Elastic(Communicator):
         if self._closed.is_set():
             raise CommunicationError("this communicator has been closed")
         assert self._member is not None
-        handle = ElasticHandle(buffer, self._member.place(buffer))
+        handle = ElasticHandle(buffer, self._member.position(buffer))
         self._launches.put(handle)
         return handle
 
@@ -355,7 +355,7 @@ class Elastic(Communicator):
 
     def _regroup(self, launch: ElasticHandle) -> tuple[str, int]:
         """Ask, have the group, let who is behind catch up; history and count of those that are right."""
-        members, leaving = self._members(launch.place)
+        members, leaving = self._members(launch.position)
         leading = _furthest(members)
         if not leading:
             raise CommunicationError(f"{self.name}: nobody is left of the run that it was to join")
@@ -369,12 +369,12 @@ class Elastic(Communicator):
             self._unasked = int(_FORGOTTEN_S / max(leading[0].every_s, 0.01)) + 1
         return leading[0].history, leading[0].count
 
-    def _members(self, place: dict[str, Any]) -> tuple[list[_Asked], bool]:
+    def _members(self, position: dict[str, Any]) -> tuple[list[_Asked], bool]:
         """Who takes part in the next mean, by name, and whether some leave; waits until there are enough."""
         too_few_until = None
         while not self._closed.is_set():
             before = self._quorum
-            there = self._ask("round", place, self.timeout_s) or []
+            there = self._ask("round", position, self.timeout_s) or []
             members = sorted((w for w in there if w.phase == "round"), key=lambda w: w.name)
             leaving = {w.name for w in there if w.phase == "leave"}
             missing = set(self.members) - {w.name for w in members} - leaving
@@ -466,8 +466,8 @@ class Elastic(Communicator):
             message = torch.zeros(int(size), dtype=torch.uint8)
             self._wait(work.recv([message], source, 1), giver)
             state = torch.load(io.BytesIO(message.numpy().tobytes()), weights_only=True)
-            launch.caught_up = CatchUp(giver.place, state)
-            code = torch.tensor(giver.place["code"], dtype=launch.buffer.dtype)
+            launch.caught_up = CatchUp(giver.position, state)
+            code = torch.tensor(giver.position["code"], dtype=launch.buffer.dtype)
             launch.buffer.zero_()
             launch.buffer[-1 - len(code) : -1] = code
             logger.info("%s: catches up with %s", self.name, giver.name)
@@ -536,7 +536,7 @@ class Elastic(Communicator):
     def _id(self) -> str:
         return f"{self.name}#{self._life}"
 
-    def _ask(self, phase: str, place: dict[str, Any], limit_s: float) -> list[_Asked] | None:
+    def _ask(self, phase: str, position: dict[str, Any], limit_s: float) -> list[_Asked] | None:
         """Who asks now; None if the lighthouse does not answer."""
         self._asked += 1
         own = {
@@ -545,7 +545,7 @@ class Elastic(Communicator):
             "phase": phase,
             "history": self.history,
             "count": self.count,
-            "place": place,
+            "position": position,
             "every_s": self._every_s,
             "holds": self._group.key,
             "asked": self._asked,
@@ -589,8 +589,8 @@ def _check_places(leading: Sequence[_Asked]) -> None:
     Raises:
         CommunicationError: on all of them.
     """
-    if any(w.place["code"] != leading[0].place["code"] for w in leading):
-        where = ", ".join(f"{w.name} in {w.place['what']}" for w in leading)
+    if any(w.position["code"] != leading[0].position["code"] for w in leading):
+        where = ", ".join(f"{w.name} in {w.position['what']}" for w in leading)
         raise CommunicationError(unlike_calls(where))
 
 

@@ -19,11 +19,11 @@ class CatchUp:
     """What a worker that was behind has been given.
 
     Attributes:
-        place: where the giver was when it launched the mean.
+        position: where the giver was when it launched the mean.
         state: what all workers shared then.
     """
 
-    place: dict[str, Any]
+    position: dict[str, Any]
     state: dict[str, Any]
 
 

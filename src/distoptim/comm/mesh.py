@@ -95,8 +95,8 @@ class WorkerMesh:
         )
 
     @property
-    def place(self) -> list[list[int]]:
-        """Where this rank is in each of the meshes."""
+    def coordinates(self) -> list[list[int]]:
+        """Where this rank is in each of the meshes: which of the worker's shards it holds."""
         return [list(mesh.get_coordinate() or []) for mesh in self._meshes]
 
     @property
@@ -113,11 +113,6 @@ class WorkerMesh:
         return [
             mesh.get_group(d) for mesh in self._meshes for d in range(mesh.ndim) if mesh.size(d) > 1
         ]
-
-    @property
-    def coordinate(self) -> list[int]:
-        """Which of the worker's shards this rank holds: its place along every dimension."""
-        return [i for mesh in self._meshes for i in mesh.get_coordinate() or ()]
 
     def everywhere(self, flag: Tensor) -> Tensor:
         """Whether the flag is true on all ranks of the worker; collective in it.

@@ -85,7 +85,7 @@ def understood(saved: Any) -> dict[str, Any]:
     )
 
 
-def place(saved: dict[str, Any]) -> dict[str, Any]:
+def position(saved: dict[str, Any]) -> dict[str, Any]:
     """Where in its rounds a worker was saved; equal on all workers that go on together.
 
     "fragments" has of each how many means were merged, the steps of the last and of the next launch,
@@ -106,7 +106,7 @@ def place(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def progress(where: dict[str, Any]) -> tuple[int, int]:
-    """Of a place: grows with every merge, which all workers make in one order, and every step."""
+    """Of a position: grows with every merge, which all workers make in one order, and every step."""
     return sum(merges for merges, *_ in where["fragments"]), where["step"]
 
 

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from distoptim.periods import HideCommunication, Period
+from distoptim.periods import Period
 
 logger = logging.getLogger("distoptim")
 
@@ -62,15 +62,11 @@ class Clock:
             self.delay = 0
 
     def expect(self, communication_s: float) -> None:
-        """How long a round's means should take, for a period that hides them.
-
-        Its first round then is long enough to time a local step that is not the first one, and the next
-        tau follows from both.
-        """
-        period = self.period
-        if isinstance(period, HideCommunication) and communication_s > 0 and period.largest > 1:
+        """How long a round's means should take: a period that hides them begins by it."""
+        tau = self.period.first_timed
+        if tau is not None and communication_s > 0:
             self.expected_s = communication_s
-            self._tau = max(self._tau, 2)
+            self._tau = tau
             self._set()
 
     def expected(self, step_s: float) -> None:

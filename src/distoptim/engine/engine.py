@@ -253,7 +253,7 @@ class Engine(Rounds):
             self.drain()
             for sync in self.syncs:
                 if sync.fragment.offset_at(clock.tau):
-                    sync.place(self.step, clock.tau)
+                    sync.schedule(self.step, clock.tau)
         for sync in self.syncs:
             if sync.next_launch <= self.step:
                 self._launch(sync)
@@ -412,7 +412,7 @@ class Engine(Rounds):
             while not self._merge(sync):
                 self._launch(sync, Kind.FLUSH)
         for sync in self.syncs:
-            sync.place(self.step, self.clock.tau)
+            sync.schedule(self.step, self.clock.tau)
         self._begin_time()
         self.plan()
 
@@ -491,7 +491,7 @@ class Engine(Rounds):
                 sync.fragment.write(mean)
             sync.launched = self.step
             sync.samples = self.weights.total
-            sync.place(self.step, self.clock.tau)
+            sync.schedule(self.step, self.clock.tau)
         self._begin_time()
         self.plan()
 
@@ -630,7 +630,7 @@ class Engine(Rounds):
             sync.load_state_dict(record, same_workers=same_workers)
             sync.launched = saved["step"]
             sync.samples = self.weights.total
-            sync.place(self.step, self.clock.tau)
+            sync.schedule(self.step, self.clock.tau)
             if goes_on:
                 sync.resume(record)
             anchor = self._anchor(sync)
@@ -693,7 +693,7 @@ class Engine(Rounds):
         """Begin the algorithm's first round, from parameters that all workers share."""
         clock = self.clock
         for sync in self.syncs:
-            sync.place(self.step, clock.tau)
+            sync.schedule(self.step, clock.tau)
             if clock.delay == clock.tau:
                 finite = self._form(sync)
                 handle = Handle(sync.buffer.tensor)
@@ -784,13 +784,13 @@ class Engine(Rounds):
         given = handle.caught_up
         assert given is not None
         handle.caught_up = None
-        place = given.place
-        late = place["step"] - sync.launched
+        position = given.position
+        late = position["step"] - sync.launched
         self.step += late
         sync.launched += late
         sync.next_launch += late
-        sync.merges = place["merges"]
-        self.reducer.messages = place["messages"]
+        sync.merges = position["merges"]
+        self.reducer.messages = position["messages"]
         sync.state = self.rule.start(sync.fragment)
         rules.load(sync.state, given.state["shared"])
         self.counters.catch_ups += 1

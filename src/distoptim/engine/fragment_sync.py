@@ -89,7 +89,7 @@ class FragmentSync:
         self.kept.tensor[:-1] = self.buffer.tensor[: self.fragment.numel]
         self.kept.tensor[-1] = self.buffer.tensor[-1]
 
-    def place(self, step: int, tau: int) -> None:
+    def schedule(self, step: int, tau: int) -> None:
         """Begin its rounds anew at a local step: spread over the round by the fragment's offset."""
         self.next_launch = step + (self.fragment.offset_at(tau) or tau)
 

@@ -107,7 +107,7 @@ class Giver(Member):
         self._engine = engine
         self._beside = beside
 
-    def place(self, buffer: Tensor) -> dict[str, Any]:
+    def position(self, buffer: Tensor) -> dict[str, Any]:
         """The message's identity, local step, and what is counted."""
         engine = self._engine
         code = buffer[-1 - SIZE : -1].tolist()
@@ -196,7 +196,7 @@ def catch_up(
     """What this worker is to resume from, so that all resume from the same round.
 
     Blocking and collective. A mean that is cut off by a failure may be there on some workers and lost
-    on others, whose saved anchors and outer states then are a round apart. Where places differ,
+    on others, whose saved anchors and outer states then are a round apart. Where positions differ,
     everybody gets the state of the worker that is furthest, as one of nobody's: what was in flight is
     dropped, workers start from the anchor, and a new round begins.
 
@@ -215,10 +215,10 @@ def catch_up(
             "load_state_dict() beside workers that come and go (Elastic): not yet; allowed is a new "
             "optimizer, which joins the run and takes over what the others share"
         )
-    place = None if saved is None else checkpoint.place(saved)
+    position = None if saved is None else checkpoint.position(saved)
     of_rank = {
         "number": communicator.ranks[communicator.rank],
-        "place": place,
+        "position": position,
         "refusal": None if refusal is None else str(refusal),
     }
     own = {
@@ -241,19 +241,19 @@ def catch_up(
     _refuse_together([theirs["refusal"] for theirs in everybody], ranks, refusal)
     compare(
         [
-            {"what to resume": "a plain optimizer" if theirs["place"] is None else "rounds"}
+            {"what to resume": "a plain optimizer" if theirs["position"] is None else "rounds"}
             for theirs in everybody
         ],
         ranks,
     )
     if saved is None:
         return None
-    places = cast("list[dict[str, Any]]", [theirs["place"] for theirs in everybody])
-    if all(theirs == place for theirs in places):
+    positions = cast("list[dict[str, Any]]", [theirs["position"] for theirs in everybody])
+    if all(theirs == position for theirs in positions):
         workers = [theirs for _, theirs in messages]
         compare([cast("Facts", theirs["shared"]) for theirs in workers], communicator.ranks)
         return _own_file(saved, workers)
-    return _furthest(engine, saved, places, [theirs["place"] for _, theirs in messages])
+    return _furthest(engine, saved, positions, [theirs["position"] for _, theirs in messages])
 
 
 def _refuse_together(
@@ -298,11 +298,11 @@ def _furthest(
     engine: Engine,
     saved: dict[str, Any],
     everybody: Sequence[dict[str, Any]],
-    places: Sequence[Any],
+    positions: Sequence[Any],
 ) -> dict[str, Any]:
     """The state of the worker that is furthest."""
-    furthest = places.index(max(places, key=checkpoint.progress))
-    steps = [place["step"] for place in everybody]
+    furthest = positions.index(max(positions, key=checkpoint.progress))
+    steps = [position["step"] for position in everybody]
     logger.warning(
         "workers saved different rounds (local steps %d to %d): all go on from rank %d's, at a new "
         "round",

@@ -8,12 +8,13 @@ whose a value is:
 - "worker3.model.NAME", "worker3.optimizer.PATH": a worker's own, and "worker3.plain", its numbers.
 
 Where workers are FSDP2 islands, "mean" holds DTensors, which DCP cuts anew for other islands; "shared" and
-"worker3" are followed by the place of the shard in its island, ".shard0".
+"worker3" are followed by the coordinates of the shard in its island, ".shard0".
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 import warnings
@@ -87,8 +88,9 @@ class AveragingState(Stateful):
         self._source = _reader(checkpoint_id, storage_reader)
         engine = optimizer.engine
         params = [p for sync in engine.syncs for p in sync.fragment.params]
-        place = "-".join(map(str, WorkerMesh(params).coordinate))
-        self._shard = f".shard{place}" if place else ""
+        coordinates = itertools.chain.from_iterable(WorkerMesh(params).coordinates)
+        shard = "-".join(map(str, coordinates))
+        self._shard = f".shard{shard}" if shard else ""
         self._shared = f"shared{self._shard}."
 
     def state_dict(self) -> dict[str, Any]:
