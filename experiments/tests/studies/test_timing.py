@@ -125,8 +125,7 @@ def test_what_a_formula_says_the_engine_does(name, tau, rate):
     )
     stood = []
     for _ in range(2):
-        for _ in range(8 * tau):
-            cluster.step()
+        cluster.advance(8 * tau)
         stood.append(cluster.seconds())
     shape = ModelShape(params=1e9, layers=6, step_s=0.1, fragments=parts)
     expected = utilisation(shape, methods(tau=tau)[name], rate, latency_s=0.01, workers=3)
