@@ -11,6 +11,8 @@ IMPORTED_BY_WORKERS = (
     "hypothesis",
     "distoptim.cli",
     "distoptim.integrations.checkpoint",
+    "distoptim.integrations.lightning",
+    "distoptim.integrations.transformers",
     "distoptim_experiments.training.launch",
     "sklearn.datasets",
 )

@@ -24,7 +24,7 @@ from distoptim.comm import CommunicationError, Elastic
 from distoptim.engine.engine import QuarantineWarning
 from distoptim.inner_state import copies
 from distoptim.module_state import local, statistics
-from distoptim.optimizer import AveragingOptimizer, averaged
+from distoptim.optimizer import AveragingOptimizer, averaged, consolidate
 from distoptim.rule import Mean, Rule, State
 from distoptim.version import __version__
 
@@ -53,6 +53,7 @@ __all__ = [
     "StreamingDiLoCo",
     "__version__",
     "averaged",
+    "consolidate",
     "copies",
     "local",
     "register",

@@ -404,7 +404,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         Raises:
             ValueError: as `averaged`.
         """
-        evaluation.consolidate(self.engine, module)
+        evaluation.consolidate([self.engine], module)
 
     def average_module(self, module: torch.nn.Module) -> None:
         """The workers' mean of any other module, in place: of a moving average of the weights.
@@ -690,14 +690,33 @@ def averaged(
     Raises:
         ValueError: as there; optimizers over other numbers of workers, or none.
     """
+    return evaluation.averaged(_engines("averaged", model, optimizers), model)
+
+
+def consolidate(model: torch.nn.Module, *optimizers: AveragingOptimizer) -> None:
+    """`AveragingOptimizer.consolidate` of a model of which several optimizers train a part each.
+
+    Args:
+        model: that is trained.
+        optimizers: one or more, over the same workers; in the same order on all.
+
+    Raises:
+        ValueError: as `averaged`.
+    """
+    evaluation.consolidate(_engines("consolidate", model, optimizers), model)
+
+
+def _engines(
+    call: str, model: torch.nn.Module, optimizers: Sequence[AveragingOptimizer]
+) -> list[Engine]:
     if not optimizers or not all(isinstance(o, AveragingOptimizer) for o in optimizers):
         raise ValueError(
-            f"averaged(model, *{list(optimizers)}): allowed are one or more optimizers of distoptim"
+            f"{call}(model, *{list(optimizers)}): allowed are one or more optimizers of distoptim"
         )
     sizes = [o.engine.communicator.size for o in optimizers]
     if len(set(sizes)) > 1:
-        raise ValueError(f"averaged(): optimizers over {sizes} workers; allowed are the same ones")
-    return evaluation.averaged([o.engine for o in optimizers], model)
+        raise ValueError(f"{call}(): optimizers over {sizes} workers; allowed are the same ones")
+    return [o.engine for o in optimizers]
 
 
 def _beside(

@@ -252,6 +252,13 @@ def _several_in(rank, fragments):
             mean = (before[0][name] + before[1][name]) / 2
             torch.testing.assert_close(inside[name], mean, rtol=1e-5, atol=1e-6)
         assert torch.equal(p.detach().to(torch.float64), before[rank][name])
+    distoptim.consolidate(module, first, second)
+    after = everybody(state(module))
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            mean = (before[0][name] + before[1][name]) / 2
+            torch.testing.assert_close(after[rank][name], mean, rtol=1e-5, atol=1e-6)
+            assert same(after[0][name], after[1][name])
     # What is a worker's own may be trained by nobody's optimizer.
     distoptim.local(module, [n for n, p in module.named_parameters() if p in set(params[3:])])
     with first.averaged(module):

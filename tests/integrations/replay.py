@@ -73,6 +73,13 @@ def whole(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([t.detach().flatten().double() for t in model.state_dict().values()])
 
 
+def equal_everywhere(x: torch.Tensor) -> None:
+    """All workers call it, each with its own."""
+    first = x.clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(x, first)
+
+
 def of_the_page(section: str) -> str:
     """The code of docs/trainers.md as it is after a section's diff."""
     page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()

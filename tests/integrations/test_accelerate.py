@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
-from tests.integrations.replay import BY_HAND, flat, of_the_page, ours, whole
+from tests.integrations.replay import BY_HAND, equal_everywhere, flat, of_the_page, ours, whole
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed: make test-integrations")
 
+# An odd number of batches, so that the last group of an accumulation is short.
 LENGTH = 11
 MICRO = 2
+SIZE = 5
 
 
 def model_of() -> torch.nn.Module:
@@ -25,69 +31,81 @@ def model_of() -> torch.nn.Module:
     )
 
 
-def batches(rank: int, epoch: int) -> list[torch.Tensor]:
-    """An odd number, so that the last group of an accumulation is short."""
-    data = torch.Generator().manual_seed(10 * epoch + rank)
-    return [torch.randn(5, 4, generator=data) for _ in range(LENGTH)]
-
-
-def setup(name: str, precision: str = "no", poisoned: bool = False) -> tuple[Any, ...]:
+def accelerator_of(precision: str = "no", poisoned: bool = False, **options: Any) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from distoptim.integrations.accelerate import prepare
-
     # One process is several accelerators here.
     AcceleratorState._reset_state()  # noqa: SLF001  # Accelerate's own tests do so too
-    accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=MICRO, mixed_precision=precision
+    made = Accelerator(
+        cpu=True, gradient_accumulation_steps=MICRO, mixed_precision=precision, **options
     )
     if poisoned:
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        # Accelerate makes one by itself in fp16, which needs a GPU.
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    return made
+
+
+def loader_of() -> Any:
+    data = torch.randn(
+        LENGTH * SIZE * dist.get_world_size(), 4, generator=torch.Generator().manual_seed(9)
+    )
+    return torch.utils.data.DataLoader(
+        data, SIZE, shuffle=True, generator=torch.Generator().manual_seed(1)
+    )
+
+
+def setup(name: str, precision: str = "no", poisoned: bool = False) -> Any:
+    from distoptim.integrations.accelerate import prepare
+
+    accelerator = accelerator_of(precision, poisoned)
+    model = model_of()
+    optimizer = ours(name, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), module=model)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    names = ("model", "optimizer", "scheduler", "loader")
+    found = prepare(accelerator, model, optimizer, scheduler, loader_of())
+    return SimpleNamespace(
+        accelerator=accelerator, **dict(zip(names, found, strict=True)), batches=[], stats={}
+    )
+
+
+def train(parts: Any, first: int = 0, bad: tuple[int, int] = (-1, -1), save: Any = None) -> None:
+    """As Accelerate's own examples; the loss of worker bad[0] is infinite at batch bad[1]."""
+    accelerator = parts.accelerator
+    loader = accelerator.skip_first_batches(parts.loader, first) if first else parts.loader
+    for i, batch in enumerate(loader, first):
+        if save is not None:
+            save(i)
+        parts.batches.append(batch.clone())
+        with accelerator.accumulate(parts.model):
+            loss = parts.model(batch).float().square().mean()
+            if (accelerator.process_index, i) == bad:
+                loss = loss * float("inf")
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                if accelerator.scaler is not None:
+                    # As above.
+                    accelerator.scaler.unscale_(parts.optimizer.optimizer)
+                accelerator.clip_grad_norm_(parts.model.parameters(), 1.0)
+            parts.optimizer.step()
+            parts.scheduler.step()
+            parts.optimizer.zero_grad()
+    parts.stats = parts.optimizer.stats()
+
+
+def by_hand(name: str, batches: list[torch.Tensor], bf16: bool, bad: int) -> torch.Tensor:
     model = model_of()
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer = ours(name, inner, module=model)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5)
-    return (accelerator, *prepare(accelerator, model, optimizer, scheduler))
-
-
-def loss_of(model: Any, batch: torch.Tensor, bad: bool) -> torch.Tensor:
-    loss = model(batch).float().square().mean()
-    return loss * float("inf") if bad else loss
-
-
-def train(parts: tuple[Any, ...], rank: int, first: int, count: int, bad: int = -1) -> None:
-    accelerator, model, optimizer, scheduler = parts
-    todo = batches(rank, 0)[first : first + count]
-    for i, batch in enumerate(todo, first):
-        # As a prepared loader does at its end.
-        complete = (i + 1) % MICRO == 0 or i + 1 == LENGTH
-        accelerator.gradient_state._set_sync_gradients(complete)  # noqa: SLF001  # Trainer does so too
-        accelerator.backward(loss_of(model, batch, rank == 1 and i == bad))
-        if accelerator.sync_gradients:
-            if accelerator.scaler is not None:
-                # Accelerate does it by itself in fp16, which needs a GPU.
-                accelerator.scaler.unscale_(optimizer.optimizer)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if accelerator.sync_gradients and not optimizer.step_was_skipped:
-            scheduler.scheduler.step()
-        optimizer.zero_grad()
-
-
-def by_hand(name: str, rank: int, bf16: bool, bad: int) -> torch.Tensor:
-    model = model_of()
-    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.StepLR(inner, 4, 0.5)
+    # Accelerate counts the batches of all workers.
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(inner, 0.9 ** dist.get_world_size())
     rounds = BY_HAND[name](list(model.parameters()))
     infinite = False
-    torch.manual_seed(1 + rank)
-    for i, batch in enumerate(batches(rank, 0)):
+    torch.manual_seed(1 + dist.get_rank())
+    for i, batch in enumerate(batches):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             out = model(batch)
-        loss = out.float().square().mean()
-        infinite |= rank == 1 and i == bad
-        (loss / MICRO).backward()
+        infinite |= i == bad
+        (out.float().square().mean() / MICRO).backward()
         if (i + 1) % MICRO and i + 1 != LENGTH:
             continue
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -100,79 +118,145 @@ def by_hand(name: str, rank: int, bf16: bool, bad: int) -> torch.Tensor:
     return flat(model)
 
 
-def right_numbers(rank: int) -> None:
-    for name in ("local", "overlap"):
+def right_numbers(names: tuple[str, ...] = ("local", "overlap")) -> None:
+    rank = dist.get_rank()
+    for name in names:
         for precision, bad in (("no", -1), ("bf16", -1), ("no", 4)):
             parts = setup(name, precision, poisoned=bad >= 0)
             torch.manual_seed(1 + rank)
-            train(parts, rank, 0, LENGTH, bad)
-            _, model, optimizer, _ = parts
-            expected = by_hand(name, rank, precision == "bf16", bad)
-            torch.testing.assert_close(flat(model), expected, rtol=1e-6, atol=1e-6)
-            assert not isinstance(model, torch.nn.parallel.DistributedDataParallel)
-            assert optimizer.stats()["steps"] == 6
+            train(parts, bad=(1, bad))
+            expected = by_hand(name, parts.batches, precision == "bf16", bad if rank == 1 else -1)
+            torch.testing.assert_close(flat(parts.model), expected, rtol=1e-6, atol=1e-6)
+            assert not isinstance(parts.model, torch.nn.parallel.DistributedDataParallel)
+            assert parts.stats["steps"] == 6
             with pytest.raises(RuntimeError, match="averages already: leave average"):
-                optimizer.average()
-            optimizer.optimizer.close()
+                parts.optimizer.average()
+            parts.optimizer.optimizer.close()
 
 
-def checkpoints(rank: int, folder: Path) -> None:
+def checkpoints(folder: Path) -> None:
     from safetensors.torch import load_file
 
-    for saved_at in (4, 8):
-        # In mid-round, with a mean in flight.
-        parts = setup("overlap")
-        torch.manual_seed(1 + rank)
-        train(parts, rank, 0, saved_at)
-        where = folder / f"at{saved_at}"
-        parts[0].save_state(str(where), safe_serialization=True)
-        parts[0].wait_for_everyone()
-        with parts[2].averaged(parts[1]):
-            mean = whole(parts[1])
-        train(parts, rank, saved_at, LENGTH - saved_at)
-        resumed = setup("overlap")
-        resumed[0].load_state(str(where))
-        train(resumed, rank, saved_at, LENGTH - saved_at)
-        assert torch.equal(whole(resumed[1]), whole(parts[1]))
-        assert resumed[3].state_dict() == parts[3].state_dict()
-        if rank == 0:
-            other = model_of()
-            other.load_state_dict(load_file(where / "model.safetensors"))
-            torch.testing.assert_close(whole(other), mean, rtol=0, atol=0)
-        parts[2].optimizer.close()
-        resumed[2].optimizer.close()
-
-
-def others(rank: int, folder: Path) -> None:
+    rank = dist.get_rank()
+    through = setup("overlap")
+    torch.manual_seed(1 + rank)
+    train(through)
     parts = setup("overlap")
-    parts[0].load_state(str(folder / "at8"))
-    every = [torch.zeros_like(flat(parts[1])) for _ in range(3)]
-    dist.all_gather(every, flat(parts[1]))
-    assert torch.equal(every[0], every[2])
-    train(parts, rank, 8, 3)
+    means = {}
+
+    def save(batch: int) -> None:
+        # In mid-epoch and in mid-round, with a mean in flight.
+        if batch in (4, 8):
+            parts.accelerator.save_state(str(folder / f"at{batch}"))
+            with parts.optimizer.averaged(parts.model):
+                means[batch] = whole(parts.model)
+
+    torch.manual_seed(1 + rank)
+    train(parts, save=save)
+    assert torch.equal(whole(parts.model), whole(through.model)), "saving disturbs nothing"
+    parts.accelerator.wait_for_everyone()
+    for batch, mean in means.items():
+        resumed = setup("overlap")
+        resumed.accelerator.load_state(str(folder / f"at{batch}"))
+        train(resumed, batch)
+        assert all(map(torch.equal, through.batches[batch:], resumed.batches))
+        assert torch.equal(whole(resumed.model), whole(through.model))
+        assert resumed.scheduler.state_dict() == through.scheduler.state_dict()
+        other = model_of()
+        other.load_state_dict(load_file(folder / f"at{batch}" / "model.safetensors"))
+        torch.testing.assert_close(whole(other), mean, rtol=0, atol=0)
+        resumed.optimizer.optimizer.close()
+    through.optimizer.optimizer.close()
+    parts.optimizer.optimizer.close()
 
 
-def _with(rank: int, fn: Any, *args: Any) -> None:
-    fn(rank, *args)
-    dist.destroy_process_group()
+def weights_alone(folder: Path) -> None:
+    """What Accelerate has saved without us."""
+    model = model_of()
+    accelerator = accelerator_of()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.5)
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    accelerator.prepare(model, plain, torch.optim.lr_scheduler.ConstantLR(plain), loader_of())
+    accelerator.save_state(str(folder))
+    accelerator.wait_for_everyone()
+    parts = setup("overlap")
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("distoptim").addHandler(handler)
+    parts.accelerator.load_state(str(folder))
+    logging.getLogger("distoptim").removeHandler(handler)
+    assert said == [f"{folder} has no state of distoptim: a new run starts from its weights"]
+    assert flat(parts.model).eq(0.5).all()
+    train(parts)
+    assert parts.stats["steps"] == 6
+    parts.optimizer.optimizer.close()
 
 
-def test_it_equals_local_updates_by_hand(tmp_path: Path) -> None:
-    run(_two, 2, tmp_path, backend=None)
-    run(_three, 3, tmp_path, backend=None)
+def trackers(folder: Path) -> None:
+    """`stats()` are what they take."""
+    from accelerate.tracking import GeneralTracker, on_main_process
+
+    class Notes(GeneralTracker):  # type: ignore[misc]
+        name = "notes"
+        requires_logging_directory = False
+        noted: list[dict[str, float]] = []  # noqa: RUF012  # of a class within a function
+        tracker = None
+
+        @on_main_process
+        def store_init_configuration(self, values: Any) -> None: ...
+
+        @on_main_process
+        def log(self, values: Any, step: Any = None, **_: Any) -> None:
+            self.noted.append(values)
+
+    accelerator = accelerator_of(log_with=[Notes()])
+    accelerator.init_trackers("tests")
+    parts = setup("local")
+    train(parts)
+    accelerator.log(parts.optimizer.stats(), step=6)
+    if dist.get_rank() == 0:
+        assert Notes.noted[0]["syncs"] == 2
+    parts.optimizer.optimizer.close()
 
 
-def _two(rank: int, folder: Path) -> None:
-    _with(rank, _all, folder)
+def plain_prepare() -> None:
+    """Accelerate's own puts DDP around the model, which the first step tells."""
+    accelerator = accelerator_of()
+    model = model_of()
+    optimizer = accelerator.prepare(model, ours("local", torch.optim.SGD(model.parameters())))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            accelerator.backward(optimizer[0](torch.ones(2, 4)).sum())
+            optimizer[1].step()
+    about = [str(w.message) for w in told if "DistributedDataParallel is around" in str(w.message)]
+    assert len(about) == 1
+    assert "distoptim.integrations.accelerate.prepare(accelerator, ...)" in about[0]
+    optimizer[1].optimizer.close()
+
+
+def refused() -> None:
+    from distoptim.integrations.accelerate import prepare
+
+    model = model_of()
+    optimizer = ours("local", torch.optim.SGD(model.parameters()))
+    sharded = SimpleNamespace(distributed_type="DistributedType.FSDP")
+    with pytest.raises(ValueError, match="accelerator of distributed type FSDP, which keeps a"):
+        prepare(sharded, model, optimizer)
+    with pytest.raises(ValueError, match="LocalSGD without the model that it trains"):
+        prepare(accelerator_of(), optimizer, model_of())
+    optimizer.close()
 
 
 def page() -> None:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
     import distoptim.integrations.accelerate
 
-    AcceleratorState._reset_state()  # noqa: SLF001  # as above
+    accelerator_of()
     model = model_of()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     names = {
@@ -186,11 +270,31 @@ def page() -> None:
     assert type(names["optimizer"]).__name__ == "AveragedOptimizer"
 
 
-def _all(rank: int, folder: Path) -> None:
+def _two(rank: int, folder: Path) -> None:
     page()
-    right_numbers(rank)
-    checkpoints(rank, folder)
+    right_numbers()
+    checkpoints(folder)
+    weights_alone(folder / "plain")
+    trackers(folder)
+    plain_prepare()
+    refused()
+    dist.destroy_process_group()
 
 
-def _three(rank: int, folder: Path) -> None:
-    _with(rank, others, folder)
+def _four(rank: int, folder: Path) -> None:
+    """Twice as many workers have right numbers, and start from the anchor of what two have saved."""
+    accelerator_of()
+    right_numbers(("overlap",))
+    parts = setup("overlap")
+    parts.accelerator.load_state(str(folder / "at8"))
+    equal_everywhere(flat(parts.model))
+    anchors = inspect(parts.optimizer.optimizer).anchors()
+    assert anchors is not None
+    assert torch.equal(flat(parts.model), anchors)
+    train(parts, 8)
+    dist.destroy_process_group()
+
+
+def test_it_equals_local_updates_by_hand_and_resumes(tmp_path: Path) -> None:
+    run(_two, 2, tmp_path, backend=None)
+    run(_four, 4, tmp_path, backend=None)

@@ -60,17 +60,20 @@ def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Itera
 
 
 @torch.no_grad()
-def consolidate(engine: Engine, module: torch.nn.Module | None) -> None:
-    """The engine's parameters, and the module's statistics, become the workers' mean for good.
+def consolidate(engines: Sequence[Engine], module: torch.nn.Module | None) -> None:
+    """The engines' parameters, and the module's statistics, become the workers' mean for good.
 
     Raises:
         ValueError: as `averaged`.
     """
-    engine.check_local()
-    parts = _parts([engine], module)
-    means = engine.means(Kind.CONSOLIDATE_MODULE if parts.compared else Kind.CONSOLIDATE)
-    statistics, more = _statistics([engine], parts, Kind.CONSOLIDATE)
-    engine.adopt(means)
+    for engine in engines:
+        engine.check_local()
+    parts = _parts(engines, module)
+    kind = Kind.CONSOLIDATE_MODULE if parts.compared else Kind.CONSOLIDATE
+    means = [engine.means(kind) for engine in engines]
+    statistics, more = _statistics(engines, parts, Kind.CONSOLIDATE)
+    for engine, own in zip(engines, means, strict=True):
+        engine.adopt(own)
     with torch.inference_mode(any(x.is_inference() for x in statistics)), torch.no_grad():
         for fragment, mean in more:
             fragment.write(mean)

@@ -8,16 +8,28 @@ from typing import Any, NoReturn, Protocol, final
 
 import torch
 
-from distoptim.integrations import worker_files
+from distoptim.integrations import hooks, worker_files
 from distoptim.optimizer import AveragingOptimizer, averaged
 
 try:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 except ImportError as error:
-    raise ImportError(
-        "distoptim.integrations.accelerate needs Accelerate: pip install 'distoptim[accelerate]'"
-    ) from error
+    raise hooks.unusable("accelerate", error) from error
+
+hooks.check(
+    "accelerate",
+    {
+        Accelerator: (
+            "distributed_type",
+            "prepare_model(evaluation_mode)",
+            "prepare_optimizer",
+            "register_save_state_pre_hook",
+            "register_load_state_pre_hook",
+        ),
+        AcceleratedOptimizer: ("step", "load_state_dict", "state", "param_groups"),
+    },
+)
 
 
 class Resume(Protocol):
@@ -173,10 +185,10 @@ def prepare(accelerator: Accelerator, *args: Any) -> Any:
     Returns: the same, prepared, in the same order; optimizers of distoptim as `AveragedOptimizer`.
 
     Raises:
-        ValueError: another distributed type; an optimizer without its model, or one that is told to average
-            in step().
+        ValueError: another distributed type; an optimizer without its model.
     """
-    mine = [x for x in args if isinstance(x, AveragingOptimizer)]
+    # By the object that was handed over; one that is prepared comes again when Trainer trains again.
+    mine = {id(x): found for x in args if (found := _averaging(x)) is not None}
     if not mine:
         return type(accelerator).prepare(accelerator, *args)
     kind = str(accelerator.distributed_type).rpartition(".")[2]
@@ -185,23 +197,46 @@ def prepare(accelerator: Accelerator, *args: Any) -> Any:
             f"accelerator of distributed type {kind}, which keeps a model over several processes: allowed "
             "are those with a whole model in each; for FSDP2 islands device_mesh= without Accelerate"
         )
-    trained = {id(x): _model_of(x, args) for x in mine}
+    hooks.check("accelerate", {accelerator: ("_models", "_optimizers", "_schedulers", "scaler")})
+    trained = {key: _model_of(x, args) for key, x in mine.items()}
     prepared = {id(m): accelerator.prepare_model(m, evaluation_mode=True) for m in trained.values()}
-    for x in mine:
-        x.engine.watch.check()
-        optimizer = accelerator.prepare_optimizer(AveragedOptimizer(x, accelerator.scaler))
-        prepared[id(x)] = optimizer
-    for model in {id(m): m for m in trained.values()}.values():
-        checkpoint = _Checkpoint(
-            accelerator, prepared[id(model)], [x for x in mine if trained[id(x)] is model]
-        )
-        accelerator.register_save_state_pre_hook(checkpoint.save)
-        accelerator.register_load_state_pre_hook(checkpoint.begin)
+    for x in args:
+        if id(x) in mine:
+            prepared[id(x)] = accelerator.prepare_optimizer(_wrapped(x, accelerator.scaler))
+    _save_and_load(
+        accelerator, [x for x in args if isinstance(x, AveragingOptimizer)], trained, prepared
+    )
     rest = [x for x in args if id(x) not in prepared]
     others = type(accelerator).prepare(accelerator, *rest) if rest else ()
     made = iter(others if len(rest) > 1 else (others,))
     out = tuple(prepared[id(x)] if id(x) in prepared else next(made) for x in args)
     return out if len(out) > 1 else out[0]
+
+
+def _averaging(x: object) -> AveragingOptimizer | None:
+    found = x.optimizer if isinstance(x, AveragedOptimizer) else x
+    return found if isinstance(found, AveragingOptimizer) else None
+
+
+def _wrapped(x: Any, scaler: Any) -> AveragedOptimizer:
+    if isinstance(x, AveragedOptimizer):
+        return x
+    x.engine.watch.check()
+    return AveragedOptimizer(x, scaler)
+
+
+def _save_and_load(
+    accelerator: Accelerator,
+    optimizers: list[AveragingOptimizer],
+    trained: dict[int, torch.nn.Module],
+    prepared: dict[int, Any],
+) -> None:
+    """Have `save_state` and `load_state` do right by optimizers that are new, model by model."""
+    for model in {id(trained[id(x)]): trained[id(x)] for x in optimizers}.values():
+        mine = [x for x in optimizers if trained[id(x)] is model]
+        checkpoint = _Checkpoint(accelerator, prepared[id(model)], mine)
+        accelerator.register_save_state_pre_hook(checkpoint.save)
+        accelerator.register_load_state_pre_hook(checkpoint.begin)
 
 
 def _model_of(optimizer: AveragingOptimizer, args: tuple[Any, ...]) -> torch.nn.Module:

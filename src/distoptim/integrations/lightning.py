@@ -9,16 +9,39 @@ from typing import Any, final
 
 import torch
 
-from distoptim.integrations import worker_files
-from distoptim.optimizer import AveragingOptimizer, averaged
+from distoptim.integrations import hooks, worker_files
+from distoptim.optimizer import AveragingOptimizer, averaged, consolidate
 
 try:
     from lightning.pytorch import Callback
     from lightning.pytorch.strategies import DDPStrategy
 except ImportError as error:
-    raise ImportError(
-        "distoptim.integrations.lightning needs Lightning: pip install 'distoptim[lightning]'"
-    ) from error
+    raise hooks.unusable("lightning", error) from error
+
+hooks.check(
+    "lightning",
+    {
+        DDPStrategy: (
+            "configure_ddp",
+            "lightning_module_state_dict",
+            "load_checkpoint",
+            "load_optimizer_state_dict",
+            "on_train_end",
+            "on_train_start",
+            "optimizer_step",
+            "remove_checkpoint",
+            "save_checkpoint",
+            "setup_optimizers",
+        ),
+        Callback: (
+            "on_exception",
+            "on_train_batch_end",
+            "on_validation_end",
+            "on_validation_start",
+            "setup",
+        ),
+    },
+)
 
 
 @final
@@ -77,8 +100,8 @@ class AveragingStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         """The module holds the workers' mean from here on."""
         super().on_train_end()
-        for optimizer in self.averaging.values():
-            optimizer.consolidate(self.lightning_module if len(self.optimizers) == 1 else None)
+        if self.averaging:
+            consolidate(self.lightning_module, *self.averaging.values())
 
     # ---- checkpoints ------------------------------------------------------------------------------
 

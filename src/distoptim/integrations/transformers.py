@@ -9,28 +9,46 @@ from typing import Any, final
 
 import torch
 
-from distoptim.integrations import worker_files
+from distoptim.integrations import hooks, worker_files
 from distoptim.optimizer import AveragingOptimizer
 
 try:
     from transformers import Trainer, TrainingArguments
 except ImportError as error:
-    raise ImportError(
-        "distoptim.integrations.transformers needs Transformers: pip install 'distoptim[transformers]'"
-    ) from error
+    raise hooks.unusable("transformers", error) from error
 
 from distoptim.integrations.accelerate import AveragedOptimizer, prepare
+
+hooks.check(
+    "transformers",
+    {
+        TrainingArguments: ("average_tokens_across_devices", "deepspeed", "fsdp"),
+        Trainer: (
+            "create_accelerator_and_postprocess",
+            "create_optimizer",
+            "evaluation_loop",
+            "log",
+            "save_model",
+            "train",
+            "_load_optimizer_and_scheduler",
+            "_load_scaler",
+            "_save_optimizer_and_scheduler",
+        ),
+    },
+)
 
 Averaging = Callable[[torch.optim.Optimizer], AveragingOptimizer]
 
 
-@final
 class AveragingTrainer(Trainer):
     """A Trainer whose workers average every tau steps instead of at each.
 
     Evaluation, prediction, `save_model`, checkpoints' weights and the choice of the best model see the
     workers' mean; so does the model after `train()`. Each worker keeps its own beside a checkpoint, and
     resumes from it bit-equal. Logs have `distoptim/...`.
+
+    To be subclassed as Trainer is. A subclass of Trainer becomes one of this by
+    `class Mine(AveragingTrainer, Seq2SeqTrainer): pass`.
 
     Args:
         args: as Trainer's, first too; without deepspeed and FSDP. `average_tokens_across_devices` is
@@ -51,13 +69,11 @@ class AveragingTrainer(Trainer):
         averaging: Averaging | None = None,
         **options: Any,
     ) -> None:
-        if args is not None:
-            if args.deepspeed or args.fsdp:
-                raise ValueError(
-                    "args.deepspeed or args.fsdp: they keep one model over several processes, none of which "
-                    "is a worker; allowed are arguments without"
-                )
-            args.average_tokens_across_devices = False
+        if args is not None and (args.deepspeed or args.fsdp):
+            raise ValueError(
+                "args.deepspeed or args.fsdp: they keep one model over several processes, none of which "
+                "is a worker; allowed are arguments without"
+            )
         given, _ = options.get("optimizers", (None, None))
         if averaging is None and not isinstance(given, AveragingOptimizer):
             raise ValueError(
@@ -66,6 +82,7 @@ class AveragingTrainer(Trainer):
             )
         self._averaging = averaging
         super().__init__(model, args, **options)
+        self.args.average_tokens_across_devices = False
 
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator puts no DDP around the model."""
