@@ -23,7 +23,7 @@ from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from distoptim.testing.processes import run
 from tests.helpers import toy
-from tests.helpers.share import share
+from tests.helpers.share import ALL, share
 
 TAU, STEPS, STOPS = 4, 12, (5, 8, 10)
 MAKERS = toy.variants(tau=TAU, fragments=(2,))
@@ -37,7 +37,7 @@ LEVELS = {
 # More than one level, which costs many messages, at one delay of each.
 KINDS = {
     name: ["pairs", "alone", "none", *["two levels"] * (f"delay{TAU}" in name)]
-    for name in share(MAKERS, of=2)
+    for name in (MAKERS if ALL else toy.diagonal(MAKERS))
 }
 # What all algorithms take and a plain loop would have to repeat; with each of them what two workers
 # share and resume.
@@ -48,8 +48,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 OPTIONED = {
     f"{name}, {option}": partial(algorithm, **{**toy.OPTIONS, **OPTIONS[option]})
-    for name, algorithm in distoptim.ALGORITHMS.items()
-    for option in OPTIONS
+    for i, (name, algorithm) in enumerate(distoptim.ALGORITHMS.items())
+    for option in share(OPTIONS, of=3, turn=i)
 }
 # What a worker keeps of its own, until the next launch or for good; the members of a group have it
 # in common.

@@ -101,9 +101,13 @@ def spread() -> dict[str, Callable[..., AveragingOptimizer]]:
 
 def once(turn: int) -> dict[str, Callable[..., AveragingOptimizer]]:
     """Of `spread` every algorithm once, at another delay in another turn."""
-    makers = spread()
-    chosen = [labels[(i + turn) % len(labels)] for i, labels in enumerate(_by_algorithm(makers))]
-    return {label: makers[label] for label in chosen}
+    return diagonal(spread(), turn)
+
+
+def diagonal(makers: dict[str, Any], turn: int = 0) -> dict[str, Any]:
+    """Of `makers` every algorithm once, each at another delay and split than its neighbours."""
+    labels = [labels[(i + turn) % len(labels)] for i, labels in enumerate(_by_algorithm(makers))]
+    return {label: makers[label] for label in labels}
 
 
 def _by_algorithm(labels: Iterable[str]) -> list[list[str]]:

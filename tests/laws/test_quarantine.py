@@ -53,8 +53,9 @@ def fall_ill(workers, value=math.nan):
     return [w for w in caught if issubclass(w.category, QuarantineWarning)]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_the_sick_worker_is_told_and_comes_back(make, value):
+@pytest.mark.parametrize(("name", "value"), share(product(MAKERS, [math.nan, math.inf]), of=5))
+def test_the_sick_worker_is_told_and_comes_back(name, value):
+    make = MAKERS[name]
     workers = cluster(make)
     told = fall_ill(workers, value)
     assert [str(w.message).partition(":")[0] for w in told] == [f"rank {SICK}"]
@@ -183,7 +184,7 @@ PARTED = toy.variants(fragments=(2, 3))
 
 
 @pytest.mark.parametrize(
-    ("name", "at"), share(product(PARTED, [1, toy.TAU - 1, 2 * toy.TAU]), of=5)
+    ("name", "at"), share(product(PARTED, [1, toy.TAU - 1, 2 * toy.TAU]), of=7)
 )
 def test_one_bad_batch_is_one_quarantine_with_fragments_too(name, at):
     """All of them are replaced at once, or NaN would go round and round from one to the next."""
