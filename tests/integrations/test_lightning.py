@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
-from tests.integrations.replay import BY_HAND, flat, of_the_page, ours, whole
+from tests.integrations.replay import BY_HAND, equal_everywhere, flat, of_the_page, ours, whole
 
 pytest.importorskip("lightning", reason="Lightning is not installed: make test-integrations")
 
@@ -48,8 +50,10 @@ class Own(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         return BATCHES
 
 
-def module_of(name: str, rank: int, dropout: float = 0.0) -> Any:
+def module_of(name: str, dropout: float = 0.0, lr: float = 0.05) -> Any:
     import lightning.pytorch as pl
+
+    rank = dist.get_rank() if dist.is_initialized() else 0
 
     class Module(pl.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -61,18 +65,22 @@ def module_of(name: str, rank: int, dropout: float = 0.0) -> Any:
 
         def training_step(self, _: torch.Tensor, index: int) -> torch.Tensor:
             # By its index: in the middle of an epoch, loaders that Lightning cannot save begin anew.
-            return self.net(batches(rank)[index]).square().mean()
+            return self.net(batches(rank)[index]).float().square().mean()
 
         def validation_step(self, batch: torch.Tensor, _: int) -> None:
-            self.validated.append(flat(self.net))
+            self.validated.append(whole(self.net))
             self.log("val", self.net(batch).square().mean(), sync_dist=True)
+
+        def predict_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+            out: torch.Tensor = self.net(batch)
+            return out
 
         def on_train_batch_end(self, *_: Any) -> None:
             self.params.append(flat(self.net))
             self.seen.append(whole(self.net))
 
         def configure_optimizers(self) -> Any:
-            inner = torch.optim.AdamW(self.parameters(), lr=0.05)
+            inner = torch.optim.AdamW(self.parameters(), lr=lr)
             optimizer = ours(name, inner, module=self)
             schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
@@ -86,38 +94,43 @@ def module_of(name: str, rank: int, dropout: float = 0.0) -> Any:
     return Module()
 
 
-def trainer_of(folder: Path, devices: int, callbacks: Any = (), **options: Any) -> Any:
+def trainer_of(folder: Path, *callbacks: Any, **options: Any) -> Any:
     import lightning.pytorch as pl
 
     from distoptim.integrations.lightning import AveragingCallback, AveragingStrategy
 
     return pl.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy=AveragingStrategy(),
-        callbacks=[AveragingCallback(), *callbacks],
-        default_root_dir=folder,
-        max_epochs=EPOCHS,
-        accumulate_grad_batches=2,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **{"enable_checkpointing": False, **options},
+        **{
+            "accelerator": "cpu",
+            "devices": dist.get_world_size() if dist.is_initialized() else 2,
+            "strategy": AveragingStrategy(),
+            "callbacks": [AveragingCallback(), *callbacks],
+            "default_root_dir": folder,
+            "max_epochs": EPOCHS,
+            "accumulate_grad_batches": 2,
+            "gradient_clip_val": 1.0,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": False,
+            **options,
+        }
     )
 
 
-def by_hand(name: str, rank: int) -> list[torch.Tensor]:
+def by_hand(name: str, bf16: bool) -> list[torch.Tensor]:
     model = net_of(0.0)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     schedule = torch.optim.lr_scheduler.StepLR(inner, 2, 0.5)
     rounds = BY_HAND[name](list(model.parameters()))
     out = []
     for _ in range(EPOCHS):
-        for i, batch in enumerate(batches(rank)):
+        for i, batch in enumerate(batches(dist.get_rank())):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(batch).float().square().mean()
             # As Lightning does, also in a short last group.
-            (model(batch).square().mean() / 2).backward()
+            (loss / 2).backward()
             if (i + 1) % 2 == 0 or i + 1 == BATCHES:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 inner.step()
@@ -128,41 +141,54 @@ def by_hand(name: str, rank: int) -> list[torch.Tensor]:
     return out
 
 
-def right_numbers(rank: int, folder: Path) -> None:
-    for name in ("local", "overlap"):
-        module = module_of(name, rank)
-        trainer = trainer_of(folder, 2)
+CASES = (("local", "32-true"), ("overlap", "32-true"), ("overlap", "bf16-mixed"))
+
+
+def right_numbers(folder: Path, cases: tuple[tuple[str, str], ...] = CASES) -> None:
+    for name, precision in cases:
+        module = module_of(name)
+        trainer = trainer_of(folder, precision=precision)
         trainer.fit(module)
         assert not isinstance(trainer.strategy.model, torch.nn.parallel.DistributedDataParallel)
-        for x, expected in zip(module.params, by_hand(name, rank), strict=True):
-            torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
+        expected = by_hand(name, precision == "bf16-mixed")
+        for x, y in zip(module.params, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
         assert {"distoptim/exposed_pct", "distoptim/tau"} <= trainer.callback_metrics.keys()
-        for x in (module.validated[0], flat(module.net)):
-            every = [torch.zeros_like(x) for _ in range(2)]
-            dist.all_gather(every, x)
-            assert torch.equal(*every), "validation and the end see the mean"
-        before = flat(module.net)
+        # In validation, and from the end on.
+        equal_everywhere(flat(module.net))
+        held = whole(module.net)
+        torch.testing.assert_close(module.validated[-1], held)
         trainer.validate(module, verbose=False)
-        assert torch.equal(flat(module.net), before)
+        assert torch.equal(module.validated[-1], held)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            outs = trainer.predict(module, module.val_dataloader())
+            module.net.eval()
+            assert torch.equal(outs[0], module.net(batches(7)[0]))
 
 
-def checkpoints(rank: int, folder: Path) -> None:
+def checkpoints(folder: Path) -> None:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    def saved() -> Any:
-        return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    def trained(*callbacks: Any, resume: str | None = None) -> Any:
+        module = module_of("overlap", dropout=0.2)
+        trainer = trainer_of(folder, *callbacks, enable_checkpointing=bool(callbacks))
+        torch.manual_seed(1 + dist.get_rank())
+        trainer.fit(module, ckpt_path=resume)
+        return trainer, module
 
-    module = module_of("overlap", rank)
-    trainer = trainer_of(folder, 2, [saved()], enable_checkpointing=True)
-    trainer.fit(module)
+    every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    _, through = trained()
+    trainer, module = trained(every)
+    assert torch.equal(whole(through.net), whole(module.net)), "saving disturbs nothing"
     path = saved_at(folder)
     found = torch.load(path, weights_only=True)["state_dict"]
+    rank = dist.get_rank()
     own = torch.load(f"{path}.workers/distoptim_{rank}_of_2.pt", weights_only=True)["model"]
     mean = own["net.3.weight"].clone()
     dist.all_reduce(mean)
     torch.testing.assert_close(found["net.3.weight"], mean / 2)
-    resumed = module_of("overlap", rank)
-    trainer_of(folder / "again", 2).fit(resumed, ckpt_path=str(path))
+    _, resumed = trained(resume=str(path))
+    assert len(resumed.seen) < len(module.seen)
     for x, y in zip(module.seen[-len(resumed.seen) :], resumed.seen, strict=True):
         assert torch.equal(x, y)
     assert torch.equal(whole(module.net), whole(resumed.net))
@@ -175,20 +201,123 @@ def checkpoints(rank: int, folder: Path) -> None:
 
 
 def saved_at(folder: Path) -> Path:
-    """In mid-round and in mid-epoch."""
+    """In mid-round and in mid-epoch, with a mean in flight."""
     return folder / "step=4.ckpt"
 
 
-def others(rank: int, folder: Path) -> None:
-    module = module_of("overlap", rank)
-    trainer_of(folder, 3).fit(module, ckpt_path=str(saved_at(folder)))
+def best_and_logged(folder: Path) -> None:
+    """The best checkpoint has the mean that was validated, fit ends early, and loggers have our metrics."""
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+
+    best = ModelCheckpoint(folder / "best", monitor="val", mode="min")
+    # Of a loss that grows.
+    early = EarlyStopping("val", patience=1, mode="max", min_delta=1e6)
+    module = module_of("local")
+    logger = CSVLogger(folder, name="logs", version=0)
+    trainer = trainer_of(
+        folder,
+        best,
+        early,
+        enable_checkpointing=True,
+        max_epochs=9,
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module)
+    assert trainer.current_epoch == 2
+    found = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    values = torch.cat([x.flatten().double() for x in found.values()])
+    assert any(torch.equal(values, x) for x in module.validated)
+    (result,) = trainer.validate(module, ckpt_path="best", verbose=False)
+    assert result["val"] == pytest.approx(float(best.best_model_score), rel=1e-6)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        header = (folder / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+        assert {"distoptim/exposed_pct", "distoptim/tau", "distoptim/syncs"} <= set(
+            header.split(",")
+        )
 
 
-def refused(rank: int, folder: Path) -> None:
-    module = module_of("local", rank)
+def several(folder: Path) -> None:
+    """Two optimizers, one of which steps every other time; validation and the end see the mean of both."""
+    import lightning.pytorch as pl
+
+    class Two(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = net_of(0.0)
+
+        def training_step(self, _: torch.Tensor, index: int) -> None:
+            first, second = self.optimizers()
+            self.manual_backward(self.net(batches(dist.get_rank())[index]).square().mean())
+            first.step()
+            if index % 2:
+                second.step()
+            first.zero_grad()
+            second.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            parts = (self.net[0], self.net[3])
+            return [
+                ours(name, torch.optim.SGD([*part.parameters(), *more], lr=0.1), module=self)
+                for name, part, more in zip(
+                    ("local", "overlap"), parts, ([], [*self.net[1].parameters()]), strict=True
+                )
+            ]
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(Own(0), batch_size=None)
+
+    module = Two()
+    trainer = trainer_of(folder, accumulate_grad_batches=1, gradient_clip_val=None)
+    trainer.fit(module)
+    steps = [inspect(o).step for o in trainer.strategy.averaging.values()]
+    assert steps == [BATCHES * EPOCHS, BATCHES // 2 * EPOCHS]
+    assert {"distoptim/tau/0", "distoptim/tau/1"} <= trainer.callback_metrics.keys()
+    equal_everywhere(whole(module.net))
+
+
+def weights_alone(folder: Path) -> None:
+    """A checkpoint in which nothing is of ours."""
+    plain = folder / "plain.ckpt"
+    if dist.get_rank() == 0:
+        shutil.copy(saved_at(folder), plain)
+    dist.barrier()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("distoptim").addHandler(handler)
+    module = module_of("overlap")
+    trainer = trainer_of(folder)
+    trainer.fit(module, ckpt_path=str(plain))
+    logging.getLogger("distoptim").removeHandler(handler)
+    assert said == [f"{plain}.workers has no state of distoptim: a new run starts from its weights"]
+    (optimizer,) = trainer.strategy.averaging.values()
+    assert optimizer.local_step == 2
+
+
+def refused(folder: Path) -> None:
+    from distoptim.integrations.lightning import AveragingCallback
+
+    module = module_of("local")
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="AveragingStrategy with SGD, whose parameters would stay"):
-        trainer_of(folder, 2).fit(module)
+        trainer_of(folder).fit(module)
+    with pytest.raises(ValueError, match="AveragingCallback with DDPStrategy: allowed is"):
+        trainer_of(folder, strategy="ddp", callbacks=[AveragingCallback()]).fit(module)
+
+
+def plain_strategy(folder: Path) -> None:
+    """Lightning's own strategy puts DDP around the model, which the first step tells."""
+    trainer = trainer_of(folder, strategy="ddp", callbacks=[])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.fit(module_of("local"))
+    about = [str(w.message) for w in told if "DistributedDataParallel is around" in str(w.message)]
+    assert len(about) == 1
+    assert "lightning.AveragingStrategy" in about[0]
 
 
 def quiet() -> None:
@@ -198,20 +327,43 @@ def quiet() -> None:
 
 def _two(rank: int, folder: Path) -> None:
     quiet()
-    right_numbers(rank, folder)
-    checkpoints(rank, folder)
-    refused(rank, folder)
+    # The first trainer makes the process group.
+    trainer_of(folder).strategy.setup_environment()
+    right_numbers(folder)
+    checkpoints(folder)
+    best_and_logged(folder)
+    several(folder)
+    weights_alone(folder)
+    refused(folder)
+    plain_strategy(folder)
     names: dict[str, Any] = {}
     exec(compile(of_the_page("Lightning"), "trainers.md", "exec", dont_inherit=True), names)
     dist.destroy_process_group()
 
 
-def _three(rank: int, folder: Path) -> None:
+def _four(rank: int, folder: Path) -> None:
+    """Twice as many workers have right numbers, and start from the anchor of what two have saved."""
     quiet()
-    others(rank, folder)
+    trainer_of(folder, devices=4).strategy.setup_environment()
+    right_numbers(folder, CASES[1:2])
+    module = module_of("overlap")
+    trainer = trainer_of(folder)
+    found = []
+
+    def look() -> None:
+        (optimizer,) = trainer.strategy.averaging.values()
+        anchors = inspect(optimizer).anchors()
+        assert anchors is not None
+        assert torch.equal(flat(module.net), anchors)
+        equal_everywhere(anchors)
+        found.append(anchors)
+
+    module.on_train_start = look
+    trainer.fit(module, ckpt_path=str(saved_at(folder)))
+    assert found
     dist.destroy_process_group()
 
 
-def test_it_equals_local_updates_by_hand(tmp_path: Path) -> None:
+def test_it_equals_local_updates_by_hand_and_resumes(tmp_path: Path) -> None:
     run(_two, 2, tmp_path, backend=None)
-    run(_three, 3, tmp_path, backend=None)
+    run(_four, 4, tmp_path, backend=None)

@@ -26,6 +26,7 @@ hooks.check(
             "lightning_module_state_dict",
             "load_checkpoint",
             "load_optimizer_state_dict",
+            "on_train_batch_start",
             "on_train_end",
             "on_train_start",
             "optimizer_step",
@@ -118,8 +119,11 @@ class AveragingStrategy(DDPStrategy):
     ) -> None:
         """Lightning's, of rank 0, and each worker's own."""
         if self.averaging and "optimizer_states" in checkpoint:
-            schedulers = checkpoint.get("lr_schedulers", [])
-            beside = {"schedulers": schedulers}
+            beside = {
+                "schedulers": checkpoint.get("lr_schedulers", []),
+                # Of dropout; Lightning saves none.
+                "generators": _generators(),
+            }
             worker_files.write(_own(filepath), self.lightning_module, self.averaging, beside)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -153,6 +157,12 @@ class AveragingStrategy(DDPStrategy):
                 trainer.lr_scheduler_configs, self._beside["schedulers"], strict=True
             ):
                 config.scheduler.load_state_dict(state)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The first time after a checkpoint: behind the loader, which has drawn a number by then."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self._beside is not None:
+            _set_generators(self._beside.get("generators", {}))
             self._beside = None
 
 
@@ -198,6 +208,21 @@ class AveragingCallback(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The same; communicates nothing."""
         self._block.close()
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    """States of torch's, by device."""
+    out = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        out["cuda"] = torch.cuda.get_rng_state()
+    return out
+
+
+def _set_generators(states: dict[str, torch.Tensor]) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _own(filepath: Any) -> Path:
