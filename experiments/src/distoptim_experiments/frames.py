@@ -132,6 +132,19 @@ def read(folder: Path) -> Runs:
     )
 
 
+def rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """By run, the rows of the `runs.csv` in a folder; none where there is no such file.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    path = folder / RUNS
+    if not path.exists():
+        return {}
+    table = _table(path, _types())
+    return dict(zip(table.run, table.to_dict("records"), strict=True))
+
+
 def write(folder: Path) -> list[Path]:
     """Write the two files of the runs below a folder; returns their paths.
 

@@ -398,10 +398,20 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the source tree the package was imported from, with "-dirty" if it has changes."""
+    """Of the source tree the package was imported from, with "-dirty" if it has changes outside of
+    results, where a study that goes on writes."""
+    commit = _git("describe", "--always", "--abbrev=12")
+    if not commit:
+        return None
+    changes = _git("status", "--porcelain", "--untracked-files=no", ":/", ":(exclude,top)results")
+    return f"{commit}-dirty" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the source tree; nothing outside of one."""
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            ["git", *arguments],
             check=False,
             capture_output=True,
             text=True,
@@ -409,5 +419,5 @@ def _commit() -> str | None:
             timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

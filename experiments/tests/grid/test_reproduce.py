@@ -16,6 +16,7 @@ from distoptim_experiments import frames, records
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.data import cifar
 from distoptim_experiments.grid import run, spec
+from distoptim_experiments.grid.ended import Ended
 from distoptim_experiments.report import report, runs
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training.virtual import Virtual
@@ -79,6 +80,7 @@ def test_a_grid_tries_learning_rates_and_runs_everything_once(tmp_path):
     assert run.reproduce(grid, tmp_path / "out", processes=1) == folders
     assert [(folder / records.FILE).stat().st_mtime_ns for folder in folders] == before
     # A trial is missing: the rate of its setting alone is open, and what has one is done.
+    (tmp_path / "out" / frames.RUNS).unlink()
     first, runs_ = run.stages(grid, tmp_path / "out", processes=1)
     (first.places()[0][1] / records.FILE).unlink()
     first, runs_ = run.stages(grid, tmp_path / "out", processes=1)
@@ -109,6 +111,23 @@ def test_records_moved_beside_their_folders_are_found(tmp_path):
     assert [
         path.read_text() for path in report.write(runs.named(frames.read(out)), tmp_path / "after")
     ] == before
+
+
+def test_without_records_a_grid_goes_on_at_the_rows_of_its_csv(tmp_path, capsys):
+    path, out = written(tmp_path), tmp_path / "out"
+    command = ["reproduce", str(path), "--folder", str(out), "--processes", "1", "--set", "steps=4"]
+    assert application()([*command, "--hours", "1e-9"]) == 0
+    assert "1e-09 hours are over, 12 to do" in capsys.readouterr().out
+    assert application()(command) == 0
+    for stage in (run.TRIALS, run.FINAL):
+        shutil.rmtree(out / stage)
+    capsys.readouterr()
+    # The learning rates chosen are those of the rows, or the runs would be others.
+    assert application()([*command, "--set", "seed=[0, 1, 2]"]) == 0
+    assert capsys.readouterr().out.startswith("3 to do")
+    assert len(list(out.rglob(records.FILE))) == 3
+    ended = frames.read(out).ended
+    assert sorted(ended.seed[ended.stage == "final"]) == [0] * 3 + [1] * 3 + [2] * 3
 
 
 def test_a_list_under_machines_is_an_axis_of_the_grid(tmp_path):
@@ -147,7 +166,8 @@ def test_rates_for_text_are_chosen_by_loss(tmp_path):
         }
         first, *_, last = lines(lr=case.config.lr, model="gpt-small")
         put(tmp_path, f"{i}", [first, last | score])
-    rates = run.choose([(case, tmp_path / f"{i}") for i, case in enumerate(trials)])
+    tried = [(case, tmp_path / f"{i}") for i, case in enumerate(trials)]
+    rates = run.choose(tried, Ended(tmp_path))
     assert set(rates.values()) == {0.01}
     assert len(rates) == 3
 

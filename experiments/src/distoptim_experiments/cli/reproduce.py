@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib import resources
@@ -20,11 +22,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from distoptim import checks
 from distoptim.cli import Flag, Whole
-from distoptim_experiments import records
+from distoptim_experiments import frames
 from distoptim_experiments.cli.options import check_files, worker_errors
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.grid import estimate, run, spec
+from distoptim_experiments.grid.ended import Ended
 from distoptim_experiments.grid.real import Processes, Worker
 from distoptim_experiments.training.rendezvous import Rendezvous, from_torchrun
 from distoptim_experiments.training.signals import Stopped
@@ -53,13 +57,14 @@ def reproduce(
         tuple[str, ...],
         Parameter(name="--set", metavar="KEY=VALUE", negative=(), show_default=False),
     ] = (),
+    hours: float | None = None,
     dry_run: Flag = False,
 ) -> int:
     """Run the grid in a file: choose learning rates on the validation set, then run every
     combination.
 
-    Interrupted at any moment, it goes on when called again: finished runs are kept, others go on at
-    their last epoch.
+    Interrupted at any moment, it goes on when called again: finished runs are kept, as records or as
+    rows of the folder's runs.csv, others go on at their last epoch.
 
     Args:
         file: The grid.
@@ -69,6 +74,7 @@ def reproduce(
         real: Real workers, one run after the other; always so under torchrun.
         assignments: Instead of what the file says in [grid] or else [run], or in TABLE.KEY; may be
             given again.
+        hours: Begin no run after so many; the same command goes on. [default: no limit]
         dry_run: Show all runs, and how long those that are left would take; make none.
     """
     given = dict(spec.assignment(text) for text in assignments)
@@ -86,19 +92,25 @@ def reproduce(
     folder = folder or Path("runs") / file.stem
     console = Console(quiet=rendezvous is not None and rendezvous.rank > 0)
     runner = _runner(file, configs, rendezvous) if rendezvous else Processes() if real else None
+    stages = list(run.stages(grid, folder, runner=runner))
+    left = _left(stages, folder)
     if dry_run:
-        _show(
-            list(run.stages(grid, folder, runner=runner)), processes or os.cpu_count() or 1, console
-        )
+        _show(stages, left, console)
+    _tell_estimate(left, None if runner else processes or os.cpu_count() or 1, console)
+    if dry_run:
         return 0
+    another = _until(hours)
     try:
-        folders = _run(grid, folder, processes, runner, console)
+        folders = _run(grid, folder, processes, runner, console, another)
     except Stopped as stopped:
         if not console.quiet:
             print("Stopped; the same command goes on", file=sys.stderr)
         return 128 + stopped.signum
+    to_do = len(_left(list(run.stages(grid, folder, runner=runner)), folder))
+    if to_do:
+        console.print(f"{hours:g} hours are over, {to_do} to do: the same command goes on")
     if not console.quiet:
-        _tell_diverged(folders, console)
+        _tell_diverged(folders, folder, console)
     console.print(
         f"records: {folder}; tables and figures: distoptim report {folder}",
         soft_wrap=True,
@@ -107,13 +119,21 @@ def reproduce(
     return 0
 
 
-def _tell_diverged(folders: Sequence[Path], console: Console) -> None:
-    for path in folders:
-        record = records.read(path)
-        if record.summary and record.summary.diverged:
+def _until(hours: float | None) -> run.Another:
+    """Whether so many hours from now are not over yet."""
+    if hours is None:
+        return lambda: True
+    end = time.monotonic() + 3600 * checks.number("hours", hours, 0, math.inf, open_high=True)
+    return lambda: time.monotonic() < end
+
+
+def _tell_diverged(folders: Sequence[Path], folder: Path, console: Console) -> None:
+    rows = frames.rows(folder)
+    for name in (path.relative_to(folder).as_posix() for path in folders):
+        row = rows.get(name)
+        if row is not None and row["diverged"]:
             console.print(
-                f"diverged: {record.start.label}, tau {record.config.tau}, "
-                f"{record.config.partition}, seed {record.config.seed}",
+                "diverged: {label}, tau {tau}, {partition}, seed {seed}".format_map(row),
                 highlight=False,
             )
 
@@ -134,6 +154,7 @@ def _run(
     processes: int | None,
     runner: run.Runner | None,
     console: Console,
+    another: run.Another,
 ) -> list[Path]:
     """With a bar for each stage."""
     columns = (
@@ -154,27 +175,46 @@ def _run(
             folder,
             processes=processes,
             runner=runner,
+            another=another,
             done=lambda name, finished, total: bar.update(tasks[name], completed=finished),
         )
 
 
-def _show(stages: Sequence[run.Stage], processes: int, console: Console) -> None:
-    """A line for each run, and how many are left."""
-    left: list[RunConfig] = []
-    virtual = False
+def _left(stages: Sequence[run.Stage], folder: Path) -> list[tuple[RunConfig, Path]]:
+    """The runs that have not ended, and their folders."""
+    ended = Ended(folder)
+    return [
+        (case.config, path)
+        for stage in stages
+        for case, path in stage.places()
+        if path not in ended
+    ]
+
+
+def _show(
+    stages: Sequence[run.Stage], left: Sequence[tuple[RunConfig, Path]], console: Console
+) -> None:
+    """A line for each run."""
+    open_ = {path for _, path in left}
     for stage in stages:
         for case, path in stage.places():
             config = case.config
-            finished = records.finished(path)
-            left += [] if finished else [config]
             console.print(
-                f"{'done' if finished else 'to do'}  {stage.name}: {case.label}, tau {config.tau}, "
+                f"{'to do' if path in open_ else 'done'}  {stage.name}: {case.label}, tau {config.tau}, "
                 f"{config.partition}, seed {config.seed}, lr {config.lr:g}",
                 highlight=False,
                 soft_wrap=True,
             )
-        virtual = isinstance(stage.runner, run.Virtual)
-    took = estimate.seconds(left, virtual=virtual) / (processes if virtual else 1)
+
+
+def _tell_estimate(
+    left: Sequence[tuple[RunConfig, Path]], processes: int | None, console: Console
+) -> None:
+    """How many runs are left, and how long they take; processes: for virtual workers."""
+    if console.quiet:
+        return
+    virtual = processes is not None
+    took = estimate.seconds([config for config, _ in left], virtual=virtual) / (processes or 1)
     console.print(
         f"{len(left)} to do, about {timedelta(seconds=round(took))} for their training steps, "
         f"{f'{processes} runs at a time' if virtual else 'with a core for each worker'}",

@@ -13,7 +13,8 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # publi
 
 from distoptim_experiments import records
 from distoptim_experiments.grid import simulated as grid
-from distoptim_experiments.grid.run import Done, Runner, T
+from distoptim_experiments.grid.ended import Ended
+from distoptim_experiments.grid.run import Another, Done, Runner, T
 from distoptim_experiments.grid.spec import Case
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training.launch import Job, run_local, run_worker
@@ -35,6 +36,11 @@ def _share(finished: int, total: int, done: Done) -> Observer:
     return observe
 
 
+def _left(places: Sequence[tuple[Case, Path]], ended: Ended) -> list[tuple[int, bool]]:
+    """Which have not ended, and whether there is a checkpoint of them."""
+    return [(i, checkpoint.exists(path)) for i, (_, path) in enumerate(places) if path not in ended]
+
+
 class Processes(Runner):
     """Starts each run's workers on this machine, and ends them."""
 
@@ -42,8 +48,10 @@ class Processes(Runner):
         """A folder for each case; not that of the same case on virtual workers."""
         return [(case, folder / grid.name(case.config, None)) for case in cases]
 
-    def run_all(self, cases: Sequence[Case], folder: Path, done: Done) -> list[Path]:
-        """Run what has no whole record yet, going on from checkpoints.
+    def run_all(
+        self, cases: Sequence[Case], folder: Path, done: Done, another: Another
+    ) -> list[Path]:
+        """Run what has not ended yet, going on from checkpoints.
 
         Returns all records' folders, in order.
 
@@ -51,15 +59,11 @@ class Processes(Runner):
             Stopped: a signal did; the run that was on its way has left a checkpoint.
         """
         places = self.places(cases, folder)
-        left = self.decide(
-            lambda: [
-                (i, checkpoint.exists(path))
-                for i, (_, path) in enumerate(places)
-                if not records.finished(path)
-            ]
-        )
+        left = self.decide(lambda: _left(places, Ended(folder.parent)))
         done(finished := len(cases) - len(left), len(cases))
         for i, resume in left:
+            if not self.decide(another):
+                break
             case, path = places[i]
             signum = self.run(
                 Job(case.config, path, resume, label=case.label, keep_checkpoint=False),

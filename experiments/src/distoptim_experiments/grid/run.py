@@ -9,27 +9,28 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from distoptim_experiments import frames, records
+from distoptim_experiments import frames
 from distoptim_experiments.grid import simulated as grid
+from distoptim_experiments.grid.ended import Ended
 from distoptim_experiments.grid.spec import Case, Spec
 from distoptim_experiments.machines import Machines
-from distoptim_experiments.models.registry import TEXT_MODELS
 
 TRIALS = frames.TRIALS
 FINAL = frames.FINAL
 Setting = tuple[str, int, str]
 Done = Callable[[float, int], object]
+Another = Callable[[], bool]
 T = TypeVar("T")
 
 
 class Runner(ABC):
     """Makes the runs of a grid.
 
-    `done` is told how many are finished (with a share of the one on its way), of all.
+    `done` is told how many are finished (with a share of the one on its way), of all; `another` says
+    whether another run may begin.
     """
 
     @abstractmethod
@@ -37,8 +38,10 @@ class Runner(ABC):
         """Every run that the cases mean, and the folder of its record."""
 
     @abstractmethod
-    def run_all(self, cases: Sequence[Case], folder: Path, done: Done) -> list[Path]:
-        """Run what has no whole record yet; returns all records' folders, in order."""
+    def run_all(
+        self, cases: Sequence[Case], folder: Path, done: Done, another: Another
+    ) -> list[Path]:
+        """Run what has not ended yet; returns all records' folders, in order."""
 
     def decide(self, make: Callable[[], T]) -> T:
         """What `make` returns, made of what JSON has; where there are several processes, one makes
@@ -66,8 +69,10 @@ class Virtual(Runner):
             for case in cases
         ]
 
-    def run_all(self, cases: Sequence[Case], folder: Path, done: Done) -> list[Path]:
-        """Run what has no whole record yet; returns all records' folders, in order."""
+    def run_all(
+        self, cases: Sequence[Case], folder: Path, done: Done, another: Another
+    ) -> list[Path]:
+        """Run what has not ended yet; returns all records' folders, in order."""
         total = len(cases) * len(self.machines)
         for i, kind in enumerate(self.machines):
             before = i * len(cases)
@@ -82,6 +87,8 @@ class Virtual(Runner):
                 processes=self.processes,
                 done=told,
                 labels=[case.label for case in cases],
+                ended=Ended(folder.parent),
+                another=another,
             )
         return [path for _, path in self.places(cases, folder)]
 
@@ -129,10 +136,11 @@ def stages(
         yield trials
 
     def rates() -> list[tuple[Setting, float]]:
+        ended = Ended(folder)
         tried = trials.places()
-        missing = {case.setting for case, path in tried if not records.finished(path)}
-        chosen = choose([(case, path) for case, path in tried if case.setting not in missing])
-        return list(chosen.items())
+        missing = {case.setting for case, path in tried if path not in ended}
+        whole = [(case, path) for case, path in tried if case.setting not in missing]
+        return list(choose(whole, ended).items())
 
     chosen = {
         (label, tau, partition): lr for (label, tau, partition), lr in trials.runner.decide(rates)
@@ -149,22 +157,36 @@ def reproduce(
     processes: int | None = None,
     runner: Runner | None = None,
     done: Callable[[str, float, int], object] = lambda stage, finished, total: None,
+    another: Another = lambda: True,
 ) -> list[Path]:
-    """Run what has no whole record yet, and write all runs into the CSV files of the folder; returns
-    the folders of the final runs.
+    """Run what has not ended yet, one method after the other; returns the folders of the final runs.
+
+    After each method all runs are written into the CSV files of the folder, so that what an interrupted
+    grid has is whole methods.
 
     Args:
         spec, folder, processes, runner: see `stages`.
         done: told (stage, finished, total) at the start of a stage and as runs go on.
+        another: whether another run may begin; once it may not, those on their way are finished.
     """
-    folders: list[Path] = []
-    for stage in stages(spec, folder, processes=processes, runner=runner):
-        folders = stage.runner.run_all(stage.cases, stage.folder, partial(done, stage.name))
-    stage.runner.decide(lambda: [path.name for path in frames.write(folder)])
-    return folders
+    totals = {stage.name: len(stage.places()) for stage in stages(spec, folder, runner=runner)}
+    before = dict.fromkeys(totals, 0)
+    for method in spec.by_method():
+        if not (runner or Virtual(())).decide(another):
+            break
+        for stage in stages(method, folder, processes=processes, runner=runner):
+
+            def told(finished: float, _: int, name: str = stage.name) -> None:
+                done(name, before[name] + finished, totals[name])
+
+            stage.runner.run_all(stage.cases, stage.folder, told, another)
+            before[stage.name] += len(stage.places())
+        stage.runner.decide(lambda: [path.name for path in frames.write(folder)])
+    *_, final = stages(spec, folder, runner=runner)
+    return [path for _, path in final.places()]
 
 
-def choose(trials: Sequence[tuple[Case, Path]]) -> dict[Setting, float]:
+def choose(trials: Sequence[tuple[Case, Path]], ended: Ended) -> dict[Setting, float]:
     """For each method, tau and partition the learning rate of the best score on the validation set.
 
     The score is accuracy, of text the loss. Of equal ones the smaller rate; a diverged trial counts
@@ -172,24 +194,10 @@ def choose(trials: Sequence[tuple[Case, Path]]) -> dict[Setting, float]:
 
     Args:
         trials: with their folders.
+        ended: how they ended.
     """
     best: dict[Setting, tuple[float, float]] = {}
     for case, folder in trials:
-        score = (_validation(folder), -case.config.lr)
+        score = (ended.score(folder), -case.config.lr)
         best[case.setting] = max(best.get(case.setting, (-math.inf, 0.0)), score)
     return {setting: -lr for setting, (_, lr) in best.items()}
-
-
-def _validation(folder: Path) -> float:
-    """The higher the better."""
-    record = records.read(folder)
-    if record.summary is None or record.summary.diverged:
-        return -math.inf
-    if record.config.model in TEXT_MODELS:
-        return -_known(record.summary.validation_loss)
-    return _known(record.summary.validation_accuracy)
-
-
-def _known(score: float | None) -> float:
-    """Of a trial, which always has a validation set."""
-    return -math.inf if score is None else score

@@ -8,14 +8,14 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig, compared
+from distoptim_experiments.grid.ended import Ended
 from distoptim_experiments.machines import Machines
 from distoptim_experiments.optimizers import check
 from distoptim_experiments.training.launch import PRELOAD, end_with_parent
@@ -79,8 +79,10 @@ def run_all(
     processes: int | None = None,
     done: Callable[[int, int], object] = lambda finished, total: None,
     labels: Sequence[str] | None = None,
+    ended: Ended | None = None,
+    another: Callable[[], bool] = lambda: True,
 ) -> list[Path]:
-    """Run what has no whole record yet; returns all records' folders, in order.
+    """Run what has not ended yet; returns all records' folders, in order.
 
     An interruption loses what runs have made since their last epoch; the next call goes on from
     there.
@@ -93,35 +95,45 @@ def run_all(
             run is left.
         done: told (finished, total) at the start and after every run.
         labels: the runs' names for their records, where the algorithm's is not enough.
+        ended: what has ended; default what `folder` says of them.
+        another: whether another run may begin.
     """
     folders = [folder / name(config, machines) for config in configs]
     names = labels or [config.algorithm for config in configs]
-    left = [
-        run for run in zip(configs, folders, names, strict=True) if not records.finished(run[1])
-    ]
+    ended = Ended(folder) if ended is None else ended
+    left = [run for run in zip(configs, folders, names, strict=True) if run[1] not in ended]
     done(len(configs) - len(left), len(configs))
     if len(left) == 1 or processes == 1:
         for i, (config, target, label) in enumerate(left, 1):
+            if not another():
+                break
             run(config, machines, target, label=label)
             done(len(configs) - len(left) + i, len(configs))
     else:
-        for i, _ in enumerate(_in_processes(left, machines, processes or os.cpu_count() or 1), 1):
+        several = _in_processes(left, machines, processes or os.cpu_count() or 1, another)
+        for i, _ in enumerate(several, 1):
             done(len(configs) - len(left) + i, len(configs))
     return folders
 
 
 def _in_processes(
-    left: Sequence[tuple[RunConfig, Path, str]], machines: Machines, processes: int
+    left: Sequence[tuple[RunConfig, Path, str]],
+    machines: Machines,
+    processes: int,
+    another: Callable[[], bool],
 ) -> Iterator[None]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
-        pending = {
-            pool.submit(run, config, machines, target, label=label, threads=1)
-            for config, target, label in left
-        }
+        waiting = list(reversed(left))
+        pending: set[Future[None]] = set()
         try:
-            while pending:
+            while True:
+                while waiting and len(pending) < processes and another():
+                    config, target, label = waiting.pop()
+                    pending.add(pool.submit(run, config, machines, target, label=label, threads=1))
+                if not pending:
+                    return
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in finished:
                     future.result()

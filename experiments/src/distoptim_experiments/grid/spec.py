@@ -151,6 +151,11 @@ class Spec(BaseModel):
         """
         return list(self._made({}, learning_rates or {}))
 
+    def by_method(self) -> Iterator[Self]:
+        """A grid for each method."""
+        for label, method in self.methods.items():
+            yield self.model_copy(update={"methods": {label: method}})
+
     def trials(self) -> list[Case]:
         """The runs that choose learning rates: every setting with each of them."""
         fixed = {name: value for name, value in self.tune.items() if name != "lr"}
