@@ -85,7 +85,7 @@ def test_an_interrupted_grid_goes_on_at_its_checkpoint_and_repeats_nothing(file,
     before = [path.stat().st_mtime_ns for path in out.rglob(records.FILE)]
     told = []
     run.reproduce(grid, out, runner=Processes(), done=lambda *at: told.append(at))
-    assert told == [("runs", 2, 2)]
+    assert told == [("runs", 1, 2), ("runs", 2, 2)]
     assert [path.stat().st_mtime_ns for path in out.rglob(records.FILE)] == before
 
 

@@ -368,11 +368,14 @@ def test_a_damaged_state_and_a_full_disk_name_the_file(tmp_path, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("name", ["small", "stragglers", "beyond", "shakespeare", "paper", "gpu"])
+@pytest.mark.parametrize(
+    "name", ["small", "stragglers", "beyond", "shakespeare", "front", "front-text", "paper", "gpu"]
+)
 def test_shipped_grids_are_whole(name):
     grid = spec.read(Path(name))
     assert grid.cases()
-    assert {case.config.workers for case in grid.cases()} == {4 if name == "shakespeare" else 16}
+    workers = {"shakespeare": 4, "front-text": 8}.get(name, 16)
+    assert {case.config.workers for case in grid.cases()} == {workers}
     if name in ("paper", "gpu"):
         assert {case.config.tau for case in grid.cases()} == {1, 2, 8, 24}
 
