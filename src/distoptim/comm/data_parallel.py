@@ -24,7 +24,8 @@ def averages_gradients(params: Sequence[Tensor], ranks: Sequence[int]) -> bool:
     """
     own = set(map(id, params))
     return any(
-        _averages(ddp, ranks) and own & set(map(id, ddp.module.parameters()))
+        # The group of one that is left over from another training may be gone.
+        own & set(map(id, ddp.module.parameters())) and _averages(ddp, ranks)
         for ddp in _instances()
     )
 
