@@ -32,10 +32,11 @@ lint: $(VENV)/installed
 pytest: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The trainers that the library works inside of, installed and tried; `pytest` passes over those that are not there.
+# The trainers that the library works inside of, installed and tried, also by their own launchers; `pytest` passes over those
+# that are not there.
 test-integrations: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,lightning]'
-	$(BIN)/python -m pytest tests/integrations
+	$(BIN)/python -m pytest -m 'not package' tests/integrations
 
 # What takes real processes many seconds: more faults, more seeds, more ranks than `make test` has.
 chaos: $(VENV)/installed

@@ -325,10 +325,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="lightning")
 
 
-def _two(rank: int, folder: Path) -> None:
+def begin(folder: Path, devices: int) -> None:
+    """Start the other processes, where nobody has, and make the process group, as each `fit` does."""
+    strategy = trainer_of(folder, devices=devices).strategy
+    strategy.launcher.launch(strategy.setup_environment)
+
+
+def two(folder: Path) -> None:
+    """All cases for two workers, one after the other; `launched.py` calls it too."""
     quiet()
-    # The first trainer makes the process group.
-    trainer_of(folder).strategy.setup_environment()
+    begin(folder, 2)
     right_numbers(folder)
     checkpoints(folder)
     best_and_logged(folder)
@@ -339,12 +345,17 @@ def _two(rank: int, folder: Path) -> None:
     names: dict[str, Any] = {}
     exec(compile(of_the_page("Lightning"), "trainers.md", "exec", dont_inherit=True), names)
     dist.destroy_process_group()
+    print("lightning: all cases have passed")
+
+
+def _two(rank: int, folder: Path) -> None:
+    two(folder)
 
 
 def _four(rank: int, folder: Path) -> None:
     """Twice as many workers have right numbers, and start from the anchor of what two have saved."""
     quiet()
-    trainer_of(folder, devices=4).strategy.setup_environment()
+    begin(folder, 4)
     right_numbers(folder, CASES[1:2])
     module = module_of("overlap")
     trainer = trainer_of(folder)
