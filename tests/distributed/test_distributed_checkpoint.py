@@ -37,15 +37,20 @@ def without_anchor(params: Any, **options: Any) -> Any:
     return distoptim.LocalSGD(params, lr=0.05, tau=TAU, delay=3, **options)
 
 
-MAKERS = {"overlapped": overlapped, "adam": adam, "without anchor": without_anchor}
-
-
-def made(name: str) -> tuple[Any, Any]:
+def model_of() -> Any:
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Linear(3, 40), torch.nn.BatchNorm1d(40), torch.nn.Linear(40, 2)
     )
     model.register_buffer("mask", torch.tensor([1.0, float("-inf")]))
+    return model
+
+
+MAKERS = {"overlapped": overlapped, "adam": adam, "without anchor": without_anchor}
+
+
+def made(name: str) -> tuple[Any, Any]:
+    model = model_of()
     return model, MAKERS[name](model.parameters(), module=model)
 
 
@@ -123,6 +128,8 @@ def saved_by_four(rank: int, folder: Path) -> None:
 
 def test_as_many_workers_go_on_bit_equal_and_others_from_the_anchor(tmp_path: Path) -> None:
     run(saved, 2, tmp_path)
+    # In this process, without torch.distributed.
+    assert read_mean(tmp_path / "adam").keys() == model_of().state_dict().keys()
     names = dcp.FileSystemReader(tmp_path / "adam").read_metadata().state_dict_metadata
     # Shared state once, what is equal once, own state per worker.
     assert len([n for n in names if n.endswith("state.anchor")]) == 1
@@ -137,39 +144,53 @@ def test_four_workers_become_two_and_one(tmp_path: Path) -> None:
     run(loaded, 1, 1, tmp_path)
 
 
-def islands(rank: int, folder: Path) -> None:
+def made_of_shards(islands: int) -> tuple[Any, Any]:
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh("cpu", (islands, 2), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    fully_shard(model, mesh=mesh["shard"])
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return model, distoptim.OverlapLocalSGD(inner, tau=TAU, device_mesh=mesh)
 
-    def made_of_shards() -> tuple[Any, Any]:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
-        fully_shard(model, mesh=mesh["shard"])
-        inner = torch.optim.AdamW(model.parameters(), lr=0.01)
-        return model, distoptim.OverlapLocalSGD(inner, tau=TAU, device_mesh=mesh)
 
-    def local(model: Any) -> torch.Tensor:
-        return torch.cat([p.to_local().detach().flatten() for p in model.parameters()])
+def local(model: Any) -> torch.Tensor:
+    return torch.cat([p.to_local().detach().flatten() for p in model.parameters()])
 
-    model, optimizer = made_of_shards()
+
+def islands(rank: int, folder: Path) -> None:
+    model, optimizer = made_of_shards(2)
     steps(model, optimizer, rank, 0, STEPS)
     dcp.save({"local": AveragingState(model, optimizer)}, checkpoint_id=folder)
     steps(model, optimizer, rank, STEPS, TAU)
     for looked in (True, False):
-        other, resumed = made_of_shards()
+        other, resumed = made_of_shards(2)
         state = AveragingState(other, resumed, checkpoint_id=folder if looked else None)
         dcp.load({"local": state}, checkpoint_id=folder)
         steps(other, resumed, rank, STEPS, TAU)
         assert torch.equal(local(other), local(model))
         resumed.close()
     optimizer.close()
-    assert read_mean(folder)["0.weight"].shape == (5, 3)
+
+
+def one_island(rank: int, folder: Path) -> None:
+    """Another number of islands starts from the anchor."""
+    model, optimizer = made_of_shards(1)
+    state = AveragingState(model, optimizer, checkpoint_id=folder)
+    dcp.load({"local": state}, checkpoint_id=folder)
+    anchors = inspect(optimizer).anchors()
+    assert anchors is not None
+    assert torch.equal(local(model), anchors)
+    assert inspect(optimizer).step == STEPS
+    steps(model, optimizer, rank, STEPS, TAU)
 
 
 @fsdp
 def test_islands(tmp_path: Path) -> None:
     run(islands, 4, tmp_path)
+    assert read_mean(tmp_path)["0.weight"].shape == (5, 3)
+    run(one_island, 2, tmp_path)
 
 
 def alone() -> tuple[Any, Any]:
