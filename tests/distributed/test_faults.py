@@ -111,8 +111,9 @@ WAYS = [
 ]
 
 PROGRAM = """
-import json, os, sys, torch, torch._dynamo, torch.distributed as dist, distoptim
+import gc, json, os, sys, torch, torch._dynamo, torch.distributed as dist, distoptim
 from distoptim.testing.inspection import inspect
+gc.freeze()  # or every child goes through all of torch at its end, which takes most of its time
 me = None
 for backend, way, port in json.loads(sys.argv[1]):
     for rank in range(2):

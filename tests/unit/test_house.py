@@ -17,6 +17,8 @@ from tests.helpers import house
 ABOVE = ("distoptim.__main__", "distoptim.cli", "distoptim.integrations", "distoptim.testing")
 
 
+# Seldom, since it follows from the contract of `make lint` that modules have no circles at any depth.
+@pytest.mark.soak
 def test_every_module_can_be_imported_first():
     names = [name for name in house.modules(house.LIBRARY) if not name.startswith(ABOVE)]
     assert "distoptim.rule" in names
