@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distoptim.comm import Codec, Link
+from distoptim.comm import Codec, ErrorFeedback, Link
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine import checkpoint, evaluation, membership, saved
 from distoptim.engine.clock import Clock
@@ -164,8 +164,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         beside = _beside(settings.modules, inner, members)
         period = settings.period
         parts = partition(settings.fragments, members, period.smallest, settings.pattern)
-        workers = settings.workers()
-        self._rule = rule if isinstance(rule, Rule) else rule(workers)
+        self._rule = _fit(rule, settings)
         mesh = WorkerMesh(members)
         if settings.communicator is None:
             mesh.check(settings.averaging_group(), period.measures)
@@ -717,6 +716,15 @@ def _engines(
     if len(set(sizes)) > 1:
         raise ValueError(f"{call}(): optimizers over {sizes} workers; allowed are the same ones")
     return [o.engine for o in optimizers]
+
+
+def _fit(rule: Rule | Callable[[int], Rule], settings: SyncSettings) -> Rule:
+    """The rule for so many workers; whether the codec's residuals bear its momentum is looked at."""
+    made = rule if isinstance(rule, Rule) else rule(settings.workers())
+    momentum = made.facts().get("outer_momentum", 0.0)
+    if isinstance(settings.coding, ErrorFeedback) and isinstance(momentum, float):
+        settings.coding.look_at(momentum)
+    return made
 
 
 def _beside(

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import distoptim
 from distoptim.comm import Communicator, Handle
 from distoptim.comm.codecs import BLOCK, CODECS, STEP, Codec, ErrorFeedback, TopK, find
 from distoptim.engine.identity import SIZE
+from distoptim.testing import lockstep
 from distoptim.testing import processes as workers
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
@@ -318,6 +320,44 @@ def test_a_decay_is_named_where_there_is_one() -> None:
 def test_residuals_that_decay_bear_an_outer_momentum() -> None:
     """Where those that do not leave the minimum."""
     assert 0 < distance(cluster(ALGORITHMS["diloco"], codec="2bit+ef0.7"), 120) < 0.25
+
+
+@dataclass(frozen=True)
+class Share(Codec):
+    """Half of each number: as a code of 1 bit does with what is twice its block's mean size."""
+
+    def nbytes(self, numel: int) -> int:
+        return 4 * numel
+
+    def encode(self, x: Tensor, code: Tensor) -> None:
+        code.view(torch.float32).copy_(x / 2)
+
+    def add_decoded(self, code: Tensor, out: Tensor, *, weight: float = 1.0) -> None:
+        out.add_(code.view(torch.float32), alpha=weight)
+
+
+@pytest.mark.parametrize(("decay", "bound"), [(1.0, 0.059), (0.7, 0.179)])
+def test_residuals_of_two_stages_and_a_momentum_swing_above_a_bound(decay, bound) -> None:
+    """The bound is that of docs/compression.md: where the recursion's largest root is 1."""
+
+    def swing(lr: float) -> float:
+        make = partial(distoptim.SlowMo, tau=1, slow_momentum=0.9, lr=lr)
+        run = Lockstep(partial(make, codec=ErrorFeedback(Share(), decay)), [[numbers(600)]] * 3)
+        # Minima whose mean is 0; the code is linear, so the mean knows nothing of them.
+        x = run.run(200, lambda rank, params: [params[0] + (rank - 1)]).mean(1)
+        return float(x[-40:].norm() / x[60:100].norm())
+
+    assert swing(0.85 * bound) < 0.7
+    assert swing(1.15 * bound) > 1.4
+
+
+def test_few_bits_under_an_outer_momentum_are_warned_of() -> None:
+    for codec, said in (("2bit+ef", 1), ("top64+ef0.95", 1), ("2bit+ef0.7", 0), ("e3m0+ef", 0)):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            cluster(ALGORITHMS["diloco"], size=1, codec=codec)
+        assert [str(w.message).count("outer momentum of 0.9") for w in seen] == [1] * said
+        assert all(w.filename == lockstep.__file__ for w in seen)
 
 
 def test_where_a_codec_cannot_run_it_says_so() -> None:
