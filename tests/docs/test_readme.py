@@ -76,7 +76,7 @@ AT_ROOT = ("make ", "grep ", "test ", f"{PYTHON} -m pre_commit")
 # Pages whose blocks need several processes, or one after another, and have tests of their own.
 DISTRIBUTED = (
     *("README.md", "CONTRIBUTING.md", "slow-link.md", "islands.md", "cluster.md"),
-    "elastic.md",
+    *("elastic.md", "ray.md"),
 )
 
 

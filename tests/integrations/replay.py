@@ -80,9 +80,8 @@ def equal_everywhere(x: torch.Tensor) -> None:
     assert torch.equal(x, first)
 
 
-def of_the_page(section: str) -> str:
-    """The code of docs/trainers.md as it is after a section's diff."""
-    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
-    diff = re.search(rf"^## {section}\n.*?^```diff\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert diff is not None
-    return "\n".join(line[1:] for line in diff[1].splitlines() if line[:1] != "-")
+def of_the_page(name: str) -> str:
+    """The code of docs/NAME.md as it is after its diff."""
+    page = (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text()
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return "\n".join(line[1:] for line in diff.splitlines() if line[:1] != "-")

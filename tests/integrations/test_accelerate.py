@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import distoptim
+from distoptim.periods import AdaComm
 from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
 from tests.integrations.replay import BY_HAND, equal_everywhere, flat, of_the_page, ours, whole
@@ -195,6 +197,22 @@ def weights_alone(folder: Path) -> None:
     parts.optimizer.optimizer.close()
 
 
+def tied(folder: Path) -> None:
+    """Of weights that are one, one is written, and loaded."""
+    from distoptim.integrations.accelerate import prepare
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    optimizer = ours("local", torch.optim.SGD(model.parameters(), lr=0.1), module=model)
+    accelerator = accelerator_of()
+    prepared = prepare(accelerator, model, optimizer)
+    accelerator.save_state(str(folder))
+    accelerator.wait_for_everyone()
+    accelerator.load_state(str(folder))
+    assert prepared[0][1].weight is prepared[0][0].weight
+    optimizer.close()
+
+
 def trackers(folder: Path) -> None:
     """`stats()` are what they take."""
     from accelerate.tracking import GeneralTracker, on_main_process
@@ -249,12 +267,19 @@ def refused() -> None:
     with pytest.raises(ValueError, match="LocalSGD without the model that it trains"):
         prepare(accelerator_of(), optimizer, model_of())
     optimizer.close()
+    model = model_of()
+    follows = distoptim.LocalSGD(model.parameters(), lr=0.1, tau=AdaComm(8, interval=8))
+    with pytest.raises(
+        ValueError, match=r"tau=AdaComm.* follows the loss, which a trainer does not"
+    ):
+        prepare(accelerator_of(), model, follows)
+    follows.close()
 
 
 def page() -> None:
     from accelerate import Accelerator
 
-    import distoptim.integrations.accelerate
+    import distoptim.integrations.accelerate  # the page uses it
 
     accelerator_of()
     model = model_of()
@@ -266,7 +291,7 @@ def page() -> None:
         "optimizer": optimizer,
         "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
     }
-    exec(compile(of_the_page("Accelerate"), "trainers.md", "exec", dont_inherit=True), names)
+    exec(compile(of_the_page("accelerate"), "accelerate.md", "exec", dont_inherit=True), names)
     assert type(names["optimizer"]).__name__ == "AveragedOptimizer"
 
 
@@ -276,6 +301,7 @@ def two(folder: Path) -> None:
     right_numbers()
     checkpoints(folder)
     weights_alone(folder / "plain")
+    tied(folder / "tied")
     trackers(folder)
     plain_prepare()
     refused()

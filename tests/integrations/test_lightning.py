@@ -307,6 +307,19 @@ def refused(folder: Path) -> None:
         trainer_of(folder).fit(module)
     with pytest.raises(ValueError, match="AveragingCallback with DDPStrategy: allowed is"):
         trainer_of(folder, strategy="ddp", callbacks=[AveragingCallback()]).fit(module)
+    module = module_of("local")
+    step = module.optimizer_step
+
+    def step_and_average(epoch: int, index: int, optimizer: Any, closure: Any) -> None:
+        step(epoch, index, optimizer, closure)
+        optimizer.optimizer.average()
+
+    module.optimizer_step = step_and_average
+    with (
+        pytest.warns(RuntimeWarning, match="AveragingStrategy without AveragingCallback"),
+        pytest.raises(RuntimeError, match="was called beside AveragingStrategy"),
+    ):
+        trainer_of(folder, callbacks=[]).fit(module)
 
 
 def plain_strategy(folder: Path) -> None:
@@ -343,7 +356,7 @@ def two(folder: Path) -> None:
     refused(folder)
     plain_strategy(folder)
     names: dict[str, Any] = {}
-    exec(compile(of_the_page("Lightning"), "trainers.md", "exec", dont_inherit=True), names)
+    exec(compile(of_the_page("lightning"), "lightning.md", "exec", dont_inherit=True), names)
     dist.destroy_process_group()
     print("lightning: all cases have passed")
 

@@ -421,13 +421,12 @@ def page(folder: Path) -> None:
     args = arguments(folder, max_steps=2)
     names = {
         "distoptim": distoptim,
-        "AveragingTrainer": averaging_trainer(),
         "model": made(),
         "args": args,
         "data": data(),
     }
-    code = of_the_page("Hugging Face's Trainer")
-    exec(compile(code, "trainers.md", "exec", dont_inherit=True), names)
+    code = of_the_page("transformers")
+    exec(compile(code, "transformers.md", "exec", dont_inherit=True), names)
     trainer: Any = names["trainer"]
     trainer.train()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, final
 
 import torch
 
-from distoptim.integrations import hooks, worker_files
+from distoptim.integrations import hooks, loop, worker_files
 from distoptim.optimizer import AveragingOptimizer, averaged
 
 try:
@@ -128,10 +129,13 @@ class _Checkpoint:
 
     def save(self, models: list[torch.nn.Module], weights: list[Any], folder: str) -> None:
         """What Accelerate is about to write of the model becomes the mean; beside it each worker's own."""
+        # Of a checkpoint that was loaded just now.
+        self.finish()
         with averaged(self._model, *self._optimizers.values()):
             for i, model in enumerate(models):
                 if model is self._model:
-                    weights[i] = {name: _copied(x) for name, x in model.state_dict().items()}
+                    # Values that share memory share it still: of those Accelerate writes one.
+                    weights[i] = copy.deepcopy(model.state_dict())
         scaler = self._accelerator.scaler
         schedulers = [s.state_dict() for s in self._accelerator._schedulers]  # noqa: SLF001  # no other way
         beside = {"schedulers": schedulers, "scaler": scaler and scaler.state_dict()}
@@ -185,7 +189,7 @@ def prepare(accelerator: Accelerator, *args: Any) -> Any:
     Returns: the same, prepared, in the same order; optimizers of distoptim as `AveragedOptimizer`.
 
     Raises:
-        ValueError: another distributed type; an optimizer without its model.
+        ValueError: another distributed type; an optimizer without its model, or whose tau follows the loss.
     """
     # By the object that was handed over; one that is prepared comes again when Trainer trains again.
     mine = {id(x): found for x in args if (found := _averaging(x)) is not None}
@@ -221,6 +225,7 @@ def _averaging(x: object) -> AveragingOptimizer | None:
 def _wrapped(x: Any, scaler: Any) -> AveragedOptimizer:
     if isinstance(x, AveragedOptimizer):
         return x
+    loop.check(x)
     x.engine.watch.check()
     return AveragedOptimizer(x, scaler)
 
@@ -249,7 +254,3 @@ def _model_of(optimizer: AveragingOptimizer, args: tuple[Any, ...]) -> torch.nn.
         f"prepare(): {type(optimizer).__name__} without the model that it trains; allowed are both in one "
         "call"
     )
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
-from distoptim.integrations import hooks, worker_files
+from distoptim.integrations import hooks, loop, worker_files
 from distoptim.optimizer import AveragingOptimizer, averaged, consolidate
 
 try:
@@ -62,6 +64,8 @@ class AveragingStrategy(DDPStrategy):
         super().__init__(**options)
         self._resumes_from: Path | None = None
         self._beside: dict[str, Any] | None = None
+        # The local step of each optimizer, as it was after ours.
+        self._counted: dict[AveragingOptimizer, int] = {}
 
     def configure_ddp(self) -> None:
         """No DDP: gradients stay a worker's own."""
@@ -70,15 +74,25 @@ class AveragingStrategy(DDPStrategy):
         """Lightning's.
 
         Raises:
-            ValueError: one is none of distoptim's, so that what it trains would never be averaged.
+            ValueError: one is none of distoptim's, so that what it trains would never be averaged; or its
+                tau follows the loss.
         """
         super().setup_optimizers(trainer)
+        self._counted.clear()
         for optimizer in self.optimizers:
             if not isinstance(optimizer, AveragingOptimizer):
                 raise ValueError(
                     f"AveragingStrategy with {type(optimizer).__name__}, whose parameters would stay each "
                     "worker's own: allowed are optimizers of distoptim from configure_optimizers()"
                 )
+            loop.check(optimizer)
+        if not any(isinstance(callback, AveragingCallback) for callback in trainer.callbacks):
+            warnings.warn(
+                "AveragingStrategy without AveragingCallback: validation, early stopping and the best "
+                "checkpoint see each worker's own model; Trainer(callbacks=[AveragingCallback()])",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @property
     def averaging(self) -> dict[str, AveragingOptimizer]:
@@ -93,9 +107,19 @@ class AveragingStrategy(DDPStrategy):
         return averaged(self.lightning_module, *optimizers)
 
     def optimizer_step(self, optimizer: Any, *args: Any, **options: Any) -> Any:
-        """A local step, which counts."""
+        """A local step, which counts.
+
+        Raises:
+            RuntimeError: somebody else has called `average()` too.
+        """
+        if optimizer.local_step != self._counted.get(optimizer, optimizer.local_step):
+            raise RuntimeError(
+                "average() was called beside AveragingStrategy, which averages at every optimizer step: leave "
+                "average() away"
+            )
         out = super().optimizer_step(optimizer, *args, **options)
         optimizer.average()
+        self._counted[optimizer] = optimizer.local_step
         return out
 
     def on_train_end(self) -> None:
@@ -109,10 +133,7 @@ class AveragingStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Of the workers' mean; on all workers."""
         with self.averaged():
-            return {
-                name: value.clone() if isinstance(value, torch.Tensor) else value
-                for name, value in super().lightning_module_state_dict().items()
-            }
+            return copy.deepcopy(super().lightning_module_state_dict())
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -138,11 +159,13 @@ class AveragingStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Lightning's; notes what it is."""
-        self._resumes_from = _own(checkpoint_path)
+        # "last.ckpt" may be a link.
+        self._resumes_from = _own(Path(checkpoint_path).resolve())
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each worker's own model, which is the mean so far, and optimizers."""
+        self._counted.clear()
         if self._resumes_from is None:
             super().load_optimizer_state_dict(checkpoint)
             return
@@ -191,7 +214,7 @@ class AveragingCallback(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log, as often as Lightning logs."""
         for number, optimizer in trainer.strategy.averaging.items():
-            values = worker_files.logged(optimizer)
+            values = loop.logged(optimizer)
             suffix = f"/{number}" if len(trainer.optimizers) > 1 else ""
             pl_module.log_dict({name + suffix: value for name, value in values.items()})
 

@@ -9,7 +9,7 @@ from typing import Any, final
 
 import torch
 
-from distoptim.integrations import hooks, worker_files
+from distoptim.integrations import hooks, loop, worker_files
 from distoptim.optimizer import AveragingOptimizer
 
 try:
@@ -133,7 +133,7 @@ class AveragingTrainer(Trainer):
         """Of training, also what the optimizer has measured."""
         optimizer = self._optimizer()
         if optimizer is not None and "loss" in logs:
-            logs |= worker_files.logged(optimizer)
+            logs |= loop.logged(optimizer)
         super().log(logs, *args, **options)
 
     # ---- checkpoints; Trainer's hooks for subclasses -----------------------------------------------

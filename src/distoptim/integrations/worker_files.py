@@ -93,11 +93,3 @@ def _place(optimizers: Mapping[str, AveragingOptimizer]) -> tuple[int, int]:
     """This worker, and how many there are."""
     communicator = next(iter(optimizers.values())).engine.communicator
     return communicator.rank, communicator.size
-
-
-def logged(optimizer: AveragingOptimizer) -> dict[str, float]:
-    """What trainers log of an optimizer's `stats()`: under "distoptim/", times as shares."""
-    stats = optimizer.stats()
-    names = ("tau", "syncs", "staleness", "quarantined")
-    exposed = {"distoptim/exposed_pct": 100 * stats["exposed_share"]}
-    return exposed | {f"distoptim/{name}": float(stats[name]) for name in names}
