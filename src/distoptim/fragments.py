@@ -198,14 +198,19 @@ def _segments(sizes: Sequence[int], groups: Sequence[int]) -> list[tuple[int, sl
     return out
 
 
+def is_fsdp1(x: Tensor) -> bool:
+    """Whether it is a shard, in either of the two ways in which FSDP1 holds parameters."""
+    # By name, since importing it takes long.
+    return bool(getattr(x, "_is_flat_param", False) or getattr(x, "_fsdp_flattened", False))
+
+
 def unfit(x: Tensor) -> str:
     """Why a tensor cannot be averaged in place, and what can; empty where it can."""
     if is_lazy(x):
         return "it is not initialised; make a forward pass first"
     if x.is_meta:
         return "it is on the meta device and holds no values; load or initialise the model first"
-    # Both of its ways to hold parameters; by name, since importing it takes long.
-    if getattr(x, "_is_flat_param", False) or getattr(x, "_fsdp_flattened", False):
+    if is_fsdp1(x):
         return (
             "it is a shard of FullyShardedDataParallel (FSDP1), whose ranks hold one model together; "
             "allowed is FSDP2 (fully_shard) with device_mesh="
@@ -228,7 +233,7 @@ def trainable(param_groups: Sequence[dict[str, object]]) -> tuple[list[Tensor], 
     gradient.
 
     Raises:
-        ValueError: nothing to train, or a parameter that is `unfit`.
+        ValueError: nothing to train, a parameter that is `unfit`, or two in one place in memory.
     """
     params: list[Tensor] = []
     groups: list[int] = []
@@ -246,7 +251,30 @@ def trainable(param_groups: Sequence[dict[str, object]]) -> tuple[list[Tensor], 
             groups.append(index)
     if not params:
         raise ValueError("no parameter requires a gradient: there is nothing to average")
+    _check_apart(params)
     return params, groups
+
+
+def _check_apart(params: Sequence[Tensor]) -> None:
+    """Whether no two lie in the same memory, where a mean would be merged twice."""
+    places = sorted(
+        (str(p.device), x.data_ptr(), x.data_ptr() + x.nbytes, list(p.shape))
+        for p in params
+        # Of one with gaps nobody can tell at a look; of a subclass neither.
+        if type(x := mesh.local(p).detach()) is Tensor and x.numel() and _span(x) == x.numel()
+    )
+    for (device, _, end, shape), (other, start, _, others_shape) in itertools.pairwise(places):
+        if device == other and start < end:
+            raise ValueError(
+                f"cannot average a parameter of shape {others_shape}: it lies in the memory of another one, of "
+                f"shape {shape}, as where .data is shared; allowed is to tie them by one Parameter in "
+                "both places"
+            )
+
+
+def _span(x: Tensor) -> int:
+    """Elements from the first to the last in memory."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def names(param_groups: Sequence[dict[str, object]]) -> list[str]:

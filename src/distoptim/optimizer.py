@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distoptim.comm import Codec, ErrorFeedback, Link
+from distoptim.comm import Codec, CommunicationError, ErrorFeedback, Link
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine import checkpoint, evaluation, membership, saved
 from distoptim.engine.clock import Clock
@@ -17,7 +17,7 @@ from distoptim.engine.copies import Copies
 from distoptim.engine.engine import Engine, Inner, Rounds, tick_together
 from distoptim.engine.hierarchy import Hierarchy, check_levels, connect_levels
 from distoptim.engine.likeness import look_for_ddp
-from distoptim.fragments import Fragment, Watch, build, names, partition, trainable
+from distoptim.fragments import Fragment, Watch, build, is_fsdp1, names, partition, trainable, unfit
 from distoptim.inner_state import StateCopies
 from distoptim.module_state import parts_of
 from distoptim.periods import Tau
@@ -35,14 +35,19 @@ class _ToldToAll(type):
     def __call__(cls, *args: Any, **options: Any) -> Any:
         """Make one, as `type` does, or tell the others, who would wait for this worker, why not."""
         optimizer: Any = object.__new__(cls)  # type: ignore[arg-type]  # a class it is
-        # What can be read once is needed again to tell the others.
-        args = tuple(list(x) if isinstance(x, Iterator) else x for x in args)
         try:
+            # What can be read once is needed again to tell the others.
+            args = tuple(list(x) if isinstance(x, Iterator) else x for x in args)
             optimizer.__init__(*args, **options)
-        except (ValueError, TypeError) as error:
-            # Later than that, all have heard of it already.
+        except CommunicationError:
+            # Others are not here, or have heard.
+            raise
+        except Exception as error:
             if not hasattr(optimizer, "_communicator"):
                 _tell_others(error, WorkerMesh(list(_tensors(args))), options)
+            elif not isinstance(error, (ValueError, TypeError)):
+                # The former are raised on all; of anything else, such as no memory, others hear so.
+                optimizer._communicator.close()  # noqa: SLF001  # of the class that is made here
             raise
         return optimizer
 
@@ -167,7 +172,10 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         self._rule = _fit(rule, settings)
         mesh = WorkerMesh(members)
         if settings.communicator is None:
-            mesh.check(settings.averaging_group(), period.measures)
+            # What is frozen lies on ranks of one worker, too, or would be overwritten by another shard.
+            WorkerMesh([*members, *beside.values()]).check(
+                settings.averaging_group(), period.measures
+            )
         # torch's base class first, for its hooks: it sets groups and state, which are inner's here.
         super().__init__([{"params": []}], inner.defaults)
         self.inner = inner
@@ -201,6 +209,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "delay": settings.delay,
             "levels": list(levels),
             "reset_inner": settings.reset_inner,
+            "sync_module": settings.sync_module,
             "copies": list(self._state_copies.names),
             "copies that are there": self._state_copies.held(self._members[0]),
             "codec": repr(settings.coding),
@@ -749,7 +758,11 @@ def _beside(
         for i, p in enumerate(group["params"])
         if id(p) not in own and id(p) not in theirs
     }
-    return {**parts.statistics, **parts.equal, **handed}
+    beside = {**parts.statistics, **parts.equal, **handed}
+    for name, value in beside.items():
+        if is_fsdp1(value):
+            raise ValueError(f"cannot make {name!r} equal: {unfit(value)}")
+    return beside
 
 
 def average_together(

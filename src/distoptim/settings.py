@@ -213,6 +213,11 @@ class SyncSettings:
                     "are no workers that could be averaged; allowed is the optimizer inside it, or FSDP2 "
                     "(fully_shard) with device_mesh="
                 )
+            if not hasattr(params, "defaults"):
+                raise ValueError(
+                    f"{type(params).__name__} has no defaults, which torch.optim.Optimizer's constructor "
+                    "makes: it stands around another optimizer; allowed is that one"
+                )
             if given:
                 raise ValueError(
                     f"{', '.join(given)}: belongs to the optimizer that was given; set it there"

@@ -13,15 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 import distoptim
 from distoptim import ALGORITHMS, LocalSGD
 from distoptim.comm import SingleWorker
+from distoptim.comm.mesh import local
 from distoptim.testing.processes import run
 from tests.helpers.failures import documented, is_documented
 from tests.helpers.share import share
@@ -337,10 +340,34 @@ def _sharded(rank):
         )
         with documented("FSDP1"):
             LocalSGD(torch.optim.SGD(whole.parameters(), lr=0.1), tau=4)
+        # Where only a head is trained, what is frozen would be overwritten by rank 0's shard.
+        whole.requires_grad_(False)
+        _frozen_shards_are_refused(whole, "FSDP1")
     params = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     with documented("ZeroRedundancyOptimizer"):
         LocalSGD(ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=1.0), tau=4)
+    whole = nn.Linear(4, 4, bias=False).requires_grad_(False)
+    fully_shard(whole)
+    _frozen_shards_are_refused(whole, "a parameter is a DTensor, whose shards lie on several")
+    mesh = init_device_mesh("cpu", (2,))
+    whole = nn.Module()
+    whole.register_buffer("table", distribute_tensor(torch.randn(2, 2), mesh, [Shard(0)]))
+    _frozen_shards_are_refused(whole, "a parameter is a DTensor, whose shards lie on several")
     return True
+
+
+def _frozen_shards_are_refused(whole, match):
+    module = nn.Sequential(whole, nn.Linear(4, 1))
+    before = [local(x).clone() for x in (*whole.parameters(), *whole.buffers())]
+    trained = module[1].parameters()
+    ways = [{"params": trained, "module": module}]
+    if list(whole.parameters()):
+        ways.append({"params": module.parameters()})
+    for way in ways:
+        with documented(match):
+            LocalSGD(**way, lr=0.1, tau=4)
+    after = [local(x) for x in (*whole.parameters(), *whole.buffers())]
+    assert all(map(torch.equal, before, after))
 
 
 def test_shards_of_one_model_are_refused():
@@ -392,6 +419,24 @@ def test_under_torchrun_without_a_process_group(monkeypatch):
 def test_parameters_that_cannot_be_averaged_are_refused(tensor, why):
     with documented(f"cannot average a parameter: {why}"):
         LocalSGD(torch.optim.SGD([nn.Parameter(tensor())], lr=0.1), tau=2)
+
+
+def test_parameters_in_one_place_in_memory_are_refused():
+    memory = torch.zeros(12)
+    apart = [memory[:5], memory[5:9].view(2, 2), memory[9:9], memory[9:], torch.zeros(4, 4)[:, :2]]
+    tied = nn.Linear(2, 2)
+    for overlapping in ([memory[:5], memory[4:]], [tied.weight.data, tied.weight.data]):
+        with documented("it lies in the memory of another one"):
+            LocalSGD([nn.Parameter(x) for x in overlapping], lr=0.1, tau=2)
+    with pytest.warns(RuntimeWarning, match="one worker"):
+        LocalSGD([nn.Parameter(x) for x in apart], lr=0.1, tau=2)
+
+
+def test_an_optimizer_around_another_that_is_none_itself_is_refused():
+    inner = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    around = PostLocalSGDOptimizer(inner, PeriodicModelAverager.__new__(PeriodicModelAverager))
+    with pytest.raises(ValueError, match="PostLocalSGDOptimizer has no defaults"):
+        LocalSGD(around, tau=2)
 
 
 def test_lazy_parameters_are_refused():

@@ -88,6 +88,10 @@ MISMATCHES = {
         lambda p, odd: LocalSGD(p[::-1] if odd else p, tau=4),
         "fragment 0: rank 0 has part (0, 1): float32[2, 3] ",
     ),
+    "what is compared": (
+        lambda p, odd: LocalSGD(p, tau=4, sync_module=odd),
+        "sync_module: rank 0 has False, rank 2 has True",
+    ),
     "number": (
         lambda p, odd: LocalSGD(p[:1] if odd else p, tau=4),
         "fragment 0: rank 0 has part (0, 1): float32[2, 3] ",
@@ -140,7 +144,13 @@ REFUSED = {
     "codec": lambda p, odd: LocalSGD(p, lr=0.1, tau=4, codec="nope" if odd else None),
     "levels": lambda p, odd: LocalSGD(p, lr=0.1, tau=4, levels=3 if odd else None),
     "empty parameter list": lambda p, odd: LocalSGD([] if odd else p, lr=0.1, tau=4),
+    "memory": lambda p, odd: LocalSGD(_out_of_memory() if odd else p, lr=0.1, tau=4),
 }
+
+
+def _out_of_memory():
+    yield torch.nn.Parameter(torch.zeros(1))
+    raise RuntimeError("no memory")
 
 
 def _refusals(rank):
@@ -148,7 +158,7 @@ def _refusals(rank):
     messages = []
     for name, make in REFUSED.items():
         for odd in (rank == 2, True):
-            with pytest.raises((ValueError, TypeError), match=name) as caught:
+            with pytest.raises((ValueError, TypeError, RuntimeError), match=name) as caught:
                 make(parameters(0), odd)
             messages.append(str(caught.value))
     LocalSGD(parameters(0), tau=4).close()

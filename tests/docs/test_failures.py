@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -98,6 +98,23 @@ def _a_copy(rank):
 
 def _fsdp1(rank):
     _made(FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
+
+
+def _fsdp1_frozen(rank):
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    whole = FullyShardedDataParallel(frozen, device_id=torch.device("cpu"))
+    module = nn.Sequential(whole, nn.Linear(2, 1))
+    LocalSGD(module[1].parameters(), lr=0.1, tau=2, module=module)
+
+
+def _no_mesh(rank):
+    _made(fully_shard(nn.Linear(2, 2)))
+
+
+def _one_place(rank):
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[1].weight.data = module[0].weight.data
+    _made(module)
 
 
 def _zero(rank):
@@ -216,6 +233,9 @@ FAULTS: list[Callable[[int], object]] = [
     _two_optimizers,
     _a_copy,
     _fsdp1,
+    _fsdp1_frozen,
+    _no_mesh,
+    _one_place,
     _zero,
     _meta,
     _equal_workers,
