@@ -266,10 +266,9 @@ class Elastic(Communicator):
             there = self._ask("look", {}, left)
             if there is None:
                 continue
-            if any(w.name == self.name and w.life != self._life for w in there):
-                raise ValueError(
-                    f"name={self.name!r}: a living worker has it; allowed is one that no other has"
-                )
+            if self._has_double(there):
+                time.sleep(_PAUSE_S)
+                continue
             if running := _furthest(there):
                 self.joins = True
                 theirs = _client_of(running[0].store, self.timeout_s).get("facts")
@@ -285,6 +284,23 @@ class Elastic(Communicator):
             f"{self.name}: no run to join, and {found} of {self.start} workers, within "
             f"{self.join_timeout_s:g} s (join_timeout_s)"
         )
+
+    def _has_double(self, there: Sequence[_Asked]) -> bool:
+        """Whether one of this name is there that has died; the lighthouse names it for a heartbeat more.
+
+        Raises:
+            ValueError: it lives.
+        """
+        for other in there:
+            if other.name == self.name and other.life != self._life:
+                try:
+                    _see_alive(other.store)
+                except OSError:
+                    return True
+                raise ValueError(
+                    f"name={self.name!r}: a living worker has it; allowed is one that no other has"
+                )
+        return False
 
     def attach(self, member: Member) -> None:
         """Take part from here on: be alive to the lighthouse, and make what `all_reduce` launches."""
