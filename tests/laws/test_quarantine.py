@@ -202,17 +202,26 @@ def test_one_bad_batch_is_one_quarantine_with_fragments_too(name, at):
         assert all(torch.equal(workers.anchors()[0], other) for other in workers.anchors())
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_when_nobody_is_finite(name):
-    """An error on all; the anchor, and so what can be saved, is as it was."""
+@pytest.mark.parametrize(
+    ("name", "huge"), [*((name, False) for name in MAKERS), *((name, True) for name in MAKERS)]
+)
+def test_when_nobody_is_finite(name, huge):
+    """An error on all; the anchor, and so what can be saved, is as it was.
+
+    So also of finite values whose sum over the workers is not.
+    """
     make = MAKERS[name]
     params = parameters(2)
     optimizer = toy.alone(make, params)
     train(optimizer, params, AT - 1)
     delay = inspect(optimizer).delay
     anchored = inspect(optimizer).anchors() is not None
-    set_gradients(params, math.nan)
+    set_gradients(params, 0.0 if huge else math.nan)
     optimizer.step()
+    if huge:
+        with torch.no_grad():
+            for p in params:
+                p.zero_().view(-1)[0] = 0.9 * torch.finfo(p.dtype).max
     # At a delay the merge of the round before comes first: it is the last that moves the anchor.
     with pytest.warns(QuarantineWarning):  # noqa: PT031  # only one of the two raises at once
         if delay == 0:

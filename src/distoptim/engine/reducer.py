@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn, final
 
@@ -26,6 +25,9 @@ from distoptim.engine.identity import SIZE, Identity
 from distoptim.fragments import Flat, Fragment
 
 logger = logging.getLogger("distoptim")
+
+# Of the largest number: sums of so much over 16 million workers are finite.
+_HEADROOM = 2.0**-24
 
 
 @final
@@ -307,23 +309,24 @@ class Reducer:
 def mark_finite(buffer: Tensor, fragment: Fragment) -> Tensor:
     """Set the last element to 1 if all are finite, else everything to 0; returns which.
 
-    A sum that overflows counts as not finite. All ranks of a worker's mesh decide alike: a worker of
+    What is so near to overflow that the workers' sum may not be finite counts as not finite. All ranks of a worker's mesh decide alike: a worker of
     which one shard were missing would be torn apart.
 
     Returns: on the host; on another device valid only once the collective has ended, since reading it
         here would stop host and device.
     """
     buffer[fragment.numel :] = 0
-    total = buffer.sum()
+    low, high = buffer.aminmax()
+    limit = torch.finfo(buffer.dtype).max * _HEADROOM
     if buffer.device.type == "cpu":
-        finite = torch.tensor(math.isfinite(total))
+        finite = torch.tensor(-limit <= float(low) and float(high) <= limit)
         if fragment.sharded:
             finite = fragment.finite_everywhere(finite)
         if not finite:
             buffer.zero_()
         buffer[-1] = finite
         return finite
-    finite = torch.isfinite(total)
+    finite = (low >= -limit) & (high <= limit)
     if fragment.sharded:
         finite = fragment.finite_everywhere(finite)
     buffer.copy_(torch.where(finite, buffer, 0.0))
@@ -336,7 +339,7 @@ def is_finite(fragment: Fragment) -> bool:
     """Whether a worker's values are; all ranks of its mesh ask, and hear the same."""
     values = fragment.flat()
     fragment.read(values)
-    finite = torch.isfinite(values.tensor.sum())
+    finite = values.tensor.isfinite().all()
     return bool(fragment.finite_everywhere(finite) if fragment.sharded else finite)
 
 
