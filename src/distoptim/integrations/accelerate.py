@@ -122,7 +122,8 @@ class _Checkpoint:
         self, accelerator: Accelerator, model: torch.nn.Module, optimizers: list[AveragingOptimizer]
     ) -> None:
         self._accelerator = accelerator
-        self._model = model
+        # Accelerate's list has the one, or what torch.compile has made of it.
+        self._model = self._inside(model)
         self._optimizers = {str(i): optimizer for i, optimizer in enumerate(optimizers)}
         self._folder: Path | None = None
         self._beside: dict[str, Any] | None = None
@@ -133,7 +134,7 @@ class _Checkpoint:
         self.finish()
         with averaged(self._model, *self._optimizers.values()):
             for i, model in enumerate(models):
-                if model is self._model:
+                if self._inside(model) is self._model:
                     # Values that share memory share it still: of those Accelerate writes one.
                     weights[i] = copy.deepcopy(model.state_dict())
         scaler = self._accelerator.scaler
@@ -166,8 +167,13 @@ class _Checkpoint:
 
     def _own(self, folder: str) -> Path:
         """One folder for each model after the first, as Accelerate numbers them."""
-        index = self._accelerator._models.index(self._model)  # noqa: SLF001  # no other way
+        models = map(self._inside, self._accelerator._models)  # noqa: SLF001  # no other way
+        index = list(models).index(self._model)
         return Path(folder) / f"distoptim_{index}" if index else Path(folder)
+
+    def _inside(self, model: torch.nn.Module) -> torch.nn.Module:
+        found: torch.nn.Module = self._accelerator.unwrap_model(model, keep_torch_compile=False)
+        return found
 
     def _prepared(self) -> list[AveragedOptimizer]:
         mine = list(self._optimizers.values())
