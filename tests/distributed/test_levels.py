@@ -213,6 +213,14 @@ def test_a_flush_ends_with_the_mean_of_all(results):
     assert all(torch.equal(x, results["codec", None][-1, 0]) for x in results["codec", None][-1])
 
 
+def test_a_flush_averages_in_the_groups_too(results):
+    """An algorithm that pulls leaves the groups apart, but not the members of one."""
+    *_, last, flushed = results["overlap", None]
+    assert not torch.equal(last[0], last[1])
+    assert torch.equal(flushed[::2], flushed[1::2])
+    assert not torch.equal(flushed[0], flushed[2])
+
+
 def _meet(x):
     """Where all are equal, and where pairs are: for each step of [steps, workers, dimension]."""
     together = [step for step, at in enumerate(x, 1) if torch.equal(at, at[:1].expand_as(at))]
