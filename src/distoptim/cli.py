@@ -153,6 +153,7 @@ def plan(
     measured: Annotated[Path | None, Parameter(name="--probe")] = None,
     inner: str = "sgd",
     streams: str = "auto",
+    speeds: str = "",
     everything: Annotated[Flag, Parameter(name="--all")] = False,
     as_json: Annotated[Flag, Parameter(name="--json")] = False,
 ) -> None:
@@ -167,6 +168,7 @@ def plan(
         measured: What `distoptim probe` wrote; options given here win.
         inner: The inner optimizer, sgd or adamw: which algorithm trains best depends on it.
         streams: Connections at once in a mean, 1 to 64 or auto.
+        speeds: Of the workers, in turn, as in 1,1,0.5: a local step takes so much less time than step-s.
         everything: Every algorithm and tau, not the best tau of each.
         as_json: Print JSON for machines.
     """
@@ -183,7 +185,8 @@ def plan(
     link = Link(known["latency_ms"] / 1e3, known["bandwidth_gbit_s"])
     count = _count("params", known["params"])
     workers = _count("workers", known["workers"])
-    job = Job(known["step_s"], count, workers, Gloo(link, _streams(streams)))
+    network = Gloo(link, _streams(streams))
+    job = Job(known["step_s"], count, workers, network, _numbers("speeds", speeds))
     made = planner.plan(job, inner=inner)
     if as_json:
         print(json.dumps(made.as_dict(), indent=1))
@@ -221,6 +224,13 @@ def probe(
 
 def _streams(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: allowed are numbers, as in 1,1,0.5") from None
 
 
 def _known(measured: Path | None, given: dict[str, float | None]) -> dict[str, float]:
@@ -274,14 +284,14 @@ def _print(made: Plan, everything: bool) -> None:
     out.columns[0].no_wrap = True
     for column in out.columns[2:]:
         column.justify = "right"
-    best: dict[tuple[str, str | None], Prediction] = {}
+    best: dict[tuple[str, str | None, bool], Prediction] = {}
     for p in made.predictions:
-        kind = (p.algorithm, p.codec)
+        kind = (p.algorithm, p.codec, p.round_s is None)
         if kind not in best or p.step_s < 0.95 * best[kind].step_s:
             best[kind] = p
     for p in made.predictions if everything else best.values():
         out.add_row(
-            p.algorithm,
+            p.algorithm if p.round_s is None else f"{p.algorithm}, equal time",
             p.codec or "",
             str(p.tau),
             str(p.fragments),

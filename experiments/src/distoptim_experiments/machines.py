@@ -16,7 +16,7 @@ from distoptim.simulator.compute import (
     Trace,
     Unequal,
 )
-from distoptim.simulator.network import Network, Ring, Tree, TwoTier
+from distoptim.simulator.network import Gloo, Network, Ring, Tree, TwoTier
 from distoptim_experiments.settings import Needs, Number, Option, Settings
 
 SECTION = "Virtual machines"
@@ -28,6 +28,10 @@ Slowdown = Literal["none", "exponential", "pareto"]
 _NO_TRACE = Needs("without --trace", lambda v: not v["trace"])
 _ISLANDS = Needs("with --island", lambda v: v["island"])
 _NO_ISLANDS = Needs("without --island", lambda v: not v["island"])
+_FLAT_RING = Needs(
+    "with --collective ring and without --island",
+    lambda v: v["collective"] == "ring" and not v["island"],
+)
 _FEWER = Needs("with more --workers than that", lambda v: v["island"] < v["workers"])
 
 
@@ -77,6 +81,15 @@ class Machines(Settings):
         Field(description="Kind of all-reduce."),
         Option(SECTION, needs=_NO_ISLANDS),
     ] = "ring"
+    streams: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=64,
+            description="Connections at once in a mean, each of which moves 1.5 MB a round trip.",
+        ),
+        Option(SECTION, needs=_FLAT_RING, unset="no such limit"),
+    ] = None
     island: Annotated[
         int | None,
         Field(ge=2, description="Workers in an island of fast links."),
@@ -116,7 +129,9 @@ class Machines(Settings):
         if self.island is not None:
             inner = _link(self.island_latency_ms, self.island_bandwidth_gbit_s)
             return TwoTier(self.island, inner, outer)
-        return Ring([outer]) if self.collective == "ring" else Tree([outer])
+        if self.collective == "tree":
+            return Tree([outer])
+        return Ring([outer]) if self.streams is None else Gloo(outer, self.streams)
 
 
 def pareto(mean_s: float, seed: int) -> Pareto:

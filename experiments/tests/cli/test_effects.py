@@ -87,6 +87,10 @@ def words(*args):
             "--collective tree: has an effect only without --island",
         ),
         (
+            ("simulate", "--streams", "2", "--collective", "tree"),
+            "--streams 2: has an effect only with --collective ring and without --island",
+        ),
+        (
             ("simulate", "--timing", "--methods", "ddp,foo"),
             "--methods ddp,foo: has an effect only without --timing",
         ),

@@ -66,6 +66,7 @@ def test_synchronous_is_large_batch_sgd(tmp_path):
         {"latency_ms": -1.0},
         {"bandwidth_gbit_s": -2.0},
         {"collective": "star"},
+        {"streams": 65},
         {"island": 1},
         {"island": 4, "island_bandwidth_gbit_s": 0.0},
     ],
@@ -73,6 +74,13 @@ def test_synchronous_is_large_batch_sgd(tmp_path):
 def test_bad_machines_are_refused(bad):
     with pytest.raises(ValueError, match="allowed"):
         Machines(**bad)
+
+
+def test_streams_bound_what_a_mean_moves_in_a_round_trip():
+    far = {"latency_ms": 100.0, "bandwidth_gbit_s": 1.0}
+    one, eight = (Machines(streams=n, **far).network().all_reduce_s(100e6, 2) for n in (1, 8))
+    assert one > 4 * eight
+    assert eight == pytest.approx(Machines(**far).network().all_reduce_s(100e6, 2))
 
 
 def test_a_run_may_begin_synchronously_and_choose_its_period(tmp_path):

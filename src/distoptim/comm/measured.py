@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,21 @@ def joined(backend: str | None = None) -> Iterator[int]:
     yield dist.get_rank()
     # Not where an exception passes: it ends the process, and the peers need not hear of it twice.
     dist.destroy_process_group()
+
+
+def agree(told: Mapping[str, int], device: torch.device) -> None:
+    """See that all workers say the same; collective.
+
+    Raises:
+        ValueError: on all workers, if they do not.
+    """
+    own = torch.tensor(list(told.values()), device=device)
+    everybody = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everybody, own)
+    for i, name in enumerate(told):
+        values = [row[i].item() for row in everybody]
+        if len(set(values)) > 1:
+            raise ValueError(f"{name}, by rank: {values}; allowed is the same number on all")
 
 
 def slowest(value: float, device: torch.device) -> float:

@@ -12,8 +12,10 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,10 @@ from distoptim.comm.streams import check as check_streams
 
 # Whose options of one collective have no types.
 _c10d: Any = dist.distributed_c10d
+
+_MAKERS: dict[str, Callable[..., Any]] = {"gloo": dist.ProcessGroupGloo, BACKEND: EmulatedGroup}
+# From torch 2.7 on; before, groups are made one after the other.
+_CLONES = hasattr(_c10d.PrefixStore, "clone")
 
 # How many communicators over these ranks this process has made; in step with the other members'.
 _made: Counter[tuple[int, ...]] = Counter()
@@ -158,11 +164,11 @@ class ProcessGroupCommunicator(Communicator):
         before = open_files() or 0
         with self._one_error("the making of groups"):
             self._meet()
-            self._make("means", str(dist.get_backend(group)))
-            self._make("control data", "gloo")
+            wanted = {"means": str(dist.get_backend(group)), "control data": "gloo"}
             if "cpu" in self._backends:
                 # Codes are in host memory. Over nccl alone there are none.
-                self._make("second stages", self._backends["cpu"])
+                wanted["second stages"] = self._backends["cpu"]
+            self._make(wanted)
         self._files = max(1, ((open_files() or 0) - before) // len(self._groups))
         _open.add(self)
 
@@ -234,8 +240,7 @@ class ProcessGroupCommunicator(Communicator):
 
     def _widen(self, use: str, count: int, wanted: int) -> int:
         backend = self._backends["cpu"]
-        for i in range(count, wanted):
-            self._make(_stream(use, i), backend)
+        self._make({_stream(use, i): backend for i in range(count, wanted)})
         return max(count, wanted)
 
     def _measure(self, groups: int) -> None:
@@ -377,21 +382,33 @@ class ProcessGroupCommunicator(Communicator):
             absent = [r for i, r in enumerate(self.ranks) if not store.check([str(i)])]
             raise RuntimeError(f"ranks {absent} have not come: {error}") from error
 
-    def _make(self, use: str, backend: str) -> None:
-        """Make a group of our own.
+    def _make(self, wanted: dict[str, str]) -> None:
+        """Make groups of our own, those of gloo at the same time: each takes several round trips.
 
         Where we can, past `dist.new_group`: it names groups of some ranks after how many groups there
         are in this process, so that one that was left anywhere would make the next one's members look
         for each other under different names, or find addresses where nobody listens any more.
+
+        Args:
+            wanted: use -> backend.
         """
-        make = {"gloo": dist.ProcessGroupGloo, BACKEND: EmulatedGroup}.get(backend)
-        if make is None:
-            local = self._ranks is not None
-            self._groups[use] = dist.new_group(
-                self._ranks, timeout=self._timeout, backend=backend, use_local_synchronization=local
-            )
-            return
-        self._groups[use] = make(self._store(use), self.rank, self.size, self._timeout)
+        ours = {use: _MAKERS[backend] for use, backend in wanted.items() if backend in _MAKERS}
+        for use, backend in wanted.items():
+            if use not in ours:
+                local = self._ranks is not None
+                self._groups[use] = dist.new_group(
+                    self._ranks,
+                    timeout=self._timeout,
+                    backend=backend,
+                    use_local_synchronization=local,
+                )
+        calls = [partial(self._make_one, make, use) for use, make in ours.items()]
+        self._groups.update(zip(ours, _at_once(calls), strict=True))
+
+    def _make_one(self, make: Callable[..., Any], use: str) -> Any:
+        # Who waits for a key holds the connection, on which another group's key is then not set.
+        store = self._store(use)
+        return make(store.clone() if _CLONES else store, self.rank, self.size, self._timeout)
 
     def _store(self, use: str) -> Any:
         """The program's store, in which this communicator's keys are its own."""
@@ -426,6 +443,14 @@ class ProcessGroupCommunicator(Communicator):
         options.timeout = self._limit
         work = (self._groups.get(use) or self._group(use)).allreduce([buffer], options)
         return handle(work, buffer, 1 if average else self.size)
+
+
+def _at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What they return, each called in a thread of its own where the store allows it."""
+    if not _CLONES or len(calls) < 2:
+        return [call() for call in calls]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def _backends(group: dist.ProcessGroup | None) -> dict[str, str]:

@@ -60,6 +60,7 @@ class Job:
         params: number of parameters, >= 1; they travel as float32.
         workers: >= 1.
         network: what a mean costs.
+        speeds: of the workers, > 0, in turn where there are more workers: a local step takes step_s / speed.
 
     Raises:
         ValueError: a value outside its range.
@@ -69,12 +70,25 @@ class Job:
     params: int
     workers: int
     network: Network
+    speeds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        for speed in self.speeds:
+            checks.number("speed", speed, 0, math.inf, open_low=True, open_high=True)
         checks.number("step_s", self.step_s, 0, math.inf, open_low=True, open_high=True)
         checks.integer("params", self.params, 1)
         checks.integer("workers", self.workers, 1)
+
+    def at(self, speed: float) -> Job:
+        """The same where all workers have this speed."""
+        return replace(self, step_s=self.step_s / speed, speeds=())
+
+    @property
+    def each_speed(self) -> list[float]:
+        """Worker by worker."""
+        speeds = self.speeds or (1.0,)
+        return [speeds[i % len(speeds)] for i in range(self.workers)]
 
     def nbytes(self, codec: str | None = None) -> int:
         """Of one mean, in a codec of `distoptim.comm.codecs`, by its name."""
@@ -99,6 +113,7 @@ class Prediction:
         gbytes_per_hour: payload per worker and hour, in 10^9 bytes.
         codec: in which means travel; None: float32. Its time on the processor is not counted.
         fragments: messages in which a round's mean is cut.
+        round_s: of rounds of equal time (`EqualTime`), in which a worker makes tau steps on the mean.
     """
 
     algorithm: str
@@ -110,6 +125,7 @@ class Prediction:
     gbytes_per_hour: float
     codec: str | None = None
     fragments: int = 1
+    round_s: float | None = None
 
     @property
     def hidden(self) -> bool:
@@ -150,6 +166,8 @@ def plan(
     the smallest tau, since workers drift apart for tau steps. Of equals it is the algorithm that
     comes first; by default the one that ended least below DDP in the studies with this inner
     optimizer, at a tau like this (`planning.studied`).
+    With one tau every round lasts as long as on the slowest worker; where speeds differ, rounds of equal
+    time are offered as well, which last as long as on machines of the mean speed.
     Where that is more than `MANY` local steps, `CODECS` are offered too, and where none of `TAUS`
     hides the link, `FURTHER_TAUS`; by default only with the best two that hide a round.
 
@@ -169,10 +187,10 @@ def plan(
     if inner not in inner_optimizers():
         raise ValueError(f"inner={inner!r}: allowed are {', '.join(inner_optimizers())}")
     offered = [checks.integer("tau", tau, 1) for tau in (TAUS if taus is None else taus)]
-    ddp = _ddp(job)
-    predictions = [ddp] + [
-        _predict(job, name, tau, ddp.step_s) for name in names for tau in offered
-    ]
+    ddp = _ddp(job.at(min(job.each_speed)))
+    predictions = [ddp]
+    for name in names:
+        predictions += _offers(job, name, offered, ddp.step_s)
     studied = inner if algorithms is None else None
     best = _best(predictions, studied)
     if best.tau > MANY:
@@ -196,13 +214,36 @@ def _further(
     job: Job, names: Sequence[str], taus: Sequence[int], further: Sequence[int], ddp_s: float
 ) -> list[Prediction]:
     """Longer periods, and all of them with fewer bytes."""
-    found = [_predict(job, name, tau, ddp_s) for name in names for tau in further]
-    return found + [
-        _predict(job, name, tau, ddp_s, codec)
-        for codec in CODECS
-        for name in names
-        for tau in (*taus, *further)
-    ]
+    found = []
+    for name in names:
+        found += _offers(job, name, further, ddp_s)
+        for codec in CODECS:
+            found += _offers(job, name, (*taus, *further), ddp_s, codec)
+    return found
+
+
+def _offers(
+    job: Job, name: str, taus: Sequence[int], ddp_s: float, codec: str | None = None
+) -> list[Prediction]:
+    """Each tau on all workers, and rounds of equal time with as many steps on the mean."""
+    speeds = job.each_speed
+    slowest = job.at(min(speeds))
+    found = [_predict(slowest, name, tau, ddp_s, codec) for tau in taus]
+    if min(speeds) == max(speeds) or not _may_be_timed(name):
+        return found
+    usual = job.at(sum(speeds) / len(speeds))
+    for tau in taus:
+        # Below that the slowest worker's single step takes longer than a round.
+        if tau * usual.step_s >= slowest.step_s:
+            made = _predict(usual, name, tau, ddp_s, codec)
+            found.append(replace(made, round_s=tau * usual.step_s))
+    return found
+
+
+def _may_be_timed(name: str) -> bool:
+    """Whether the algorithm takes `EqualTime`: in one message, blocking or over a whole round."""
+    delay = inspect.signature(ALGORITHMS[name]).parameters["delay"].default
+    return delay in (None, 0) and name != FRAGMENTED
 
 
 def _best(predictions: Sequence[Prediction], inner: str | None) -> Prediction:
@@ -335,6 +376,8 @@ def _line(best: Prediction) -> str:
     if best.algorithm == "ddp":
         return "model = torch.nn.parallel.DistributedDataParallel(model)"
     given = f"tau={best.tau}"
+    if best.round_s is not None:
+        given = f"tau=distoptim.periods.EqualTime({best.round_s:.3g})"
     if best.fragments > 1:
         given += f", fragments={best.fragments}"
     if best.codec:
@@ -356,6 +399,10 @@ def _reason(best: Prediction, predictions: Sequence[Prediction], inner: str | No
         f"no smaller tau is within {CLOSE - 1:.0%} of it",
         _compared(best, inner),
     ]
+    if best.round_s is not None:
+        told.append(
+            "rounds of equal time, since with one tau all wait for the slowest (docs/unequal.md)"
+        )
     if not best.hidden:
         told.insert(
             0,

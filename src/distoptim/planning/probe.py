@@ -91,7 +91,7 @@ def probe(prepare: Callable[[], Any], *, steps: int = 20, repeats: int = 5) -> M
         repeats: of each all-reduce; the median counts.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range, or workers disagree on model, steps or repeats.
     """
     checks.integer("steps", steps, 1)
     checks.integer("repeats", repeats, 1)
@@ -101,6 +101,7 @@ def probe(prepare: Callable[[], Any], *, steps: int = 20, repeats: int = 5) -> M
         sum(p.numel() for p in model.parameters() if p.requires_grad) if model is not None else 0
     )
     device = next(model.parameters()).device if model is not None else torch.device("cpu")
+    measured.agree({"parameters": params, "steps": steps, "repeats": repeats}, device)
     step_s = measured.slowest(_step_s(step, steps, device), device)
     link = measured.measure(repeats=repeats, device=device)
     return Measured(step_s, params, world_size(), link.latency_s, link.bandwidth_gbit_s)

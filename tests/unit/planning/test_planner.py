@@ -158,12 +158,31 @@ def test_one_stream_cannot_fill_a_long_fat_link():
     )
 
 
+def test_machines_of_unequal_speed():
+    made = plan(job(speeds=(1.0, 1.0, 0.25)), algorithms=["overlap-local-sgd"], taus=[1, 8])
+    # Workers of speeds 1, 1, 1/4, 1: on the mean 13/16, and a single step of the slowest takes 0.4 s.
+    found = [(p.tau, p.round_s is None, p.step_s) for p in made.predictions[1:]]
+    assert found[1:] == [(8, True, pytest.approx(0.4)), (8, False, pytest.approx(0.1 * 16 / 13))]
+    assert made.best.round_s == pytest.approx(8 * 0.1 * 16 / 13)
+    assert (
+        made.line
+        == "optimizer = distoptim.OverlapLocalSGD(optimizer, tau=distoptim.periods.EqualTime(0.985))"
+    )
+    assert "with one tau all wait for the slowest" in made.reason
+    alike = [plan(job(speeds=s), taus=[8]) for s in ((), (1.0, 1.0))]
+    assert alike[0] == alike[1]
+    assert {p.algorithm for p in plan(job(speeds=(1, 2)), taus=[8]).predictions if p.round_s} <= {
+        name for name in ALGORITHMS if name != "streaming-diloco"
+    }
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         lambda: job(step_s=0.0),
         lambda: job(params=0),
         lambda: job(workers=0),
+        lambda: job(speeds=(1.0, 0.0)),
         lambda: job(bandwidth_gbit_s=-1.0),
         lambda: plan(job(), taus=[0]),
         lambda: plan(job(), algorithms=["sgd"]),

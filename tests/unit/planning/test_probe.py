@@ -20,10 +20,14 @@ def prepare():
 
 def _probe(rank):
     emulate(latency_s=0.05, bandwidth_gbit_s=1.0)
+    with pytest.raises(ValueError, match=r"parameters, by rank: \[2, 4\]; allowed is the same"):
+        probe(lambda: (torch.nn.Linear(1, 1 + rank), lambda: None), steps=1)
+    with pytest.raises(ValueError, match=r"steps, by rank: \[1, 2\]; allowed is the same"):
+        probe(prepare, steps=1 + rank)
     return probe(prepare, steps=3, repeats=3)
 
 
-def test_probe_finds_the_link():
+def test_probe_finds_the_link_and_workers_that_disagree():
     first, second = run(_probe, 2, backend="emulated")
     assert first == second
     assert first.params == 8
