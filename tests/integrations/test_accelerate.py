@@ -172,6 +172,22 @@ def checkpoints(folder: Path) -> None:
     parts.optimizer.optimizer.close()
 
 
+def scale_of_its_own(folder: Path) -> None:
+    """Of a GradScaler that has skipped a step, which Accelerate saves of rank 0 alone."""
+    parts = setup("local", poisoned=True)
+    train(parts, bad=(1, 4))
+    scale = parts.accelerator.scaler.get_scale()
+    assert scale == (4.0 if dist.get_rank() == 1 else 8.0)
+    parts.accelerator.save_state(str(folder))
+    parts.accelerator.wait_for_everyone()
+    resumed = setup("local", poisoned=True)
+    resumed.accelerator.load_state(str(folder))
+    train(resumed, LENGTH - 1)
+    assert resumed.accelerator.scaler.get_scale() == scale
+    parts.optimizer.optimizer.close()
+    resumed.optimizer.optimizer.close()
+
+
 def weights_alone(folder: Path) -> None:
     """What Accelerate has saved without us."""
     model = model_of()
@@ -304,6 +320,7 @@ def two(folder: Path) -> None:
     page()
     right_numbers()
     checkpoints(folder)
+    scale_of_its_own(folder / "scale")
     weights_alone(folder / "plain")
     tied_and_compiled(folder / "tied")
     trackers(folder)

@@ -20,6 +20,7 @@ pytest.importorskip("lightning", reason="Lightning is not installed: make test-i
 
 BATCHES = 5
 EPOCHS = 2
+SCALE = 8.0
 
 
 def net_of(dropout: float) -> torch.nn.Module:
@@ -50,7 +51,10 @@ class Own(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         return BATCHES
 
 
-def module_of(name: str, dropout: float = 0.0, lr: float = 0.05) -> Any:
+def module_of(
+    name: str, dropout: float = 0.0, lr: float = 0.05, bad: tuple[int, int] = (-1, -1)
+) -> Any:
+    """The loss of worker bad[0] is infinite at batch bad[1] of the first epoch."""
     import lightning.pytorch as pl
 
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -65,7 +69,8 @@ def module_of(name: str, dropout: float = 0.0, lr: float = 0.05) -> Any:
 
         def training_step(self, _: torch.Tensor, index: int) -> torch.Tensor:
             # By its index: in the middle of an epoch, loaders that Lightning cannot save begin anew.
-            return self.net(batches(rank)[index]).float().square().mean()
+            loss = self.net(batches(rank)[index]).float().square().mean()
+            return loss * float("inf") if (self.current_epoch, rank, index) == (0, *bad) else loss
 
         def validation_step(self, batch: torch.Tensor, _: int) -> None:
             self.validated.append(whole(self.net))
@@ -119,21 +124,27 @@ def trainer_of(folder: Path, *callbacks: Any, **options: Any) -> Any:
     )
 
 
-def by_hand(name: str, bf16: bool) -> list[torch.Tensor]:
+def by_hand(name: str, precision: str, bad: int = -1) -> list[torch.Tensor]:
     model = net_of(0.0)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     schedule = torch.optim.lr_scheduler.StepLR(inner, 2, 0.5)
     rounds = BY_HAND[name](list(model.parameters()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=precision == "16-mixed")
+    dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
     out = []
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
         for i, batch in enumerate(batches(dist.get_rank())):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", dtype, enabled=precision != "32-true"):
                 loss = model(batch).float().square().mean()
+            if (epoch, i) == (0, bad):
+                loss = loss * float("inf")
             # As Lightning does, also in a short last group.
-            (loss / 2).backward()
+            scaler.scale(loss / 2).backward()
             if (i + 1) % 2 == 0 or i + 1 == BATCHES:
+                scaler.unscale_(inner)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                inner.step()
+                scaler.step(inner)
+                scaler.update()
                 schedule.step()
                 inner.zero_grad()
                 rounds.average()
@@ -150,7 +161,7 @@ def right_numbers(folder: Path, cases: tuple[tuple[str, str], ...] = CASES) -> N
         trainer = trainer_of(folder, precision=precision)
         trainer.fit(module)
         assert not isinstance(trainer.strategy.model, torch.nn.parallel.DistributedDataParallel)
-        expected = by_hand(name, precision == "bf16-mixed")
+        expected = by_hand(name, precision)
         for x, y in zip(module.params, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
         assert {"distoptim/exposed_pct", "distoptim/tau"} <= trainer.callback_metrics.keys()
@@ -164,6 +175,33 @@ def right_numbers(folder: Path, cases: tuple[tuple[str, str], ...] = CASES) -> N
             outs = trainer.predict(module, module.val_dataloader())
             module.net.eval()
             assert torch.equal(outs[0], module.net(batches(7)[0]))
+
+
+def skipped_by_one(folder: Path) -> None:
+    """A GradScaler skips worker 1's second step, which counts; its scale is its own after a checkpoint."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.plugins import MixedPrecision
+
+    def trained(*callbacks: Any, resume: str | None = None) -> Any:
+        scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+        module = module_of("overlap", bad=(1, 2))
+        trainer = trainer_of(
+            folder,
+            *callbacks,
+            enable_checkpointing=bool(callbacks),
+            plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        )
+        trainer.fit(module, ckpt_path=resume)
+        assert scaler.get_scale() == (SCALE / 2 if dist.get_rank() == 1 else SCALE)
+        return module
+
+    every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    module = trained(every)
+    expected = by_hand("overlap", "16-mixed", bad=2 if dist.get_rank() == 1 else -1)
+    for x, y in zip(module.params, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    resumed = trained(resume=str(saved_at(folder)))
+    assert torch.equal(whole(module.net), whole(resumed.net))
 
 
 def checkpoints(folder: Path) -> None:
@@ -349,6 +387,7 @@ def two(folder: Path) -> None:
     quiet()
     begin(folder, 2)
     right_numbers(folder)
+    skipped_by_one(folder / "skipped")
     checkpoints(folder)
     best_and_logged(folder)
     several(folder)

@@ -32,6 +32,7 @@ hooks.check(
             "on_train_end",
             "on_train_start",
             "optimizer_step",
+            "precision_plugin",
             "remove_checkpoint",
             "save_checkpoint",
             "setup_optimizers",
@@ -142,6 +143,8 @@ class AveragingStrategy(DDPStrategy):
         if self.averaging and "optimizer_states" in checkpoint:
             beside = {
                 "schedulers": checkpoint.get("lr_schedulers", []),
+                # A GradScaler that has skipped a step has another scale than the others'.
+                "precision": self.precision_plugin.state_dict(),
                 # Of dropout; Lightning saves none.
                 "generators": _generators(),
             }
@@ -172,9 +175,10 @@ class AveragingStrategy(DDPStrategy):
         self._beside = worker_files.read(self._resumes_from, self.lightning_module, self.averaging)
 
     def on_train_start(self) -> None:
-        """After all was loaded: schedulers are each worker's own too."""
+        """After all was loaded: schedulers and scaler are each worker's own too."""
         super().on_train_start()
         if self._beside is not None:
+            self.precision_plugin.load_state_dict(self._beside.get("precision", {}))
             trainer = self.lightning_module.trainer
             for config, state in zip(
                 trainer.lr_scheduler_configs, self._beside["schedulers"], strict=True
