@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 
 import pandas as pd
 from distoptim_experiments import frames
+from distoptim_experiments.studies import front
 
 HERE = Path(__file__).parent
 PAGES = [
@@ -294,6 +295,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "beyond, five seeds": five_seeds,
     "shakespeare": shakespeare,
     "stragglers": stragglers,
+    "front": lambda: rows(*front.front(final("front"))),
+    "front, all": lambda: rows(*front.everything(final("front"))),
 }
 
 

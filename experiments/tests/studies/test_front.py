@@ -51,7 +51,7 @@ def test_the_best_of_a_budget_hides_its_latency_and_is_chosen_on_the_validation_
     assert front.best(found, 1 / 8, 2).label == "late"
     assert front.best(found, 1 / 27, 2) is None
     table = front.front(runs)
-    assert table[0] == ["a message takes", "bytes", "IID, 525 steps"]
+    assert table[0] == ["a message takes", "bytes, at most", "IID, 525 steps"]
     assert ["1 step", "1/27", "+0.50 +- 0.71 (few bits)"] in table
     assert ["8 steps", "1/8", "+2.00 (late)"] in table
     assert front.everything(runs)[1:] == [

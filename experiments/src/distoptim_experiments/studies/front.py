@@ -84,19 +84,17 @@ def best(found: pd.DataFrame, share: float, latency: int) -> pd.Series[Any] | No
 
 
 def front(runs: pd.DataFrame) -> list[list[str]]:
-    """Rows for a table: a latency and a budget, and what is best there, for each task."""
+    """Rows for a table: a latency and a budget, and what is best there, for each task; none where there is
+    nothing yet."""
     made = {task: cells(runs, task) for task in tasks(runs)}
-    header = ["a message takes", "bytes", *(name(task) for task in made)]
-    lines = [
-        [
-            f"{latency} step{'s' if latency > 1 else ''}",
-            budget,
-            *(said(best(found, share, latency)) for found in made.values()),
-        ]
-        for latency in LATENCIES
-        for budget, share in BUDGETS.items()
-    ]
-    return [header, *lines]
+    lines = [["a message takes", "bytes, at most", *(name(task) for task in made)]]
+    for latency in LATENCIES:
+        for budget, share in BUDGETS.items():
+            found = [best(cell, share, latency) for cell in made.values()]
+            if any(cell is not None for cell in found):
+                steps = f"{latency} step{'s' if latency > 1 else ''}"
+                lines.append([steps, budget, *map(said, found)])
+    return lines
 
 
 def everything(runs: pd.DataFrame) -> list[list[str]]:
