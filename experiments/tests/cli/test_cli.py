@@ -244,10 +244,6 @@ def test_virtual_workers_are_not_said_to_be_processes(invoke):
             "overlap-local-sgd: none of them takes approximation_rank",
         ),
         (
-            ("simulate", "--methods", "powersgd", "--approximation-rank", "2"),
-            "powersgd: torch's hook runs inside of DDP",
-        ),
-        (
             ("simulate", "--methods", "ddp,easgd", "--alpha", "3"),
             "alpha=3.0: allowed is a number in (0, 0.11",
         ),

@@ -259,10 +259,6 @@ def test_kill_dash_nine_loses_no_finished_run(tmp_path):
             ("workers = 3", 'workers = 3\nslowdown = "pareto"\nslowdown_ms = 2'),
             "slowdown='pareto' is for real workers",
         ),
-        (
-            ('algorithm = "ddp"', 'algorithm = "powersgd"'),
-            "powersgd: torch's hook runs inside of DDP",
-        ),
         (("tau = [2, 4]", "tau = 2"), "tau=2: expected a list"),
         (("validation = 0.1", ""), "needs validation"),
         (('algorithm = "ddp"', 'algorithm = "ddq"'), "algorithm='ddq'"),

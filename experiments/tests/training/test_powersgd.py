@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.optimizers import check
+from distoptim_experiments.training.low_rank import LowRankMean
 from distoptim_experiments.training.methods import registry
 from distoptim_experiments.training.methods.powersgd import FULL_STEPS
-from distoptim_experiments.training.virtual import check_virtual
 
 from distoptim.testing.processes import run
 
@@ -91,9 +93,31 @@ def test_errors_and_factors_are_kept(stop):
     assert run(stopped_and_not, 2, stop) == [0, 0]
 
 
-def test_it_is_refused_where_there_is_no_ddp():
-    with pytest.raises(ValueError, match="powersgd: torch's hook runs inside of DDP"):
-        check_virtual(CONFIG)
+def test_virtual_workers_lose_nothing_in_the_sum_and_go_on_where_they_stopped():
+    """What a factor misses is added to the next; means have the rank of the factors."""
+    made = [LowRankMean(rank=2, seed=0) for _ in range(2)]
+    g = torch.Generator().manual_seed(0)
+    given, got = torch.zeros(N, M), torch.zeros(N, M)
+    for step in range(8):
+        workers = [torch.randn(N, M, generator=g) for _ in range(3)]
+        bias = [torch.randn(N, generator=g) for _ in range(3)]
+        mean = torch.stack(bias).mean(0)
+        given += torch.stack(workers).mean(0)
+        if step == 5:
+            made[1].load_state_dict(copy.deepcopy(made[0].state_dict()))
+        again = [w.clone() for w in workers]
+        made[0]([workers, bias])
+        if step >= 5:
+            made[1]([again, [b.clone() for b in bias]])
+            assert torch.equal(again[0], workers[0])
+        assert torch.equal(bias[2], mean)
+        assert torch.equal(workers[0], workers[2])
+        assert torch.linalg.matrix_rank(workers[0]) == (N if step < FULL_STEPS else 2)
+        got += workers[0]
+    errors = torch.stack(made[0].state_dict()["errors"]["0"]).mean(0)
+    torch.testing.assert_close(got + errors, given)
+    full, factors = 4 * (N * M + N), 4 * (2 * (N + M) + N)
+    assert made[0].nbytes == FULL_STEPS * full + 6 * factors
 
 
 def test_a_wrong_rank_is_refused():

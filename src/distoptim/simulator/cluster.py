@@ -27,6 +27,7 @@ from distoptim.simulator.fabric import Fabric, VirtualCommunicator, VirtualHandl
 from distoptim.simulator.network import Network
 
 Make = Callable[..., AveragingOptimizer]
+GradientMean = Callable[[Sequence[Sequence[Tensor]]], object]
 
 
 class Cluster:
@@ -42,7 +43,8 @@ class Cluster:
         compute: how long local steps take; None: no time.
         network: what means cost; None: nothing.
         threads: workers computed at the same time; default one per processor core.
-        synchronous: average the gradients before every step, as DDP does.
+        synchronous: average the gradients before every step, as DDP does; or what does that instead, called
+            with the gradients of all workers for each parameter, in whose place it puts the mean.
         scale: a byte of payload counts as so many, to time a large model with a small one.
 
     Raises:
@@ -58,7 +60,7 @@ class Cluster:
         compute: Compute | None = None,
         network: Network | None = None,
         threads: int | None = None,
-        synchronous: bool = False,
+        synchronous: bool | GradientMean = False,
         scale: float = 1.0,
     ) -> None:
         checks.integer("workers", workers, 1)
@@ -216,10 +218,15 @@ class Cluster:
 
     @torch.no_grad()
     def _average_gradients(self) -> None:
-        for params in zip(*(m.parameters() for m in self.models), strict=True):
-            gradients = [p.grad for p in params if p.grad is not None]
-            if gradients:
-                torch._foreach_copy_(gradients, [torch.stack(gradients).mean(0)] * len(gradients))
+        parameters = zip(*(m.parameters() for m in self.models), strict=True)
+        found = [[p.grad for p in params if p.grad is not None] for params in parameters]
+        average = self._synchronous if callable(self._synchronous) else _average
+        average([gradients for gradients in found if gradients])
+
+
+def _average(gradients: Sequence[Sequence[Tensor]]) -> None:
+    for workers in gradients:
+        torch._foreach_copy_(list(workers), [torch.stack(list(workers)).mean(0)] * len(workers))
 
 
 def _counters(optimizer: AveragingOptimizer) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def combinations(
         made = compared(
             {**fields, **({} if options is None else {"options": options[fields["algorithm"]]})}
         )
-        if made.algorithm == "ddp":
-            made = made.replace(tau=1, options={})
+        if made.synchronous:
+            made = made.replace(tau=1)
         found.setdefault(name(made, Machines()), check(made))
     return list(found.values())
 

@@ -18,6 +18,7 @@ from distoptim_experiments.machines import Machines
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training.evaluation import goes_on, score, worker_accuracy
 from distoptim_experiments.training.loop import Observer, Run
+from distoptim_experiments.training.low_rank import LowRankMean
 from distoptim_experiments.training.methods.base import batch_loss
 from distoptim_experiments.training.problem import Problem
 from distoptim_experiments.training.workers import Workers
@@ -30,11 +31,6 @@ def check_virtual(config: RunConfig) -> None:
     Raises:
         ValueError: something of it exists with real workers only.
     """
-    if config.algorithm == POWERSGD:
-        raise ValueError(
-            "powersgd: torch's hook runs inside of DDP, which virtual workers do not have; "
-            "use `distoptim train` or `compare`"
-        )
     if config.slowdown != "none":
         raise ValueError(
             f"slowdown={config.slowdown!r} is for real workers; virtual ones have that of Machines"
@@ -63,7 +59,8 @@ class Virtual(Workers):
 
     "ddp" averages the gradients before every step, and runs as Local SGD with tau = 1 on the clock:
     its messages are as large, and parameters that are equal stay so. It does not overlap with the
-    backward pass.
+    backward pass. "powersgd" is the same with low-rank gradients; for the clock its messages are as large as
+    ddp's.
 
     Args:
         problem: what is learned.
@@ -83,13 +80,14 @@ class Virtual(Workers):
         self.problem = problem
         self.seat = Seat(workers=config.workers, virtual=True)
         self.machines = machines
+        self._low_rank = _low_rank(config)
         self._batches = [problem.batches(worker) for worker in range(config.workers)]
         self.cluster = Cluster(
             workers=config.workers,
             model=problem.model,
             optimizer=self._optimizer,
             threads=threads,
-            synchronous=config.algorithm == SYNCHRONOUS,
+            synchronous=self._low_rank or config.algorithm == SYNCHRONOUS,
             compute=machines.compute(seed=config.seed),
             network=machines.network(),
         )
@@ -98,8 +96,8 @@ class Virtual(Workers):
         self, params: Iterable[Tensor], communicator: Communicator
     ) -> AveragingOptimizer:
         config = self.problem.config
-        if config.algorithm == SYNCHRONOUS:
-            config = config.replace(algorithm="local-sgd", tau=1)
+        if config.synchronous:
+            config = config.replace(algorithm="local-sgd", tau=1, options={})
         optimizer = optimizers.build(config, params, communicator=communicator)
         assert isinstance(optimizer, AveragingOptimizer)
         return optimizer
@@ -157,7 +155,7 @@ class Virtual(Workers):
             # What the optimizer measures is this computer's time; no virtual worker's clock moves.
             "overhead_s": 0.0,
             "hidden_s": stats["hidden_s"],
-            "bytes": int(stats["bytes"]),
+            "bytes": self._low_rank.nbytes if self._low_rank else int(stats["bytes"]),
             "syncs": int(stats["syncs"]),
             **({} if self.problem.config.synchronous else rounds),
         }
@@ -170,6 +168,7 @@ class Virtual(Workers):
         return {
             "cluster": self.cluster.state_dict(),
             "batches": [batches.state_dict() for batches in self._batches],
+            **({"low_rank": self._low_rank.state_dict()} if self._low_rank else {}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], *, own: bool) -> None:
@@ -183,11 +182,19 @@ class Virtual(Workers):
                 f"workers={self.seat.workers}: the checkpoint is of another number of virtual workers"
             )
         self.cluster.load_state_dict(state_dict["cluster"])
+        if self._low_rank:
+            self._low_rank.load_state_dict(state_dict["low_rank"])
         for batches, saved in zip(self._batches, state_dict["batches"], strict=True):
             batches.load_state_dict(saved)
 
     def close(self) -> None:
         """Nothing is left to leave."""
+
+
+def _low_rank(config: RunConfig) -> LowRankMean | None:
+    if config.algorithm != POWERSGD:
+        return None
+    return LowRankMean(rank=int(config.options.get("approximation_rank", 1)), seed=config.seed)
 
 
 def run(
