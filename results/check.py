@@ -568,7 +568,9 @@ def differing(pages: Iterable[Path], *, write: bool = False) -> list[str]:
             left.discard(name)
             new = TABLES[name]()
             if old.rstrip("\n") != new and write:
-                page.write_text(page.read_text(encoding="utf-8").replace(old, new + "\n"))
+                mark = f"<!-- from results: {name} -->\n"
+                text = page.read_text(encoding="utf-8")
+                page.write_text(text.replace(mark + old, f"{mark}{new}\n"))
             elif old.rstrip("\n") != new:
                 wrong.append(f"{page}: the table should be\n{new}")
     return wrong + [f"no page shows the table {name}" for name in sorted(left)]
