@@ -43,19 +43,24 @@ Train = Callable[[], None]
 
 
 class Sleep(torch.autograd.Function):
-    """A layer: sleeps forward and twice as long backward; the parameter gets a gradient."""
+    """A layer: sleeps until its forward and its backward pass are due; the parameter gets a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
-        time.sleep(seconds)
-        ctx.seconds = seconds
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: float, backward_ends: float) -> Tensor:
+        sleep_until(ends)
+        ctx.ends = backward_ends
         ctx.like = weight
         return x + weight[0, 0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        time.sleep(2 * ctx.seconds)
-        return grad, torch.full_like(ctx.like, 1e-3), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        sleep_until(ctx.ends)
+        return grad, torch.full_like(ctx.like, 1e-3), None, None
+
+
+def sleep_until(at: float) -> None:
+    """On the clock: what one sleep lasts too long, the next one is shorter."""
+    time.sleep(max(0.0, at - time.perf_counter()))
 
 
 class Sleeper(nn.Module):
@@ -65,12 +70,15 @@ class Sleeper(nn.Module):
         super().__init__()
         rows = params // LAYERS // WIDTH
         self.weights = nn.ParameterList([torch.zeros(rows, WIDTH) for _ in range(LAYERS)])
-        self._each_s = step_s / (3 * LAYERS)
+        self._step_s = step_s
 
     def forward(self, x: Tensor) -> Tensor:
         """All layers, one after the other."""
-        for weight in self.weights:
-            x = Sleep.apply(x, weight, self._each_s)
+        start = time.perf_counter()
+        each_s = self._step_s / (3 * LAYERS)
+        for i, weight in enumerate(self.weights):
+            backward_ends = start + self._step_s - 2 * i * each_s
+            x = Sleep.apply(x, weight, start + (i + 1) * each_s, backward_ends)
         return x
 
 

@@ -235,7 +235,39 @@ def unequal_machines(rank):
     return first, evaluated, model_.weight.item()
 
 
+def slowed_down(rank):
+    """Seconds of the rounds before and after worker 1 becomes ten times slower, and its own steps."""
+    model_ = model()
+    optimizer = OverlapLocalSGD(
+        model_.parameters(), lr=0.01, tau=EqualTime(0.1), timeout_s=30.0, module=model_
+    )
+    out = []
+    for step_s in (0.01, 0.1 if rank else 0.01):
+        # The round in which it happens, and those in which what was sent before arrives, do not count.
+        begin = optimizer.rounds + 2
+        while optimizer.rounds < begin + 4:
+            if optimizer.rounds < begin:
+                start = time.perf_counter()
+                steps = optimizer.local_step
+            time.sleep(step_s)
+            optimizer.average()
+        out += [time.perf_counter() - start, optimizer.local_step - steps]
+    with optimizer.join():
+        pass
+    optimizer.close()
+    return out
+
+
+def real_workers(rank):
+    return unequal_machines(rank), slowed_down(rank)
+
+
 def test_real_workers_of_unequal_speed():
-    (quick, seen, end), (slow, *theirs) = processes.run(unequal_machines, 2)
-    assert quick["steps"] > 1.5 * slow["steps"]
-    assert [seen, end] == theirs
+    (quick, its), (slow, others) = processes.run(real_workers, 2)
+    assert quick[0]["steps"] > 1.5 * slow[0]["steps"]
+    assert quick[1:] == slow[1:]
+    before, steps_before, after, steps_after = its
+    # With one tau for both, the quick one's rounds would last ten times as long.
+    assert after < 4 * before
+    assert steps_after > 0.4 * steps_before
+    assert others[3] < 0.5 * others[1]

@@ -158,6 +158,7 @@ def plan(
     *,
     algorithms: Sequence[str] | None = None,
     taus: Sequence[int] | None = None,
+    codecs: Sequence[str] | None = None,
     inner: str = "sgd",
 ) -> Plan:
     """Predict every setting and choose one.
@@ -175,25 +176,31 @@ def plan(
         job: the model, the machines and their link.
         algorithms: names in `ALGORITHMS`; default all.
         taus: the periods offered, and no others; default `TAUS`.
+        codecs: names in `distoptim.comm.codecs.CODECS`, offered beside none at every tau, and no others;
+            default `CODECS` where periods are long.
         inner: the inner optimizer, "sgd" or "adamw".
 
     Raises:
-        ValueError: an unknown algorithm or a tau below 1.
+        ValueError: an unknown algorithm or codec, or a tau below 1.
     """
     names = list(dict.fromkeys(ALGORITHMS if algorithms is None else algorithms))
     for name in names:
         if name not in ALGORITHMS:
             raise ValueError(f"algorithm {name!r}: allowed are {', '.join(ALGORITHMS)}")
+    for codec in codecs or ():
+        if codec not in _CODECS:
+            raise ValueError(f"codec {codec!r}: allowed are {', '.join(_CODECS)}")
     if inner not in inner_optimizers():
         raise ValueError(f"inner={inner!r}: allowed are {', '.join(inner_optimizers())}")
     offered = [checks.integer("tau", tau, 1) for tau in (TAUS if taus is None else taus)]
     ddp = _ddp(job.at(min(job.each_speed)))
     predictions = [ddp]
     for name in names:
-        predictions += _offers(job, name, offered, ddp.step_s)
+        for each in (None, *(codecs or ())):
+            predictions += _offers(job, name, offered, ddp.step_s, each)
     studied = inner if algorithms is None else None
     best = _best(predictions, studied)
-    if best.tau > MANY:
+    if best.tau > MANY and codecs is None:
         further = () if taus is not None or best.hidden else FURTHER_TAUS
         few = names if algorithms is not None else _hiding(inner)
         predictions += _further(job, few, offered, further, ddp.step_s)
@@ -250,7 +257,7 @@ def _best(predictions: Sequence[Prediction], inner: str | None) -> Prediction:
     """See `plan`; without an inner optimizer, of equals the first."""
     fastest = min(p.step_s for p in predictions)
     close = [p for p in predictions if p.step_s <= CLOSE * fastest]
-    codecs: list[str | None] = [None, *CODECS]
+    codecs = list(dict.fromkeys(p.codec for p in predictions))
     return min(
         close,
         key=lambda p: (

@@ -101,6 +101,9 @@ def test_says_when_nothing_hides():
     only = plan(job(0.01, 0.02, params=124_000_000), algorithms=["co2"], taus=[256])
     assert {(p.algorithm, p.tau) for p in only.predictions} == {("ddp", 1), ("co2", 256)}
     assert only.best.codec == "e3m0"
+    coded = plan(job(), algorithms=["local-sgd"], taus=[8], codecs=["int8"]).predictions
+    assert [p.codec for p in coded] == [None, None, "int8"]
+    assert coded[2].step_s < coded[1].step_s
     assert only.reason.startswith("nothing that is offered hides this link")
 
 
@@ -186,6 +189,7 @@ def test_machines_of_unequal_speed():
         lambda: job(bandwidth_gbit_s=-1.0),
         lambda: plan(job(), taus=[0]),
         lambda: plan(job(), algorithms=["sgd"]),
+        lambda: plan(job(), codecs=["zip"]),
     ],
 )
 def test_bad_values_are_refused(bad):
