@@ -12,6 +12,7 @@ from torch import Tensor
 from distoptim.comm.communicator import Communicator
 from distoptim.comm.compressed import CompressedMean
 from distoptim.comm.data_parallel import averages_gradients
+from distoptim.comm.process_group import ProcessGroupCommunicator
 
 # Of a payload, so many elements: enough that no other worker's mean has them by chance.
 _SAMPLE = 4096
@@ -65,8 +66,10 @@ class Likeness:
 
 def look_for_ddp(params: Sequence[Tensor], communicator: Communicator) -> bool:
     """Warn, after a local step, if DDP keeps the workers equal; whether it does."""
-    alone = communicator.size == 1 or communicator.in_lockstep
-    if alone or not averages_gradients(params, communicator.ranks):
+    # Others' workers may be no ranks of torch.distributed, but each a group with ranks of its own.
+    if not isinstance(communicator, ProcessGroupCommunicator):
+        return False
+    if not averages_gradients(params, communicator.ranks):
         return False
     warnings.warn(
         "DistributedDataParallel is around the model: it averages the gradients of all workers at every "
