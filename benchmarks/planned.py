@@ -89,7 +89,7 @@ def worker(settings: list[dict[str, Any]]) -> None:
 def probed(line: DelayLine, out: Path) -> dict[str, Any]:
     """What `distoptim probe` under torchrun writes."""
     command = (
-        f"torchrun --nnodes={WORKERS} --nproc-per-node=1 --node-rank=$RANK "
+        f"exec torchrun --nnodes={WORKERS} --nproc-per-node=1 --node-rank=$RANK "
         "--master-addr=$MASTER_ADDR --master-port=29600 "
         f"-m distoptim probe benchmarks.planned:prepare --out {out}"
     )
