@@ -299,13 +299,10 @@ def refused() -> None:
 def page() -> None:
     from accelerate import Accelerator
 
-    import distoptim.integrations.accelerate  # the page uses it
-
     accelerator_of()
     model = model_of()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     names = {
-        "distoptim": distoptim,
         "Accelerator": lambda **options: Accelerator(cpu=True, **options),
         "model": model,
         "optimizer": optimizer,

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import distoptim
 from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
 from tests.integrations.replay import BY_HAND, equal_everywhere, flat, of_the_page, ours, whole
@@ -420,7 +419,6 @@ def plain_trainer(folder: Path) -> None:
 def page(folder: Path) -> None:
     args = arguments(folder, max_steps=2)
     names = {
-        "distoptim": distoptim,
         "model": made(),
         "args": args,
         "data": data(),
