@@ -222,6 +222,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             facts,
             self._fragments(),
             names(self.inner.param_groups),
+            start=before,
             beside=beside,
             sync=settings.sync_module,
         )

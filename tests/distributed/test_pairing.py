@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from distoptim import ALGORITHMS, CommunicationError
+from distoptim import ALGORITHMS, CommunicationError, LocalSGD
+from distoptim.periods import HideCommunication
 from distoptim.testing.processes import run
 from tests.helpers import toy
+from tests.helpers.failures import is_documented
 from tests.helpers.share import share
 
 TAU, WORKERS, TIMEOUT_S = 4, 3, 30.0
@@ -148,6 +150,48 @@ def closing(rank: int) -> str:
 def test_close_tells_of_a_mean_in_flight_that_was_of_unlike_calls() -> None:
     for text in run(closing, 2):
         assert "rank 1 in flush() at local step 8" in text
+
+
+def in_the_first_round(rank: int) -> str:
+    """Worker 1 is alone in a call while the others agree on how long their rounds shall be."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = ALGORITHMS["overlap-local-sgd"](
+        [parameter], lr=0.1, tau=HideCommunication(), timeout_s=TIMEOUT_S
+    )
+    optimizer.average()
+    with pytest.raises(CommunicationError) as caught:
+        (optimizer.consensus_distance if rank else optimizer.average)()
+    return str(caught.value)
+
+
+def test_a_call_beside_the_first_round_of_a_period_that_hides_is_told_to_all() -> None:
+    for text in run(in_the_first_round, 2):
+        assert "rank 0 in average(), the mean of fragment 0, at local step 2, rank 1 in" in text
+
+
+def in_another_order(rank: int) -> list[str]:
+    """Two optimizers of equal shapes, made the other way round on worker 2; then three of other values."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(2)) for _ in range(2)]
+    told = ""
+    made = []
+    try:
+        made += [LocalSGD([p], lr=0.1, tau=4) for p in (params[::-1] if rank == 2 else params)]
+    except ValueError as error:
+        told = str(error)
+    # Workers that begin with values of their own, some of them another's of before.
+    made += [
+        LocalSGD([torch.nn.Parameter(torch.ones(3) * (rank + i))], lr=0.1, tau=4) for i in range(4)
+    ]
+    for optimizer in made:
+        optimizer.close()
+    return [told]
+
+
+def test_optimizers_that_are_made_in_another_order_are_refused_on_all() -> None:
+    for (text,) in run(in_another_order, 3):
+        assert is_documented(text)
+        assert text.startswith("rank 2 makes its optimizers in another order than rank 0")
 
 
 def equal_counts(rank: int) -> float:

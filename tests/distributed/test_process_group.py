@@ -183,6 +183,9 @@ def _islands(rank):
     mine, other = islands[rank // 2], islands[1 - rank // 2]
     with pytest.raises(ValueError, match="not a member"):
         LocalSGD(parameters(rank), tau=1, group=other)
+    for options in ({"group": "all"}, {"levels": {1: "all"}}):
+        with pytest.raises(ValueError, match="'all': allowed is a process group"):
+            LocalSGD(parameters(rank), tau=2, **options)
     near, far = parameters(rank), parameters(rank)
     inside = OverlapLocalSGD(
         near, lr=0.1, tau=2, alpha=0.5, outer_momentum=0, delay=0, group=mine, size=2

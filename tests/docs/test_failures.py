@@ -152,6 +152,13 @@ def _another_tau(rank):
     _made(_model(), tau=2 + rank)
 
 
+def _another_order(rank):
+    torch.manual_seed(0)
+    modules = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    made = [_made(module) for module in (modules[::-1] if rank else modules)]
+    assert not made
+
+
 def _refused(rank):
     _made(_model(), tau=2 if rank == 0 else 0)
 
@@ -244,6 +251,7 @@ FAULTS: list[Callable[[int], object]] = [
     _refused,
     _nobody_is_finite,
     _another_tau,
+    _another_order,
     _damaged,
     _another_algorithm,
     _late,

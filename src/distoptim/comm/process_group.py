@@ -51,7 +51,14 @@ _looked_at = 0
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Workers in `group` (default: all), 1 where torch.distributed is not initialised."""
+    """Workers in `group` (default: all), 1 where torch.distributed is not initialised.
+
+    Raises:
+        ValueError: it is no process group.
+    """
+    # Who is not in a group that torch has made holds a number for it.
+    if not isinstance(group, dist.ProcessGroup | int | None):
+        raise ValueError(f"group={group!r}: allowed is a process group of torch.distributed")
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -723,10 +723,13 @@ class Engine(Rounds):
         self._begin()
 
     def _expect(self) -> None:
-        """Agree on how long a local step takes, at the end of the first round; blocks for one message."""
-        everybody: list[Any] = self.communicator.all_gather_json(
-            self.counters.step_s, what="average(), the first round"
-        )
+        """Agree on how long a local step takes, at the end of the first round; blocks."""
+        # Whoever is elsewhere does not come for the message below.
+        self.meet(Kind.ROUND)
+        with self.reducer.beside():
+            everybody: list[Any] = self.communicator.all_gather_json(
+                self.counters.step_s, what="average(), the first round"
+            )
         self.clock.expected(sum(everybody) / len(everybody))
 
     def _measure(self) -> list[Tensor | float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, final
 
@@ -25,6 +27,9 @@ logger = logging.getLogger("distoptim")
 
 Facts = dict[str, object]
 _CONSTRUCTION = "construction"
+# Of the last optimizers, in the order in which they were made: the communicator, and a fingerprint of what this
+# worker's parameters were before they got rank 0's values.
+_starts: deque[tuple[weakref.ref[Communicator], int]] = deque(maxlen=64)
 
 
 @torch.no_grad()
@@ -34,6 +39,7 @@ def agree(
     fragments: Sequence[Fragment],
     names: Sequence[str],
     *,
+    start: int,
     beside: Mapping[str, Tensor],
     sync: bool,
 ) -> None:
@@ -48,11 +54,12 @@ def agree(
         fragments: whose values are to be equal at the start.
         names: the parameters' names, where torch knows them; two of one shape in another order go
             unseen without.
+        start: a fingerprint of the parameters.
         beside: by name, the buffers and frozen parameters that are to be equal too.
         sync: False: of these only compare the values.
 
     Raises:
-        ValueError: on every worker, as `compare` and `module_state.make_equal`.
+        ValueError: on every worker, as `compare`, `_compare_order` and `module_state.make_equal`.
     """
     params = [p for f in fragments for p in f.params]
     own = {
@@ -67,19 +74,19 @@ def agree(
     # One message, compared only when everybody has them all: who finds a difference leaves nobody
     # waiting.
     me = communicator.ranks[communicator.rank]
-    answers = communicator.enter(
-        [mesh.all_gather_json([me, plain], what=_CONSTRUCTION), own], what=_CONSTRUCTION
-    )
+    told = mesh.all_gather_json([me, plain], what=_CONSTRUCTION)
+    answers = communicator.enter([told, own, _begun(communicator, start)], what=_CONSTRUCTION)
     try:
-        messages = cast("list[tuple[list[tuple[int, Facts | str]], Facts]]", answers)
-        said = [theirs for ranks, _ in messages for theirs in ranks]
+        messages = cast("list[tuple[list[tuple[int, Facts | str]], Facts, list[int]]]", answers)
+        said = [theirs for ranks, *_ in messages for theirs in ranks]
         for rank, facts_or_error in said:
             if isinstance(facts_or_error, str):
                 raise ValueError(f"rank {rank} was refused its arguments: {facts_or_error}")
         # Who comes to others does not know beforehand which of them it will be.
         ranks = range(len(said)) if communicator.elastic else [rank for rank, _ in said]
         compare([cast("Facts", theirs) for _, theirs in said], ranks)
-        compare([theirs for _, theirs in messages], communicator.ranks)
+        compare([theirs for _, theirs, _ in messages], communicator.ranks)
+        _compare_order([begun for *_, begun in messages], communicator.ranks)
         if not communicator.joins:
             module_state.make_equal(communicator, mesh, beside, sync=sync)
     except ValueError:
@@ -88,10 +95,40 @@ def agree(
         raise
     # Who joins a run takes over what the others share with its first mean.
     for f in () if communicator.joins else fragments:
-        start = f.flat()
-        f.read(start)
-        communicator.broadcast(start.tensor)
-        f.write(start)
+        values = f.flat()
+        f.read(values)
+        communicator.broadcast(values.tensor)
+        f.write(values)
+
+
+def _begun(communicator: Communicator, start: int) -> list[int]:
+    """What this worker's optimizers over the same workers have begun with, this one last."""
+    _starts.append((weakref.ref(communicator), start))
+    me = communicator.ranks, communicator.rank
+    # A copy, since workers may be threads.
+    made = [(ref(), begun) for ref, begun in list(_starts)]
+    return [begun for other, begun in made if other and (other.ranks, other.rank) == me]
+
+
+def _compare_order(everybody: Sequence[list[int]], ranks: Sequence[int]) -> None:
+    """Whether optimizers were made in one order, as far as it shows in what their parameters were.
+
+    Those of equal shapes would be averaged with each other. It shows where workers begin with equal
+    values, as of one seed.
+
+    Raises:
+        ValueError: a worker has begun with values of the first one, in another order.
+    """
+    first = everybody[0]
+    for rank, theirs in zip(ranks, everybody, strict=False):
+        # Those that both still hold.
+        both = [begun for begun in first if first.count(begun) == 1 == theirs.count(begun)]
+        if both != [begun for begun in theirs if begun in both]:
+            raise ValueError(
+                f"rank {rank} makes its optimizers in another order than rank {ranks[0]}, so that the "
+                "parameters of one would be averaged with those of another: allowed is the same order "
+                "on all workers"
+            )
 
 
 @final
@@ -183,7 +220,7 @@ def refuse(connect: Callable[[], Communicator], error: Exception, mesh: WorkerMe
             me = communicator.ranks[communicator.rank]
             # In the form of `agree`.
             told = mesh.all_gather_json([me, str(error)], what=_CONSTRUCTION)
-            communicator.all_gather_json([told, {}], what=_CONSTRUCTION)
+            communicator.all_gather_json([told, {}, []], what=_CONSTRUCTION)
         communicator.close()
     except CommunicationError as silence:
         logger.warning("the other workers could not be told of this error: %s", silence)
