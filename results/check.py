@@ -35,6 +35,13 @@ def final(study: str) -> pd.DataFrame:
     return ended[ended.stage == frames.FINAL]
 
 
+@cache
+def trials(study: str) -> pd.DataFrame:
+    """The runs of a study that chose learning rates."""
+    ended = frames.read(HERE / study).ended
+    return ended[ended.stage == frames.TRIAL]
+
+
 def runs(study: str, label: str, tau: int | None = None, **fields: object) -> pd.DataFrame:
     """Of one method, at one period, or at any."""
     chosen = final(study)
@@ -297,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stragglers": stragglers,
     "front": lambda: rows(*front.front(final("front"))),
     "front, all": lambda: rows(*front.everything(final("front"))),
+    "front, plays tried": lambda: rows(*front.tried(trials("front"), "gpt-small", "iid")),
 }
 
 

@@ -143,6 +143,33 @@ def test_differences_shrink_by_what_a_local_step_leaves_less_the_gain(gain, curv
     assert abs(1 - curvature - gain) <= 1
 
 
+@pytest.mark.parametrize(
+    ("momentum", "gain", "bound"),
+    [(0.0, 0.7, 1.3), (0.0, 0.4, 1.6), (0.9, 0.7, 2.47), (0.9, 0.4, 3.04)],
+)
+def test_workers_bear_less_than_their_mean_and_more_with_momentum_of_their_own(
+    momentum, gain, bound
+):
+    """In lr times curvature, as docs/every-step.md says; the mean alone bears 2 (1 + 0.9)."""
+
+    def apart(lr):
+        def make(params, communicator):
+            if not momentum:
+                inner = torch.optim.SGD(params, lr=lr, momentum=0.9)
+                return GlobalMomentum(inner, gain=gain, communicator=communicator)
+            inner = torch.optim.SGD(params, lr=lr, momentum=momentum)
+            return OverlapBMUF(inner, tau=1, block_momentum=0, gain=gain, communicator=communicator)
+
+        x = Lockstep(make, [toy.start()] * 2).run(
+            200, lambda rank, params: [p - rank for p in params]
+        )
+        differences = x[:, 0] - x[:, 1]
+        return float(differences[-50:].norm() / differences[50:100].norm())
+
+    assert apart(0.95 * bound) < 1.1
+    assert apart(1.05 * bound) > 10
+
+
 def test_consensus_is_a_fixed_point_and_permuted_workers_permute_it():
     cluster = run_of(SGD)
     start = cluster.x()

@@ -372,6 +372,12 @@ def test_shipped_grids_are_whole(name):
     assert grid.cases()
     workers = {"shakespeare": 4, "front-text": 8}.get(name, 16)
     assert {case.config.workers for case in grid.cases()} == {workers}
+    if name in ("small", "beyond", "shakespeare"):
+        # A new field must not make a finished run another one.
+        folder = Path(__file__).parents[3] / "results" / name
+        trials, _ = run.stages(grid, folder)
+        ended = Ended(folder)
+        assert all(path in ended for _, path in trials.places())
     if name in ("paper", "gpu"):
         assert {case.config.tau for case in grid.cases()} == {1, 2, 8, 24}
 

@@ -49,6 +49,10 @@ def combinations(
     return list(found.values())
 
 
+_YOUNGER = ("speeds", "streams")
+"""Fields of `Machines` that the first finished grids do not have."""
+
+
 def name(config: RunConfig, machines: Machines | None) -> str:
     """A folder's name: readable, and different for every different run, wherever its data are.
 
@@ -62,10 +66,9 @@ def name(config: RunConfig, machines: Machines | None) -> str:
         for key, value in config.replace(data_dir=None).to_dict().items()
         if value != plain[key]
     }
-    described = machines and machines.to_dict()
-    if described and not described["speeds"]:
-        # Younger than the first finished grids.
-        del described["speeds"]
+    described = machines and {
+        key: value for key, value in machines.to_dict().items() if value or key not in _YOUNGER
+    }
     text = json.dumps([changed, described], sort_keys=True)
     short = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{config.algorithm}-tau{config.tau}-m{config.workers}-seed{config.seed}-{short}"

@@ -108,6 +108,22 @@ def everything(runs: pd.DataFrame) -> list[list[str]]:
     return [["method", *(name(task) for task in made)], *lines]
 
 
+def tried(trials: pd.DataFrame, model: str, partition: str) -> list[list[str]]:
+    """Rows for a table: every method, and its score on the validation set at each learning rate, in runs of
+    half the length."""
+    mine = trials[(trials.model == model) & (trials.partition == partition)]
+    score = "validation_loss" if model in TEXT_MODELS else "validation_accuracy"
+    scale, digits = (1, 3) if model in TEXT_MODELS else (100, 2)
+    rates = sorted(mine.lr.unique())
+    lines = [["method", *(f"{lr:g}" for lr in rates)]]
+    for label, rows in mine.groupby("label", sort=False):
+        found = dict(zip(rows.lr, scale * rows[score], strict=True))
+        lines.append(
+            [str(label), *(f"{found[lr]:.{digits}f}" if lr in found else "" for lr in rates)]
+        )
+    return lines
+
+
 def said(cell: pd.Series[Any] | None) -> str:
     """How far behind DDP, and by what."""
     return "" if cell is None else f"{_behind(cell)} ({cell.label})"
