@@ -548,6 +548,26 @@ def made_at() -> list[str]:
     ]
 
 
+def few_bits_over_adamw() -> list[str]:
+    """What the trials over AdamW show."""
+    tried = trials("front")
+    tried = tried[tried.model == "gpt-small"]
+
+    def least(label: str) -> float:
+        return float(tried[tried.label == label].validation_loss.min())
+
+    best = tried.loc[tried.groupby("label").validation_loss.idxmin()]
+    rates = ", ".join(f"{lr:g}" for lr in sorted(best.lr.unique()))
+    moved = "GlobalMomentum {}, tau 1, delay 1"
+    kept = "OverlapBMUF e3m0+ef, momentum kept, gain 0.5, tau 1, delay 1"
+    return [
+        f"DDP ends the runs of half the length at {least('DDP'):.2f} nats, `GlobalMomentum` at "
+        f"{least(moved.format('e3m0')):.2f} in 4 bits and at {least(moved.format('1bit')):.2f} in 1",
+        f"nor the rate, whose best was {rates} for all.",
+        f"which bear more, it is {least(kept):.2f}.",
+    ]
+
+
 SENTENCES: dict[str, Callable[[], list[str]]] = {
     "results/README.md": found,
     "results/stragglers/README.md": slow_result,
@@ -555,6 +575,7 @@ SENTENCES: dict[str, Callable[[], list[str]]] = {
     "docs/stragglers.md": slow,
     "docs/which.md": lambda: [*which_sgd(), *which_adamw(), *slow_choice()],
     "docs/text.md": read_best,
+    "docs/front.md": few_bits_over_adamw,
 }
 
 
