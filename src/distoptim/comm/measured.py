@@ -11,10 +11,17 @@ import torch
 import torch.distributed as dist
 
 from distoptim.comm.link import Link
+from distoptim.comm.process_group import ProcessGroupCommunicator
+from distoptim.comm.streams import MOST_CHOSEN
 
 SMALL = 1
 LARGE = 4 * 2**20
 """Elements of the two all-reduces: one shows the latency, both together the rate."""
+
+TIMEOUT_S = 600.0
+
+LEAST = 2**18
+"""Of a smaller model's all-reduce the rate could not be told."""
 
 
 @contextlib.contextmanager
@@ -57,17 +64,25 @@ def slowest(value: float, device: torch.device) -> float:
     return largest.item()
 
 
-def measure(*, repeats: int, device: torch.device) -> Link:
+def measure(*, repeats: int, device: torch.device, params: int = LARGE) -> Link:
     """Latency and rate, in the formula of `Link.all_reduce_s`; collective.
 
     Args:
         repeats: of each all-reduce, after one for warming up; the median counts.
         device: where the buffers are.
+        params: of the model, whose mean the larger one is like, from `LEAST` to `LARGE` elements.
     """
-    small = _all_reduce_s(SMALL, repeats, device)
-    large = _all_reduce_s(LARGE, repeats, device)
+    numel = min(max(params, LEAST), LARGE)
+    # A single connection of gloo does not show what a long link can carry.
+    streams = MOST_CHOSEN if dist.get_backend() == "gloo" and device.type == "cpu" else 1
+    communicator = ProcessGroupCommunicator(streams=streams)
+    if streams > 1:
+        communicator.prepare(4 * numel)
+    small = _all_reduce_s(communicator, SMALL, repeats, device)
+    large = _all_reduce_s(communicator, numel, repeats, device)
+    communicator.close()
     n = dist.get_world_size()
-    bits = 2 * (n - 1) / n * (LARGE - SMALL) * 4 * 8
+    bits = 2 * (n - 1) / n * (numel - SMALL) * 4 * 8
     return Link(small / (2 * (n - 1)), bits / max(large - small, 1e-9) / 1e9)
 
 
@@ -78,12 +93,14 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _all_reduce_s(numel: int, repeats: int, device: torch.device) -> float:
+def _all_reduce_s(
+    communicator: ProcessGroupCommunicator, numel: int, repeats: int, device: torch.device
+) -> float:
     buffer = torch.ones(numel, device=device)
     seconds = []
     for _ in range(repeats + 1):
         dist.barrier()
         start = now(device)
-        dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
+        communicator.all_reduce(buffer).wait(TIMEOUT_S)
         seconds.append(now(device) - start)
     return slowest(statistics.median(seconds[1:]), device)

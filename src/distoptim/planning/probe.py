@@ -103,7 +103,7 @@ def probe(prepare: Callable[[], Any], *, steps: int = 20, repeats: int = 5) -> M
     device = next(model.parameters()).device if model is not None else torch.device("cpu")
     measured.agree({"parameters": params, "steps": steps, "repeats": repeats}, device)
     step_s = measured.slowest(_step_s(step, steps, device), device)
-    link = measured.measure(repeats=repeats, device=device)
+    link = measured.measure(repeats=repeats, device=device, params=params or measured.LARGE)
     return Measured(step_s, params, world_size(), link.latency_s, link.bandwidth_gbit_s)
 
 
