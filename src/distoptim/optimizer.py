@@ -189,7 +189,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             membership.refuse(lambda: self._communicator, error, mesh)
             raise
         if self._communicator.elastic:
-            membership.check_elastic(settings, self._fragments())
+            membership.check_elastic(settings, self._rule, self._fragments())
         self._agree(list(groups), beside)
         # Making their groups is collective: only now all are known to have the same.
         self._levels = connect_levels(groups, settings.timeout_s, settings.streams)

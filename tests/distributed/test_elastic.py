@@ -16,6 +16,7 @@ import torch
 
 import distoptim
 from distoptim import CommunicationError, Elastic
+from distoptim.periods import EqualTime
 from distoptim.testing.processes import free_port, run
 from tests.helpers import elastic
 from tests.helpers.elastic import TAU, Worker, lighthouse, write
@@ -36,14 +37,16 @@ def same(*found: dict[str, Any]) -> dict[int, str]:
     return first
 
 
-def killed_and_back(rank: int, address: str, algorithm: str, folder: Path) -> dict[str, Any]:
+def killed_and_back(
+    rank: int, address: str, algorithm: str, options: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     """c (rank 2) is killed in the middle of a round; rank 3 is c again, started anew."""
     died = folder / "died"
     end = folder / "end"
     if rank == 3:
         while not died.exists():
             time.sleep(0.01)
-    worker = Worker("abcc"[rank], address, algorithm)
+    worker = Worker("abcc"[rank], address, algorithm, options=options)
     if rank == 3:
         write(end, worker.began + 10 * TAU)
     while not end.exists() or worker.optimizer.local_step < int(end.read_text()):
@@ -55,17 +58,28 @@ def killed_and_back(rank: int, address: str, algorithm: str, folder: Path) -> di
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["overlap-local-sgd", "local-sgd", "cocod-sgd", "bmuf", "eager-diloco"]
+    ("algorithm", "options"),
+    [
+        ("overlap-local-sgd", {"fragments": 2, "codec": "int8+ef"}),
+        ("local-sgd", {}),
+        ("cocod-sgd", {"codec": "1bit+ef"}),
+        ("bmuf", {"tau": {0: 2, 12: TAU}}),
+        ("eager-diloco", {"fragments": 3}),
+    ],
 )
-def test_a_killed_worker_is_missed_and_comes_back(address, tmp_path, algorithm):
-    found = run(killed_and_back, 4, address, algorithm, tmp_path, backend=None, expect_exit={2: -9})
+def test_a_killed_worker_is_missed_and_comes_back(address, tmp_path, algorithm, options):
+    found = run(
+        killed_and_back, 4, address, algorithm, options, tmp_path,
+        backend=None, expect_exit={2: -9},
+    )  # fmt: skip
     a, b, back = found[0], found[1], found[3]
     assert back["began"] > 5 * TAU
     assert back["members"] == a["members"] == ["a", "b", "c"]
+    parts = options.get("fragments", 1)
     assert back["catch_ups"] >= 1
-    # The mean that was on its way when c died, at most; and on a machine that does much else a worker that
+    # The means that were on their way when c died, at most; and on a machine that does much else a worker that
     # the others took for dead, and went on without.
-    assert all(one["lost"] <= 1 + one["catch_ups"] for one in (a, b))
+    assert all(one["lost"] <= parts * (1 + one["catch_ups"]) for one in (a, b))
     assert len(same(a, b, back)) >= 5
     assert same(a, b)
     assert same(a, back)
@@ -201,12 +215,12 @@ def test_too_few_are_said_after_a_while(address):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"codec": "int8"}, "codec='int8' beside workers that come and go"),
-        ({"fragments": 2}, "fragments=2 beside workers"),
-        ({"tau": {0: 2, 4: 4}}, "tau=.* beside workers .* an integer for tau"),
+        ({"levels": {2: None}}, "levels=.* beside workers that come and go .* fixed members"),
+        ({"tau": EqualTime(1.0)}, "tau=.* beside workers .* another tau"),
+        ({"fragments": 2, "tau": {0: 2, 4: 4}}, "tau=.* beside workers .* fragments=1"),
     ],
 )
-def test_what_does_not_go_with_it_yet_is_refused(address, options, message):
+def test_what_does_not_go_with_it_is_refused(address, options, message):
     workers = Elastic(address, name="a")
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=message):

@@ -53,16 +53,18 @@ class Worker:
         tau: int = TAU,
         start: int = 3,
         timeout_s: float = 20.0,
+        options: dict[str, Any] | None = None,
     ) -> None:
         torch.manual_seed(ord(name))
-        self.model = torch.nn.Linear(6, 3)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+        )
         self.workers = Elastic(
             address, name=name, start=start, timeout_s=timeout_s, join_timeout_s=60.0
         )
         self.optimizer: Any = ALGORITHMS[algorithm](
             self.model.parameters(),
-            lr=0.05,
-            tau=tau,
+            **{"lr": 0.05, "tau": tau, **(options or {})},
             communicator=self.workers,
             module=self.model,
         )
@@ -75,11 +77,16 @@ class Worker:
         (self.model(x) - x[:, :3]).square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        before = self.optimizer.rounds
+        before = self.merges()
         self.optimizer.average()
-        if self.optimizer.rounds != before:
-            self.held[self.optimizer.rounds] = self.holds()
+        if self.merges() != before:
+            self.held[self.merges()] = self.holds()
         time.sleep(0.01)
+
+    def merges(self) -> Any:
+        """Of the one fragment, or of each."""
+        counts = tuple(sync.merges for sync in self.optimizer.engine.syncs)
+        return counts if len(counts) > 1 else counts[0]
 
     def holds(self) -> str:
         """What all must hold alike: the anchor, or x where it has just become the mean."""

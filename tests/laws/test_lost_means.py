@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from distoptim import rule as rules
 from distoptim.algorithms.anchor import Pull
 from distoptim.algorithms.easgd import Spring
-from distoptim.comm import Handle, MeanLost
+from distoptim.comm import CatchUp, Handle, MeanLost
 from distoptim.rule import Mean
 from distoptim.simulator.fabric import VirtualCommunicator
 from distoptim.testing.inspection import copied, inspect
@@ -135,3 +137,100 @@ def test_an_anchor_is_pulled_no_harder_by_more_workers_than_began():
     mean.tensor.fill_(1.0)
     rule.merge(fragment, state, Mean(mean, 8, [0.1]))
     torch.testing.assert_close(state.anchor.tensor, z.lerp(torch.ones_like(z), 2 / 3))
+
+
+BEHIND = toy.WORKERS - 1
+
+
+class Behind(VirtualCommunicator):
+    """The last worker loses one mean that the others get, and is found to be behind at its next launch."""
+
+    elastic = True
+
+    def __init__(self, fabric, rank, lost, launches):
+        super().__init__(fabric, rank)
+        self._lost = lost
+        # Of the first worker, which gives: what its launches were, by number.
+        self._launches = launches
+        self._launched = 0
+        self._given = None
+
+    def attach(self, member):
+        self._member = member
+
+    def all_reduce(self, buffer):
+        if self._given is not None and self._given.caught_up is not None:
+            # What it launches before it has caught up is nothing to the others.
+            return Lost(buffer)
+        number = self._launched
+        self._launched += 1
+        if self.rank == 0:
+            self._launches.append((self._member, self._member.position(buffer)))
+        if self.rank != BEHIND or number not in (self._lost, self._lost + 1):
+            return super().all_reduce(buffer)
+        if number == self._lost:
+            super().all_reduce(buffer.clone())
+            return Lost(buffer)
+        member, position = self._launches[number]
+        given = CatchUp(json.loads(json.dumps(position)), member.give())
+        handle = super().all_reduce(self._member.empty(given))
+        handle.caught_up = given
+        self._given = handle
+        return handle
+
+
+def behind(name, push):
+    """Workers of which one falls behind; its x and all anchors after every local step."""
+    launches = []
+    fragments = MAKERS_OF_ANY[name].keywords["fragments"]
+    lost = 3 * fragments
+    # After the launch that is lost, and before the next.
+    push_at = 4 * toy.TAU + 1 if fragments == 1 else lost + 2
+    # Momentum of inner optimizers goes on by itself; of GlobalMomentum it is the mean's.
+    inner = {} if name.startswith("global-momentum") else {"momentum": 0.0, "nesterov": False}
+    workers = Lockstep(
+        lambda params, **options: MAKERS_OF_ANY[name](params, **inner, **options),
+        [toy.start()] * toy.WORKERS,
+        communicator=lambda fabric, rank: Behind(fabric, rank, lost, launches),
+    )
+    held = []
+    for step in range(1, 7 * toy.TAU + 1):
+        now = push if step == push_at else 0.0
+        workers.local_step(lambda rank, params, now=now: pushed(rank, params, now))
+        x = []
+        # Before a launch, which may move x.
+        workers.average(before_launch=lambda x=x: x.append(workers.x()[BEHIND]))
+        anchors = workers.anchors() if workers.has_anchor() else []
+        optimizer = workers.optimizers[BEHIND]
+        if optimizer.engine.clock.delay == 0:
+            x.append(workers.x()[BEHIND])
+        held.append((x[-1], anchors, optimizer.stats()["catch_ups"]))
+    return held
+
+
+def pushed(rank, params, push):
+    if rank == BEHIND:
+        return [torch.full_like(p, push) for p in params]
+    return toy.gradient(rank, params)
+
+
+MAKERS_OF_ANY = {
+    name: make
+    for name, make in toy.spread().items()
+    if not name.endswith("fragments3") or not name.startswith(("local-sgd", "cocod"))
+}
+
+
+@pytest.mark.filterwarnings("ignore:all workers have sent equal parameters")
+@pytest.mark.parametrize("name", MAKERS_OF_ANY)
+def test_who_was_behind_has_what_all_have_and_its_own_steps(name):
+    """Anchors are equal again from that merge on, and no local step is lost."""
+    held = behind(name, 0.0)
+    caught_up = next(i for i, (*_, catch_ups) in enumerate(held) if catch_ups)
+    for _, anchors, catch_ups in held[caught_up:]:
+        assert catch_ups == 1
+        assert all(torch.equal(anchor, anchors[0]) for anchor in anchors)
+    # Of several fragments some have merged, or are launched, at the same local step.
+    if held[0][1] and name.endswith("fragments1") and not name.startswith("global-momentum"):
+        moved = behind(name, 0.5)[caught_up][0] - held[caught_up][0]
+        torch.testing.assert_close(moved, torch.full_like(moved, -0.5 * toy.OPTIONS["lr"]))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from distoptim.comm.handles import Handle, Stages
+from distoptim.comm.handles import CatchUp, Handle, Stages
 from distoptim.comm.link import Link
 
 
@@ -47,6 +48,19 @@ class Member(ABC):
     @abstractmethod
     def give(self) -> dict[str, Any]:
         """What all workers share, for one that is behind; asked while a mean is on its way."""
+
+    @abstractmethod
+    def listen(self, given: CatchUp, workers: Communicator) -> Tensor:
+        """Take part in a mean with nothing, being behind; it comes as from the giver's launch.
+
+        Args:
+            given: by one that is not behind.
+            workers: among whom the mean is made.
+        """
+
+    @abstractmethod
+    def hurry(self, launch: Handle) -> None:
+        """A launch has come with what this worker was behind by: take it over soon."""
 
 
 class MeanLost(CommunicationError):
@@ -150,6 +164,17 @@ class Communicator(ABC):
             input: [workers, ...]; row j is for worker j.
         """
         raise NotImplementedError(f"{type(self).__name__} has no all_to_all")
+
+    def all_reduce_by(
+        self, buffer: Tensor, mean: Callable[[Communicator, Tensor, float], None]
+    ) -> Handle:
+        """Start a mean that a function makes of whoever is there; where workers come and go.
+
+        Args:
+            buffer: to be replaced by it.
+            mean: told the workers, the buffer, and the bound of each wait in seconds.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no all_reduce_by")
 
     @abstractmethod
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:

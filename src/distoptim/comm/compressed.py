@@ -87,6 +87,8 @@ class CompressedMean:
                 f"codec={codec!r}: {type(communicator).__name__} has no all_gather or no all_to_all, "
                 "by which codes travel"
             )
+        # Where workers come and go each mean is made by those that are there, in another thread.
+        self._launch = communicator.all_reduce_by if communicator.elastic else None
         reference = start if shared is None else shared
         if reference is None:
             raise ValueError("neither start nor shared: allowed is either")
@@ -96,35 +98,37 @@ class CompressedMean:
         self.extra = extra
         self.reference = reference
         self._keeps = shared is None
-        size = self._part_size()
-        self._lay_out(size)
+        self._feeds_back = not isinstance(codec, Codec)
+        self._lay_out(communicator)
         self.residual: Tensor | None = None
-        self.mean_residual: Tensor | None = None
         self._decay = codec.decay if isinstance(codec, ErrorFeedback) else 1.0
         if isinstance(codec, ErrorFeedback):
             self.residual = torch.zeros(numel)
-        if self.two_stages and not isinstance(codec, Codec):
-            self.mean_residual = torch.zeros(numel)[self._mine].clone()
         self.sent = self._sent if isinstance(codec, ResidualInParameters) else None
         self.worked_s = 0.0
 
-    def _part_size(self) -> int:
+    def _part_size(self, workers: int) -> int:
         """Numbers in the part of one worker, or in all where one stage sends less."""
         blocks = -(-self.numel // BLOCK)
-        part = -(-blocks // self.communicator.size) * BLOCK
+        part = -(-blocks // workers) * BLOCK
         fewer = 2 * self.codec.nbytes(part) < self.codec.nbytes(self.numel)
         self.two_stages = fewer and not self.codec.gathered
         return part if self.two_stages else self.numel
 
-    def _lay_out(self, size: int) -> None:
-        """Allocate the messages: rows of weight and code."""
-        m = self.communicator.size
+    def _lay_out(self, workers: Communicator) -> None:
+        """Allocate the messages among these workers: rows of weight and code."""
+        self._place = (workers.rank, workers.size)
+        m = workers.size
+        size = self._part_size(m)
         # A multiple of 4, so that every row can be read as float32.
         code = -(-self.codec.nbytes(size) // 4) * 4
         row = 4 * self.extra + code
         starts = [min(i * size, self.numel) for i in range(m + 1)]
         self._spans = [slice(*ends) for ends in itertools.pairwise(starts)]
-        self._mine = self._spans[self.communicator.rank]
+        self._mine = self._spans[workers.rank]
+        self.mean_residual: Tensor | None = None
+        if self.two_stages and self._feeds_back:
+            self.mean_residual = torch.zeros(self.numel)[self._mine].clone()
         self._sent = torch.zeros(m if self.two_stages else 1, row, dtype=torch.uint8)
         self._received = torch.zeros(m, row, dtype=torch.uint8)
         self._mean = torch.zeros(code, dtype=torch.uint8)
@@ -138,17 +142,65 @@ class CompressedMean:
         Args:
             buffer: [numel + extra], payload and weight; a payload of weight 0 is 0.
         """
+        if self._launch is not None:
+            return self._launch(buffer, self._among)
+        return self._start(buffer, self.communicator)
+
+    def _start(self, buffer: Tensor, workers: Communicator) -> Handle:
         self._code(buffer)
         if not self.two_stages:
-            carried = self.communicator.all_gather(self._received, self._sent[0])
+            carried = workers.all_gather(self._received, self._sent[0])
             return CodedHandle(self, carried, buffer)
 
         def go_on(first: Handle) -> Handle:
             self._code_mean(buffer)
-            return self.communicator.all_gather(self._means, self._mean, after=first)
+            return workers.all_gather(self._means, self._mean, after=first)
 
-        first = self.communicator.all_to_all(self._received, self._sent)
-        return CodedHandle(self, TwoStageHandle(first, go_on, self.communicator.stages), buffer)
+        first = workers.all_to_all(self._received, self._sent)
+        return CodedHandle(self, TwoStageHandle(first, go_on, workers.stages), buffer)
+
+    def _among(self, workers: Communicator, buffer: Tensor, timeout_s: float) -> None:
+        """The mean over whoever is there; where it is lost, residuals are as before it."""
+        self._be_among(workers)
+        residuals = (self.residual, self.mean_residual)
+        before = [None if r is None else r.clone() for r in residuals]
+        try:
+            self._start(buffer, workers).wait(timeout_s)
+        except RuntimeError:
+            for residual, value in zip(residuals, before, strict=True):
+                if residual is not None and value is not None:
+                    residual.copy_(value)
+            raise
+
+    def _be_among(self, workers: Communicator) -> None:
+        """Lay messages out for these workers, if they are others; parts are others then, too."""
+        if (workers.rank, workers.size) == self._place:
+            return
+        needed = self.sent is not None
+        self._lay_out(workers)
+        self.sent = self._sent if needed else None
+
+    def listen(
+        self, workers: Communicator, buffer: Tensor, reference: Tensor, timeout_s: float
+    ) -> None:
+        """Take part in a mean with nothing; what codes have lost so far is left alone.
+
+        Args:
+            workers: those that are there.
+            buffer: [numel + extra], 0 but for what is uncoded; the mean will be in it.
+            reference: of the others, to which their codes are the difference.
+            timeout_s: bound of each wait, in seconds.
+        """
+        self._be_among(workers)
+        own = self.reference
+        residual = self.residual
+        self.reference = reference
+        self.residual = None
+        try:
+            self._start(buffer, workers).wait(timeout_s)
+        finally:
+            self.reference = own
+            self.residual = residual
 
     def start_empty(self, tail: Tensor) -> Handle:
         """Start a message of the same form that carries nothing but what is behind the payload.
@@ -194,7 +246,7 @@ class CompressedMean:
 
     def codes_are_equal(self) -> bool:
         """Whether all workers' last codes are, as far as this one has got them (all, or its part)."""
-        mine = self._spans[self.communicator.rank] if self.two_stages else slice(0, self.numel)
+        mine = self._mine if self.two_stages else slice(0, self.numel)
         codes = self._received[:, 4 * self.extra :]
         return mine.stop > mine.start and bool((codes == codes[0]).all())
 

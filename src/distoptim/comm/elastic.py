@@ -22,8 +22,8 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast, final
 
@@ -38,9 +38,10 @@ from distoptim.comm.communicator import (
     Communicator,
     MeanLost,
     Member,
+    SingleWorker,
     unlike_calls,
 )
-from distoptim.comm.handles import CatchUp, Handle, TimedHandle
+from distoptim.comm.handles import CatchUp, Handle, TimedHandle, WorkHandle
 
 logger = logging.getLogger("distoptim")
 
@@ -66,11 +67,25 @@ class ElasticHandle(TimedHandle):
     Args:
         buffer: to be averaged, in place.
         position: where this worker was when it launched it.
+        mean: makes it; told the workers, the buffer, and the bound of each wait.
+        taken: how many catch-ups this worker had taken over when it launched it.
+        take: called when it was waited for and has brought what this worker was behind by.
     """
 
-    def __init__(self, buffer: Tensor, position: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        buffer: Tensor,
+        position: dict[str, Any],
+        *,
+        mean: Callable[[Communicator, Tensor, float], None],
+        taken: int,
+        take: Callable[[], None],
+    ) -> None:
         super().__init__(buffer, now=time.perf_counter())
         self.position = position
+        self.mean = mean
+        self.taken = taken
+        self._take = take
         self._over = threading.Event()
         self._failure: CommunicationError | None = None
 
@@ -78,6 +93,11 @@ class ElasticHandle(TimedHandle):
         """It is there, or never will be."""
         self._failure = failure
         self._over.set()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the mean is there."""
+        return self._over.is_set() and self._failure is None
 
     def poll(self) -> None:
         """Note whether the communication thread is done with it."""
@@ -90,6 +110,8 @@ class ElasticHandle(TimedHandle):
             pass
         if self._failure is not None:
             raise self._failure
+        if self.caught_up is not None:
+            self._take()
 
 
 @final
@@ -128,11 +150,44 @@ class _Group:
         key: its name, unlike that of any other.
         lives: of its members.
         work: their process group; None for one that is alone.
+        workers: who means are made among.
     """
 
     key: str = ""
     lives: tuple[str, ...] = ()
     work: Any = None
+    workers: Communicator = field(default_factory=SingleWorker)
+
+
+@final
+class _Among(Communicator):
+    """The collectives of one group, from the communication thread."""
+
+    def __init__(self, work: Any, rank: int, size: int, timeout_s: float) -> None:
+        self.rank = rank
+        self.size = size
+        self._work = work
+        self._timeout_s = timeout_s
+
+    def all_reduce(self, buffer: Tensor) -> Handle:
+        """The mean; gloo has the sum."""
+        return WorkHandle(self._work.allreduce([buffer]), buffer, self.size)
+
+    def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
+        """On the one connection there is: one mean is made after the other."""
+        return WorkHandle(self._work.allgather([list(output.unbind(0))], [input]), output)
+
+    def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
+        """Rows."""
+        return WorkHandle(self._work.alltoall_base(output, input, [], []), output)
+
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """Blocks."""
+        self._work.broadcast(buffer, source).wait(timedelta(seconds=self._timeout_s))
+
+    def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
+        """Blocks."""
+        return control.all_gather_json(message, self._work, what=what)
 
 
 @final
@@ -144,8 +199,8 @@ class Elastic(Communicator):
     over what the others share and counts from the next round on. A mean that is on its way when a worker
     is lost may be lost with it: its local steps stay in x.
 
-    Needs `pip install 'distoptim[elastic]'`. Not yet beside `fragments`, `codec`, `levels`, `join()`,
-    meshes, or a tau that changes; those are refused.
+    Needs `pip install 'distoptim[elastic]'`. Beside it `levels`, `join()`, meshes, `EqualTime`, and several
+    fragments without an anchor or with a tau that changes, are refused.
 
     Args:
         lighthouse: "HOST:PORT" at which `distoptim lighthouse` listens.
@@ -206,6 +261,9 @@ class Elastic(Communicator):
         self._quorum = 0
         # Launches for which the members are those of the last one, and nobody asks.
         self._unasked = 0
+        # Catch-ups: made here, and taken over by the training thread.
+        self._given = 0
+        self._taken = 0
         self._launched_s = 0.0
         self._every_s = 0.0
         self._launches: queue.SimpleQueue[ElasticHandle | None] = queue.SimpleQueue()
@@ -220,17 +278,37 @@ class Elastic(Communicator):
 
     def all_reduce(self, buffer: Tensor) -> Handle:
         """Start the mean over whoever is there; see `ElasticHandle`."""
+        return self.all_reduce_by(buffer, _mean)
+
+    def all_reduce_by(
+        self, buffer: Tensor, mean: Callable[[Communicator, Tensor, float], None]
+    ) -> Handle:
+        """The same, of a mean that `mean` makes in the communication thread."""
         if self._closed.is_set():
             raise CommunicationError("this communicator has been closed")
         assert self._member is not None
-        handle = ElasticHandle(buffer, self._member.position(buffer))
+        handle = ElasticHandle(
+            buffer,
+            self._member.position(buffer),
+            mean=mean,
+            taken=self._taken,
+            take=self._take,
+        )
         self._launches.put(handle)
         return handle
 
+    def _take(self) -> None:
+        self._taken += 1
+
+    @property
+    def carries_codes(self) -> bool:
+        """Those of a mean go over its own group."""
+        return True
+
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Among those that begin a run together; to one that joins it comes with its first mean."""
-        if self._group.work is not None and self._member is None:
-            self._group.work.broadcast(buffer, source).wait(timedelta(seconds=self.timeout_s))
+        if self._member is None:
+            self._group.workers.broadcast(buffer, source)
 
     def all_gather_json(self, message: object, *, what: str = "") -> list[object]:
         """Everybody's among those that begin a run together.
@@ -242,9 +320,7 @@ class Elastic(Communicator):
             raise CommunicationError(
                 f"{self.name}: {what or 'a message'} beside workers that come and go"
             )
-        if self._group.work is None:
-            return [json.loads(json.dumps(message))]
-        return control.all_gather_json(message, self._group.work, what=what)
+        return self._group.workers.all_gather_json(message, what=what)
 
     def enter(self, facts: object, *, what: str) -> list[object]:
         """Begin a run with `start` workers, or join the one that there is; blocks until then.
@@ -332,6 +408,8 @@ class Elastic(Communicator):
 
     def _answer(self, launch: ElasticHandle) -> None:
         try:
+            if launch.taken != self._given:
+                raise MeanLost(f"{self.name}: launched before it had caught up")
             self._mean(launch)
         except CommunicationError as error:
             launch.end(error)
@@ -367,7 +445,11 @@ class Elastic(Communicator):
         self.history = _hash(history, self._group.key, str(self.count))
         self.joins = False
         launch.workers = self.size
+        if launch.caught_up is not None:
+            self._given += 1
         launch.end()
+        if launch.caught_up is not None and self._member is not None:
+            self._member.hurry(launch)
 
     def _regroup(self, launch: ElasticHandle) -> tuple[str, int]:
         """Ask, have the group, let who is behind catch up; history and count of those that are right."""
@@ -428,7 +510,7 @@ class Elastic(Communicator):
         self.members = names
         self.rank = lives.index(self._life)
         self.size = len(members)
-        work = None
+        group = _Group(key, lives)
         if self.size > 1:
             address = (first or members[0]).store
             mine = address == self._store_address
@@ -436,7 +518,9 @@ class Elastic(Communicator):
             store = _dist.PrefixStore(key, store)
             self._gather_at(store, members)
             work = _gloo(store, self.rank, self.size, self.host, self.timeout_s)
-        self._group = _Group(key, lives, work)
+            group.work = work
+            group.workers = _Among(work, self.rank, self.size, self.timeout_s)
+        self._group = group
 
     def _gather_at(self, store: Any, members: Sequence[_Asked]) -> None:
         """Wait until all have come to build their group, as long as those that have not are alive.
@@ -483,9 +567,6 @@ class Elastic(Communicator):
             self._wait(work.recv([message], source, 1), giver)
             state = torch.load(io.BytesIO(message.numpy().tobytes()), weights_only=True)
             launch.caught_up = CatchUp(giver.position, state)
-            code = torch.tensor(giver.position["code"], dtype=launch.buffer.dtype)
-            launch.buffer.zero_()
-            launch.buffer[-1 - len(code) : -1] = code
             logger.info("%s: catches up with %s", self.name, giver.name)
 
     def _wait(self, work: Any, other: _Asked) -> None:
@@ -513,9 +594,12 @@ class Elastic(Communicator):
             thread.join()
 
     def _all_reduce(self, launch: ElasticHandle) -> None:
-        if self.size > 1:
-            self._group.work.allreduce([launch.buffer]).wait(timedelta(seconds=self.timeout_s))
-            launch.buffer.div_(self.size)
+        workers = self._group.workers
+        if launch.caught_up is None:
+            launch.mean(workers, launch.buffer, self.timeout_s)
+            return
+        assert self._member is not None
+        launch.buffer = self._member.listen(launch.caught_up, workers)
 
     def _leave_group(self) -> None:
         work = self._group.work
@@ -585,6 +669,10 @@ class Elastic(Communicator):
             _Asked(store=p.store_address, **json.loads(cast("str", p.data["json"])))
             for p in quorum.participants
         ]
+
+
+def _mean(workers: Communicator, buffer: Tensor, timeout_s: float) -> None:
+    workers.all_reduce(buffer).wait(timeout_s)
 
 
 def _furthest(workers: Sequence[_Asked]) -> list[_Asked]:

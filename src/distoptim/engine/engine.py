@@ -220,6 +220,14 @@ class Engine(Rounds):
                 sync.pending.due = end
         self.plan()
 
+    def lr(self, group: int) -> float:
+        """The inner learning rate of a param group now."""
+        return self._inner.lr(group)
+
+    def look_soon(self) -> None:
+        """Look after the next local step whether something is due; from whatever thread."""
+        self._next_event = 0
+
     def poll(self) -> None:
         """Let what is in flight do what can be done without waiting (second stages, times)."""
         for pending in self._pending:
@@ -339,28 +347,32 @@ class Engine(Rounds):
         """
         pending = sync.pending
         assert pending is not None
-        may_be_empty = self._may_be_empty or self.weights.left_at is not None or self.clock.timed
+        left = self.weights.left_at is not None
         try:
-            weight = self.reducer.finish(sync, may_be_empty=may_be_empty)
+            weight = self.reducer.finish(
+                sync, may_be_empty=self._may_be_empty or left or self.clock.timed
+            )
         except MeanLost:
             self._lose(sync)
             return False
         handle = pending.handle
+        self.counters.waited(handle)
         if handle.caught_up is not None:
             self._catch_up(sync, handle)
-        self.counters.waited(handle)
+            return True
         sync.seconds = handle.seconds
         start = time.perf_counter()
         with record_function("distoptim::merge"):
             if weight == 0:
-                self._ended = self.weights.left_at is not None
+                self._ended = left
                 return True
+            # Who gives to one that is behind looks at it from another thread.
+            sync.merging = True
             if sync.extra:
-                measured = handle.tails(sync.extra + SIZE + 1)[: sync.extra]
-                self.clock.told([float(x) / weight for x in measured])
+                tails = handle.tails(sync.extra + SIZE + 1)
+                self.clock.told([float(x) / weight for x in tails[: sync.extra]])
             workers = float(handle.workers or self.communicator.size)
-            if weight != 1:
-                workers *= self.weights.share(weight)
+            workers *= 1.0 if weight == 1 else self.weights.share(weight)
             # Not twice, if another fragment's merge has replaced this one's since it was launched.
             if (
                 sync.fragment.device.type != "cpu"
@@ -369,12 +381,16 @@ class Engine(Rounds):
             ):
                 self._quarantine(sync)
             if sync.likeness is not None and sync.merges > 2:
-                sync.compare()
+                sync.compare(workers)
             if sync.compressed is not None:
                 sync.compressed.merging(sync.buffer.tensor)
-            found = Mean(sync.buffer, workers, pending.lr, sync.compressed)
-            self._active.merge(sync.fragment, sync.state, found)
+            self._active.merge(
+                sync.fragment,
+                sync.state,
+                Mean(sync.buffer, workers, pending.lr, sync.compressed),
+            )
             sync.merges += 1
+            sync.merging = False
             if self._inner.reset_at_merge and not self.clock.synchronous:
                 self._inner.forget(sync.fragment.params)
         self.counters.merged(self.step - sync.launched, time.perf_counter() - start)
@@ -404,7 +420,7 @@ class Engine(Rounds):
         order = self._next_first()
         # Of rounds of equal time nobody knows whether others have made steps.
         left = [s for s in order if s.launched < self.step or self.clock.timed]
-        if left[:1] != order[:1]:
+        if left[:1] != order[:1] and not self.communicator.elastic:
             # The first message must be as long as what a worker that is elsewhere sends next.
             self.reducer.meet(order[0], self._identity(Kind.FLUSH, order[0].index))
         for sync in left:
@@ -522,7 +538,7 @@ class Engine(Rounds):
         if self.communicator.elastic and (anchors := self._copied_anchors()):
             return anchors
         order = self._next_first()
-        if order[0].compressed is None:
+        if order[0].compressed is None or self.communicator.elastic:
             self._settle_now()
         else:
             # These means come uncoded; to begin with, one of the form that others would send.
@@ -779,24 +795,98 @@ class Engine(Rounds):
         sync.fragment.read(sync.buffer)
         self.counters.lost += 1
 
-    def _catch_up(self, sync: FragmentSync, handle: Handle) -> None:
-        """Take over what the others share, as of the launch of the mean that is merged now.
+    def _catch_up(self, sync: FragmentSync, handle: Handle, *, joins: bool = False) -> None:
+        """Take over what the others share, as of the launch of the mean that has come.
 
-        x is kept, and what is this worker's own begins anew there.
+        All local steps that are in no mean stay in x, which keeps its distance to the anchor: this worker
+        is as one that sent the anchor, with no weight, and has made them since.
+
+        Args:
+            sync: whose launch it was, with which this worker was found to be behind.
+            handle: of that mean, which may be another fragment's.
+            joins: whether this worker has made no steps yet.
         """
         given = handle.caught_up
         assert given is not None
         handle.caught_up = None
+        made = self.step - sync.launched
+        self._active.abandoned(sync.fragment, sync.state, sync.kept)
+        own = [self._own_steps(each) for each in self.syncs]
         position = given.position
-        late = position["step"] - sync.launched
-        self.step += late
-        sync.launched += late
-        sync.next_launch += late
-        sync.merges = position["merges"]
         self.reducer.messages = position["messages"]
-        sync.state = self.rule.start(sync.fragment)
-        rules.load(sync.state, given.state["shared"])
+        if position["clock"] is not None:
+            self.clock.load_state_dict(position["clock"])
+        self.resume_at(position["step"])
+        index = position["fragment"]
+        given.state["fragments"][index]["mean"] = {
+            "values": handle.buffer if position["round"] else None,
+            "workers": handle.workers,
+            "lr": position["lr"],
+        }
+        for each, steps in zip(self.syncs, own, strict=True):
+            launched, next_launch = position["launches"][each.index]
+            each.launched = launched
+            each.next_launch = next_launch
+            if each.index == index and position["round"]:
+                each.launched = self.step
+                each.next_launch = self.step + self.clock.tau
+            self._take_over(each, given.state["fragments"][each.index], steps, joins=joins)
         self.counters.catch_ups += 1
+        self.plan()
+        # What others launch meanwhile is launched as of the step at which they do; what is due now, by
+        # whoever has come here.
+        for _ in range(made):
+            if self.waits:
+                self.merge_due()
+                self.launch_due()
+            self.step += 1
+        if self.waits:
+            self.merge_due()
+
+    def _own_steps(self, sync: FragmentSync) -> Flat | None:
+        """x - z, when what has come is merged and the rest given up; None where there is no anchor."""
+        if sync.pending is not None and sync.pending.handle.is_there:
+            self._merge(sync)
+        elif sync.pending is not None:
+            sync.pending = None
+            self._active.abandoned(sync.fragment, sync.state, sync.kept)
+        anchor = self._anchor(sync)
+        if anchor is None or self.clock.synchronous:
+            return None
+        own = sync.fragment.flat()
+        sync.fragment.read(own)
+        own.tensor.sub_(anchor.tensor[: sync.fragment.numel])
+        # Values that are not finite are no steps.
+        return own if bool(own.tensor.sum().isfinite()) else None
+
+    def _take_over(
+        self, sync: FragmentSync, given: dict[str, Any], own: Flat | None, *, joins: bool
+    ) -> None:
+        """State as given; x begins at the anchor, or stays; the mean that is not in it is merged."""
+        mean = given["mean"]
+        sync.merges = given["merges"]
+        sync.likeness = None
+        start = None if self.clock.synchronous else given["shared"].get("anchor")
+        if start is None and joins:
+            # Where nothing is an anchor, x begins at the mean.
+            start = mean["values"] / mean["values"][-1]
+        if start is not None:
+            x = sync.fragment.flat()
+            x.tensor.copy_(start[: sync.fragment.numel])
+            sync.fragment.write(x)
+            # In place, since coded means are of the difference to the anchor.
+            rules.load(sync.state, rules.save(self.rule.start(sync.fragment)))
+        rules.load(sync.state, given["shared"])
+        if sync.compressed is not None and given["reference"] is not None:
+            sync.compressed.reference.copy_(given["reference"])
+        if mean is not None and mean["values"] is not None and mean["values"][-1]:
+            sync.buffer.tensor.copy_(mean["values"])
+            handle = Handle(sync.buffer.tensor)
+            handle.workers = mean["workers"]
+            sync.pending = PendingMean(handle, torch.tensor(True), self.step, mean["lr"])
+            self._merge(sync)
+        if own is not None:
+            sync.fragment.add(own)
 
     @torch.no_grad()
     def listen(self) -> dict[str, Any]:
@@ -804,8 +894,9 @@ class Engine(Rounds):
 
         Returns: all that the giver gave.
         """
+        for sync in self.syncs:
+            sync.pending = None
         sync = self.syncs[0]
-        sync.pending = None
         given: CatchUp | None = None
         while given is None:
             handle = self.communicator.all_reduce(sync.buffer.tensor.zero_())
@@ -813,20 +904,7 @@ class Engine(Rounds):
                 handle.wait(self.reducer.timeout_s)
                 given = handle.caught_up
         sync.launched = self.step
-        sync.next_launch = self.step + self.clock.tau
-        # Of what there is now; where nothing is an anchor, x begins at the mean of this round.
-        anchor = given.state["shared"].get("anchor")
-        weight = float(handle.tails(1)[0])
-        values = sync.buffer.tensor[: sync.fragment.numel] / weight if anchor is None else anchor
-        start = sync.fragment.flat()
-        start.tensor.copy_(values)
-        sync.fragment.write(start)
-        self._catch_up(sync, handle)
-        finite = torch.tensor(False)
-        self._take_off(sync, handle, finite, launched=sync.launched)
-        self.plan()
-        self.merge_due()
-        self.plan()
+        self._catch_up(sync, handle, joins=True)
         return given.state
 
     def _abandon(self) -> None:

@@ -89,6 +89,7 @@ def average_module(engine: Engine, module: torch.nn.Module) -> None:
         ValueError: the engine trains it, or something in it differs between workers that is neither a
             parameter nor a statistic nor a worker's own.
     """
+    _refuse_elastic(engine, Kind.MODULE)
     own = {id(p) for p in _params([engine])}
     kind = type(module).__name__
     if any(id(p) in own for p in module.parameters()):
@@ -122,6 +123,14 @@ def _statistics(
         return [], []
     fragments = build(tensors, [0] * len(tensors), [range(len(tensors))])
     return tensors, [(fragment, engines[0].mean_of(fragment, kind)) for fragment in fragments]
+
+
+def _refuse_elastic(engine: Engine, kind: Kind) -> None:
+    if engine.communicator.elastic:
+        raise ValueError(
+            f"{kind.call} beside workers that come and go (Elastic): nobody else need be in it; allowed "
+            "are averaged() and consolidate()"
+        )
 
 
 def _params(engines: Sequence[Engine]) -> list[Tensor]:
@@ -192,6 +201,7 @@ def consensus_distance(engine: Engine) -> float:
 
     x is this rank's shard where parameters are DTensors.
     """
+    _refuse_elastic(engine, Kind.CONSENSUS)
     square = 0.0
     means = engine.means(Kind.CONSENSUS)
     for fragment, mean in zip([sync.fragment for sync in engine.syncs], means, strict=True):

@@ -57,6 +57,7 @@ class FragmentSync:
         seconds: how long the last mean took.
         samples: of this worker when it launched last (see `Weights`).
         likeness: whether all workers send the same; None where that is settled, or not asked.
+        merging: whether a mean is meeting state and parameters at this moment.
         kept: a copy of what is in flight, for a rule that needs it when the mean is lost; else None.
     """
 
@@ -74,6 +75,7 @@ class FragmentSync:
     pending: PendingMean | None = None
     compressed: CompressedMean | None = None
     likeness: Likeness | None = None
+    merging: bool = False
     kept: Flat | None = None
 
     def __post_init__(self) -> None:
@@ -93,10 +95,13 @@ class FragmentSync:
         """Begin its rounds anew at a local step: spread over the round by the fragment's offset."""
         self.next_launch = step + (self.fragment.offset_at(tau) or tau)
 
-    def compare(self) -> None:
+    def compare(self, workers: float) -> None:
         """See whether all workers send the same, until it is settled."""
         assert self.likeness is not None
-        if self.likeness.compare(self.buffer.tensor[: self.fragment.numel], self.compressed):
+        # One that is left alone, where workers come and go, sends what it gets.
+        if workers > 1 and self.likeness.compare(
+            self.buffer.tensor[: self.fragment.numel], self.compressed
+        ):
             self.likeness = None
 
     def state_dict(self) -> dict[str, Any]:

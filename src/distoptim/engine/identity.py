@@ -10,6 +10,7 @@ Digits go up to 63, so that sums of squares over 4,096 workers are exact in floa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import final
@@ -90,3 +91,10 @@ def identify(kind: Kind, fragment: int, message: int, step: int, *, alike: bool 
     for value, length in zip((kind, fragment, message, alike * step), _LENGTHS, strict=True):
         digits += [value // _BASE**i % _BASE for i in range(length)]
     return Identity(kind, fragment, step, torch.tensor([*digits, *(d * d for d in digits)]))
+
+
+def index_of(code: Sequence[float]) -> int:
+    """The fragment's index in a message's identity."""
+    first = _LENGTHS[0]
+    digits = code[first : first + _LENGTHS[1]]
+    return sum(int(digit) * _BASE**i for i, digit in enumerate(digits))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
+import time
 import warnings
 import weakref
 from collections import deque
@@ -15,12 +17,14 @@ from torch import Tensor
 
 from distoptim import module_state
 from distoptim import rule as rules
-from distoptim.comm import CommunicationError, Communicator, Member
+from distoptim.comm import CatchUp, CommunicationError, Communicator, Handle, Member
 from distoptim.comm.mesh import WorkerMesh, describe
 from distoptim.engine import checkpoint
 from distoptim.engine.engine import Engine
-from distoptim.engine.identity import SIZE, Kind
+from distoptim.engine.fragment_sync import FragmentSync
+from distoptim.engine.identity import SIZE, Kind, index_of
 from distoptim.fragments import Fragment
+from distoptim.rule import Rule
 from distoptim.settings import SyncSettings
 
 logger = logging.getLogger("distoptim")
@@ -30,6 +34,8 @@ _CONSTRUCTION = "construction"
 # Of the last optimizers, in the order in which they were made: the communicator, and a fingerprint of what this
 # worker's parameters were before they got rank 0's values.
 _starts: deque[tuple[weakref.ref[Communicator], int]] = deque(maxlen=64)
+# Between looks whether a merge in the other thread is over.
+_LOOK_S = 0.001
 
 
 @torch.no_grad()
@@ -136,7 +142,7 @@ class Giver(Member):
     """An engine whose workers come and go, and what beside its parameters was equal at the start.
 
     Args:
-        engine: of one fragment.
+        engine: launches the means.
         beside: buffers and frozen parameters by name; live.
     """
 
@@ -145,21 +151,88 @@ class Giver(Member):
         self._beside = beside
 
     def position(self, buffer: Tensor) -> dict[str, Any]:
-        """The message's identity, local step, and what is counted."""
+        """The message's identity, local step, and what is counted and chosen."""
         engine = self._engine
         code = buffer[-1 - SIZE : -1].tolist()
+        # Of who joins, nothing is asked; its message is all 0.
+        kind = Kind(int(code[0]) or 1)
+        fragment = index_of(code)
+        groups = engine.syncs[fragment].fragment.segments
         return {
             "code": code,
-            "what": f"{Kind(int(code[0]) or 1).call} at local step {engine.step}",
+            "what": f"{kind.call} at local step {engine.step}",
+            "round": kind in (Kind.ROUND, Kind.FLUSH),
+            "fragment": fragment,
             "step": engine.step,
             "messages": engine.reducer.messages,
-            "merges": engine.syncs[0].merges,
+            "launches": [[sync.launched, sync.next_launch] for sync in engine.syncs],
+            "lr": [engine.lr(group) for group, _ in groups],
+            "clock": None if engine.clock.fixed else engine.clock.state_dict(),
         }
 
     def give(self) -> dict[str, Any]:
-        """Anchor and outer state, which no step changes before the mean is merged."""
-        shared = self._engine.rule.shared(self._engine.syncs[0].state)
-        return {"shared": rules.save(shared), "beside": dict(self._beside)}
+        """Anchors and outer states, and means that have come and are still to be merged."""
+        return {
+            "fragments": [self._fragment(sync) for sync in self._engine.syncs],
+            "beside": dict(self._beside),
+        }
+
+    def _fragment(self, sync: FragmentSync) -> dict[str, Any]:
+        """A copy of what is shared of one fragment.
+
+        The training thread goes on merging: what was copied while it did is copied again.
+        """
+        while True:
+            before = (sync.merges, sync.pending)
+            given = None if sync.merging else self._copy(sync)
+            if given is not None and not sync.merging and (sync.merges, sync.pending) == before:
+                return given
+            time.sleep(_LOOK_S)
+
+    def _copy(self, sync: FragmentSync) -> dict[str, Any]:
+        pending = sync.pending
+        mean = None
+        if pending is not None and pending.handle.is_there:
+            values = sync.buffer.tensor.clone()
+            mean = {"values": values, "workers": pending.handle.workers, "lr": pending.lr}
+        coded = None if sync.compressed is None else sync.compressed.state_dict()["reference"]
+        return {
+            "shared": copy.deepcopy(rules.save(self._engine.rule.shared(sync.state))),
+            "merges": sync.merges,
+            "reference": None if coded is None else coded.clone(),
+            "mean": mean,
+        }
+
+    def listen(self, given: CatchUp, workers: Communicator) -> Tensor:
+        """A message of no weight, which says that it is what the giver's is."""
+        position = given.position
+        sync = self._engine.syncs[position["fragment"]]
+        timeout_s = self._engine.reducer.timeout_s
+        buffer = self.empty(given)
+        if sync.compressed is None or not position["round"]:
+            workers.all_reduce(buffer).wait(timeout_s)
+            return buffer
+        state = given.state["fragments"][sync.index]
+        reference = state["reference"]
+        if reference is None:
+            reference = state["shared"]["anchor"]
+        sync.compressed.listen(workers, buffer, reference, timeout_s)
+        return buffer
+
+    def empty(self, given: CatchUp) -> Tensor:
+        """That message."""
+        buffer = torch.zeros_like(self._engine.syncs[given.position["fragment"]].buffer.tensor)
+        code = given.position["code"]
+        buffer[-1 - SIZE : -1] = torch.tensor(code, dtype=buffer.dtype)
+        return buffer
+
+    def hurry(self, launch: Handle) -> None:
+        """Merge it after the next local step, so that others need not wait for this worker's next launch."""
+        for sync in self._engine.syncs:
+            pending = sync.pending
+            if pending is not None and pending.handle is launch:
+                pending.due = 0
+                self._engine.look_soon()
 
 
 @torch.no_grad()
@@ -179,24 +252,36 @@ def take_part(engine: Engine, beside: Mapping[str, Tensor]) -> None:
             beside[name].copy_(value)
 
 
-def check_elastic(settings: SyncSettings, fragments: Sequence[Fragment]) -> None:
+def check_elastic(settings: SyncSettings, rule: Rule, fragments: Sequence[Fragment]) -> None:
     """Whether all of it goes with workers that come and go.
+
+    Args:
+        settings: of the optimizer.
+        rule: of the algorithm.
+        fragments: that it averages.
 
     Raises:
         ValueError: something does not.
     """
-    unfit = {
-        "fragments": len(fragments) != 1 and settings.fragments,
-        "codec": settings.codec,
-        "levels": settings.levels,
-        "tau": settings.period.choices != frozenset([settings.period.first]) and settings.tau,
-    }
-    for name, value in unfit.items():
-        if value:
-            raise ValueError(
-                f"{name}={value!r} beside workers that come and go (Elastic): not yet; allowed is to "
-                "leave it away" + (", and an integer for tau" if name == "tau" else "")
-            )
+    unfit: dict[tuple[str, object], str] = {}
+    if settings.levels:
+        unfit["levels", settings.levels] = "its groups have fixed members; allowed is none"
+    if settings.period.round_s is not None:
+        unfit["tau", settings.tau] = (
+            "who comes could not know how many local steps others make; allowed is another tau"
+        )
+    if len(fragments) > 1 and "anchor" not in rule.shared(rule.start(fragments[0])):
+        unfit["fragments", len(fragments)] = (
+            "without an anchor who comes learns one fragment a message; allowed is 1, or an algorithm "
+            "with an anchor"
+        )
+    if len(fragments) > 1 and settings.period.choices != frozenset([settings.period.first]):
+        unfit["tau", settings.tau] = (
+            "rounds of several fragments begin anew where tau changes; allowed is an integer, or "
+            "fragments=1"
+        )
+    for (name, value), why in unfit.items():
+        raise ValueError(f"{name}={value!r} beside workers that come and go (Elastic): {why}")
     if any(f.sharded or f.device.type != "cpu" for f in fragments):
         raise ValueError(
             "Elastic averages whole parameters in host memory; allowed is no DTensor and no accelerator"

@@ -182,6 +182,11 @@ class VirtualHandle(Handle):
         """When the result is there, in virtual time; None before the last worker has arrived."""
         return self._collective.ends_at
 
+    @property
+    def is_there(self) -> bool:
+        """Whether all have arrived."""
+        return self.ends_at is not None
+
     def end(self) -> float:
         """`ends_at` of one that all have joined.
 
