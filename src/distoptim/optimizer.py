@@ -182,14 +182,14 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         self._settings = settings
         self._parts = parts
         self._communicator = settings.connect()
+        if self._communicator.elastic:
+            membership.check_elastic(settings, self._rule, self._fragments())
         try:
             groups = check_levels(settings.levels, mesh, self._communicator, tau=tau)
             self._watch = Watch(inner, members, settings.modules)
         except (ValueError, TypeError) as error:
             membership.refuse(lambda: self._communicator, error, mesh)
             raise
-        if self._communicator.elastic:
-            membership.check_elastic(settings, self._rule, self._fragments())
         self._agree(list(groups), beside)
         # Making their groups is collective: only now all are known to have the same.
         self._levels = connect_levels(groups, settings.timeout_s, settings.streams)

@@ -215,9 +215,9 @@ def test_too_few_are_said_after_a_while(address):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"levels": {2: None}}, "levels=.* beside workers that come and go .* fixed members"),
-        ({"tau": EqualTime(1.0)}, "tau=.* beside workers .* another tau"),
-        ({"fragments": 2, "tau": {0: 2, 4: 4}}, "tau=.* beside workers .* fragments=1"),
+        ({"levels": {2: None}}, "workers that come and go .*: levels=.* fixed members"),
+        ({"tau": EqualTime(1.0)}, "workers that come and go .*: tau=.* another tau"),
+        ({"fragments": 2, "tau": {0: 2, 4: 4}}, "workers that come and go .*: tau=.* fragments=1"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(address, options, message):

@@ -263,29 +263,32 @@ def check_elastic(settings: SyncSettings, rule: Rule, fragments: Sequence[Fragme
     Raises:
         ValueError: something does not.
     """
-    unfit: dict[tuple[str, object], str] = {}
-    if settings.levels:
-        unfit["levels", settings.levels] = "its groups have fixed members; allowed is none"
-    if settings.period.round_s is not None:
-        unfit["tau", settings.tau] = (
-            "who comes could not know how many local steps others make; allowed is another tau"
-        )
-    if len(fragments) > 1 and "anchor" not in rule.shared(rule.start(fragments[0])):
-        unfit["fragments", len(fragments)] = (
-            "without an anchor who comes learns one fragment a message; allowed is 1, or an algorithm "
-            "with an anchor"
-        )
-    if len(fragments) > 1 and settings.period.choices != frozenset([settings.period.first]):
-        unfit["tau", settings.tau] = (
-            "rounds of several fragments begin anew where tau changes; allowed is an integer, or "
-            "fragments=1"
-        )
-    for (name, value), why in unfit.items():
-        raise ValueError(f"{name}={value!r} beside workers that come and go (Elastic): {why}")
+    refusal = _unfit(settings, rule, fragments)
+    if refusal is not None:
+        raise ValueError(f"beside workers that come and go (Elastic): {refusal}")
     if any(f.sharded or f.device.type != "cpu" for f in fragments):
         raise ValueError(
             "Elastic averages whole parameters in host memory; allowed is no DTensor and no accelerator"
         )
+
+
+def _unfit(settings: SyncSettings, rule: Rule, fragments: Sequence[Fragment]) -> str | None:
+    """What of the settings does not go with workers that come and go, and why not."""
+    period = settings.period
+    if settings.levels:
+        return f"levels={settings.levels!r}, whose groups have fixed members; allowed is none"
+    if period.round_s is not None:
+        return f"tau={period!r}, of which who comes could not know the others' local steps; allowed is another tau"
+    if len(fragments) == 1:
+        return None
+    if period.choices != frozenset([period.first]):
+        return f"tau={settings.tau!r} with {len(fragments)} fragments; allowed is an integer, or fragments=1"
+    if "anchor" not in rule.shared(rule.start(fragments[0])):
+        return (
+            f"{len(fragments)} fragments without an anchor, of which who comes would learn one a message; "
+            "allowed is fragments=1, or an algorithm with an anchor"
+        )
+    return None
 
 
 def refuse(connect: Callable[[], Communicator], error: Exception, mesh: WorkerMesh) -> None:
