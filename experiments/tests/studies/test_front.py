@@ -31,7 +31,9 @@ RUNS = [
 @pytest.fixture
 def runs():
     table = pd.DataFrame(RUNS, columns=COLUMNS)
-    return table.assign(model="cnn-small", partition="iid", step=525, options="{}", diverged=False)
+    return table.assign(
+        model="cnn-small", partition="iid", step=525, options="{}", lr=0.1, diverged=False
+    )
 
 
 def test_methods_are_told_by_their_distance_to_ddp_and_their_share_of_its_bytes(runs):

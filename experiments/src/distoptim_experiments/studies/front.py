@@ -25,7 +25,7 @@ BUDGETS = {"1/8": 1 / 7.5, "1/27": 1 / 27, "1/100": 1 / 98, "1/400": 1 / 390}
 """Of DDP's bytes, as named and what may be sent at most."""
 
 _TASK = ["model", "partition", "step"]
-_METHOD = ["label", "algorithm", "tau", "options"]
+_METHOD = ["label", "algorithm", "tau", "options", "lr"]
 _MARKS = {0: "$w$", 1: "o", 2: "^", 4: "D", 8: "s"}
 
 
@@ -61,7 +61,7 @@ def cells(runs: pd.DataFrame, task: tuple[str, str, int]) -> pd.DataFrame:
             for column, on in (("behind", "test"), ("held", "validation"))
         },
     )
-    return (
+    found = (
         made.groupby(_METHOD, sort=False)
         .agg(
             share=("share", "mean"),
@@ -74,6 +74,8 @@ def cells(runs: pd.DataFrame, task: tuple[str, str, int]) -> pd.DataFrame:
         )
         .reset_index()
     )
+    # A grid whose learning rates were changed may have final runs at two of them.
+    return found.loc[found.groupby("label", sort=False).held.idxmin()].reset_index(drop=True)
 
 
 def best(found: pd.DataFrame, share: float, latency: int) -> pd.Series[Any] | None:
