@@ -204,6 +204,17 @@ def test_workers_that_disagree_are_refused(address):
     assert run(other_tau, 2, address, backend=None) == ["refused"] * 2
 
 
+def test_a_death_before_the_run_has_begun_is_said(address, monkeypatch):
+    def gone(*_):
+        raise ConnectionRefusedError("nobody listens")
+
+    monkeypatch.setattr(Elastic, "_form", gone)
+    workers = Elastic(address, name="a")
+    with pytest.raises(CommunicationError, match=r"a: a worker is gone .*nobody listens"):
+        distoptim.LocalSGD(torch.nn.Linear(2, 2).parameters(), lr=0.1, tau=4, communicator=workers)
+    assert workers.history == ""
+
+
 def test_too_few_are_said_after_a_while(address):
     workers = Elastic(address, name="a", start=2, join_timeout_s=0.5)
     with pytest.raises(

@@ -352,9 +352,7 @@ class Elastic(Communicator):
             new = sorted((w for w in there if w.phase == "look"), key=lambda w: w.name)
             found = len(new)
             if found >= self.start:
-                self._form(new)
-                self.history = _hash("", self._group.key, "0")
-                return self.all_gather_json(facts, what=what)
+                return self._begin(new, facts, what)
             time.sleep(_PAUSE_S)
         raise CommunicationError(
             f"{self.name}: no run to join, and {found} of {self.start} workers, within "
@@ -377,6 +375,27 @@ class Elastic(Communicator):
                     f"name={self.name!r}: a living worker has it; allowed is one that no other has"
                 )
         return False
+
+    def _begin(self, workers: Sequence[_Asked], facts: object, what: str) -> list[object]:
+        """Make the first group.
+
+        Raises:
+            CommunicationError: one of them is gone.
+        """
+        try:
+            self._form(workers)
+            self.history = _hash("", self._group.key, "0")
+            return self.all_gather_json(facts, what=what)
+        except (RuntimeError, OSError) as error:
+            # As in a mean: nobody else hears of it while this worker holds the group.
+            traceback.clear_frames(error.__traceback__)
+            self._leave_group()
+            self.history = ""
+            if isinstance(error, CommunicationError):
+                raise
+            raise CommunicationError(
+                f"{self.name}: a worker is gone with which the run was to begin ({error}); start again"
+            ) from error
 
     def attach(self, member: Member) -> None:
         """Take part from here on: be alive to the lighthouse, and make what `all_reduce` launches."""
