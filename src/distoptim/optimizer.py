@@ -694,7 +694,7 @@ def averaged(
 
     Args:
         model: that is trained.
-        optimizers: one or more, over the same workers; in the same order on all.
+        optimizers: one or more, over the same workers, in any order.
 
     Raises:
         ValueError: as there; optimizers over other numbers of workers, or none.
@@ -707,7 +707,7 @@ def consolidate(model: torch.nn.Module, *optimizers: AveragingOptimizer) -> None
 
     Args:
         model: that is trained.
-        optimizers: one or more, over the same workers; in the same order on all.
+        optimizers: one or more, over the same workers, in any order.
 
     Raises:
         ValueError: as `averaged`.
@@ -725,7 +725,14 @@ def _engines(
     sizes = [o.engine.communicator.size for o in optimizers]
     if len(set(sizes)) > 1:
         raise ValueError(f"{call}(): optimizers over {sizes} workers; allowed are the same ones")
-    return [o.engine for o in optimizers]
+    # Their means go one after the other, so that all workers have to have one order: the model's.
+    order = {id(p): i for i, p in enumerate(model.parameters())}
+    return sorted(
+        (o.engine for o in optimizers),
+        key=lambda engine: min(
+            order.get(id(p), len(order)) for s in engine.syncs for p in s.fragment.params
+        ),
+    )
 
 
 def _fit(rule: Rule | Callable[[int], Rule], settings: SyncSettings) -> Rule:

@@ -245,7 +245,9 @@ def _several_in(rank, fragments):
     with documented(re.escape(f"{missing!r} is trained and is not")), first.averaged(module):
         pass
     before = everybody(state(module))
-    with distoptim.averaged(module, first, second):
+    # In another order on the other worker.
+    both = [first, second][:: 1 - 2 * rank]
+    with distoptim.averaged(module, *both):
         inside = state(module)
         for optimizer in (first, second):
             with pytest.raises(RuntimeError, match=r"inside averaged"):
@@ -255,7 +257,7 @@ def _several_in(rank, fragments):
             mean = (before[0][name] + before[1][name]) / 2
             torch.testing.assert_close(inside[name], mean, rtol=1e-5, atol=1e-6)
         assert torch.equal(p.detach().to(torch.float64), before[rank][name])
-    distoptim.consolidate(module, first, second)
+    distoptim.consolidate(module, *both)
     after = everybody(state(module))
     for name, p in module.named_parameters():
         if p.requires_grad:
