@@ -135,11 +135,11 @@ def virtual(network, tau, **options):
 def test_the_smallest_tau_that_hides(seconds, tau):
     run = virtual(Switch(seconds), HideCommunication())
     for _ in range(60):
-        run.step()
+        run.advance(1)
     assert run.stats()["tau"] == tau
     before = run.stats()["exposed_s"]
     for _ in range(5 * tau):
-        run.step()
+        run.advance(1)
     assert run.stats()["exposed_s"] == before
 
 
@@ -158,7 +158,7 @@ def test_a_link_that_becomes_ten_times_slower_and_recovers():
         while run.stats()["syncs"] < syncs + 6:
             before = run.stats()
             while run.stats()["syncs"] == before["syncs"]:
-                run.step()
+                run.advance(1)
             after = run.stats()
             exposed.append(
                 (after["exposed_s"] - before["exposed_s"]) / (after["steps"] - before["steps"])
@@ -187,11 +187,11 @@ def test_what_is_in_flight_is_merged_before_a_new_tau_begins():
 def test_a_link_in_three_messages_is_measured_as_a_whole():
     run = virtual(Switch(1.0), HideCommunication(smallest=2), fragments=2)
     for _ in range(40):
-        run.step()
+        run.advance(1)
     assert run.stats()["tau"] == 3
     before = run.stats()["exposed_s"]
     for _ in range(12):
-        run.step()
+        run.advance(1)
     assert run.stats()["exposed_s"] == before
 
 
