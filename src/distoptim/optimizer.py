@@ -737,7 +737,9 @@ def _engines(
 
 def _fit(rule: Rule | Callable[[int], Rule], settings: SyncSettings) -> Rule:
     """The rule for so many workers; whether the codec's residuals bear its momentum is looked at."""
-    made = rule if isinstance(rule, Rule) else rule(settings.workers())
+    # Asked for every rule, since it also refuses workers that would each train alone.
+    workers = settings.workers()
+    made = rule if isinstance(rule, Rule) else rule(workers)
     momentum = made.facts().get("outer_momentum", 0.0)
     if isinstance(settings.coding, ErrorFeedback) and isinstance(momentum, float):
         settings.coding.look_at(momentum)

@@ -404,6 +404,9 @@ def test_under_torchrun_without_a_process_group(monkeypatch):
     parameters = [nn.Parameter(torch.zeros(2))]
     with documented(r"torchrun started 2 processes \(WORLD_SIZE\)"):
         LocalSGD(parameters, lr=0.1, tau=2)
+    # Of which the rule does not depend on the number of workers.
+    with documented(r"torchrun started 2 processes \(WORLD_SIZE\)"):
+        distoptim.OverlapLocalSGD(parameters, lr=0.1, tau=2)
     LocalSGD(parameters, lr=0.1, tau=2, communicator=SingleWorker()).close()
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.warns(RuntimeWarning, match="one worker"):
