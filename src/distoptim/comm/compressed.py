@@ -99,12 +99,12 @@ class CompressedMean:
         self.reference = reference
         self._keeps = shared is None
         self._feeds_back = not isinstance(codec, Codec)
+        self._keeps_sent = isinstance(codec, ResidualInParameters)
         self._lay_out(communicator)
         self.residual: Tensor | None = None
         self._decay = codec.decay if isinstance(codec, ErrorFeedback) else 1.0
         if isinstance(codec, ErrorFeedback):
             self.residual = torch.zeros(numel)
-        self.sent = self._sent if isinstance(codec, ResidualInParameters) else None
         self.worked_s = 0.0
 
     def _part_size(self, workers: int) -> int:
@@ -117,7 +117,7 @@ class CompressedMean:
 
     def _lay_out(self, workers: Communicator) -> None:
         """Allocate the messages among these workers: rows of weight and code."""
-        self._place = (workers.rank, workers.size)
+        self._laid_out_for = (workers.rank, workers.size)
         m = workers.size
         size = self._part_size(m)
         # A multiple of 4, so that every row can be read as float32.
@@ -128,8 +128,9 @@ class CompressedMean:
         self._mine = self._spans[workers.rank]
         self.mean_residual: Tensor | None = None
         if self.two_stages and self._feeds_back:
-            self.mean_residual = torch.zeros(self.numel)[self._mine].clone()
+            self.mean_residual = torch.zeros(self._mine.stop - self._mine.start)
         self._sent = torch.zeros(m if self.two_stages else 1, row, dtype=torch.uint8)
+        self.sent = self._sent if self._keeps_sent else None
         self._received = torch.zeros(m, row, dtype=torch.uint8)
         self._mean = torch.zeros(code, dtype=torch.uint8)
         self._means = torch.zeros(m if self.two_stages else 0, code, dtype=torch.uint8)
@@ -174,11 +175,8 @@ class CompressedMean:
 
     def _be_among(self, workers: Communicator) -> None:
         """Lay messages out for these workers, if they are others; parts are others then, too."""
-        if (workers.rank, workers.size) == self._place:
-            return
-        needed = self.sent is not None
-        self._lay_out(workers)
-        self.sent = self._sent if needed else None
+        if (workers.rank, workers.size) != self._laid_out_for:
+            self._lay_out(workers)
 
     def listen(
         self, workers: Communicator, buffer: Tensor, reference: Tensor, timeout_s: float

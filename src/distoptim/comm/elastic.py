@@ -476,7 +476,7 @@ class Elastic(Communicator):
         leading = _furthest(members)
         if not leading:
             raise CommunicationError(f"{self.name}: nobody is left of the run that it was to join")
-        _check_places(leading)
+        _check_positions(leading)
         self._form(members, first=leading[0])
         behind = [w for w in members if w.history != leading[0].history]
         if behind:
@@ -706,7 +706,7 @@ def _furthest(workers: Sequence[_Asked]) -> list[_Asked]:
     return sorted((w for w in last if w.history == chosen), key=lambda w: w.name)
 
 
-def _check_places(leading: Sequence[_Asked]) -> None:
+def _check_positions(leading: Sequence[_Asked]) -> None:
     """Whether those that are not behind are in the same call.
 
     Raises:
