@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import TestCase
 
 import pytest
 import torch
@@ -204,13 +204,11 @@ def weights_alone(folder: Path) -> None:
     accelerator.save_state(str(folder))
     accelerator.wait_for_everyone()
     parts = setup("overlap")
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("distoptim").addHandler(handler)
-    parts.accelerator.load_state(str(folder))
-    logging.getLogger("distoptim").removeHandler(handler)
-    assert said == [f"{folder} has no state of distoptim: a new run starts from its weights"]
+    with TestCase().assertLogs("distoptim", "WARNING") as said:
+        parts.accelerator.load_state(str(folder))
+    assert [record.getMessage() for record in said.records] == [
+        f"{folder} has no state of distoptim: a new run starts from its weights"
+    ]
     assert flat(parts.model).eq(0.5).all()
     train(parts)
     assert parts.stats["steps"] == 6

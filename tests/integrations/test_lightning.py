@@ -7,6 +7,7 @@ import shutil
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import TestCase
 
 import pytest
 import torch
@@ -323,15 +324,13 @@ def weights_alone(folder: Path) -> None:
     if dist.get_rank() == 0:
         shutil.copy(saved_at(folder), plain)
     dist.barrier()
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("distoptim").addHandler(handler)
     module = module_of("overlap")
     trainer = trainer_of(folder)
-    trainer.fit(module, ckpt_path=str(plain))
-    logging.getLogger("distoptim").removeHandler(handler)
-    assert said == [f"{plain}.workers has no state of distoptim: a new run starts from its weights"]
+    with TestCase().assertLogs("distoptim", "WARNING") as said:
+        trainer.fit(module, ckpt_path=str(plain))
+    assert [record.getMessage() for record in said.records] == [
+        f"{plain}.workers has no state of distoptim: a new run starts from its weights"
+    ]
     (optimizer,) = trainer.strategy.averaging.values()
     assert optimizer.local_step == 2
 

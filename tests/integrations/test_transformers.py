@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import TestCase
 
 import pytest
 import torch
@@ -376,14 +376,12 @@ def weights_alone(folder: Path) -> None:
     if dist.get_rank() == 0:
         shutil.copytree(where, plain, ignore=shutil.ignore_patterns("distoptim_*"))
     dist.barrier()
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("distoptim").addHandler(handler)
     trainer = trainer_of("overlap", folder)
-    trainer.train(resume_from_checkpoint=str(plain))
-    logging.getLogger("distoptim").removeHandler(handler)
-    assert said == [f"{plain} has no state of distoptim: a new run starts from its weights"]
+    with TestCase().assertLogs("distoptim", "WARNING") as said:
+        trainer.train(resume_from_checkpoint=str(plain))
+    assert [record.getMessage() for record in said.records] == [
+        f"{plain} has no state of distoptim: a new run starts from its weights"
+    ]
     assert trainer.state.global_step == 6
     assert trainer.optimizer.stats()["steps"] == 2
     trainer.optimizer.optimizer.close()
