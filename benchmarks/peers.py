@@ -132,6 +132,17 @@ def stepper(model: nn.Module, optimizer: Any, average: Train = lambda: None) -> 
     return train
 
 
+def timed(train: Train, steps: int, rounds: int) -> list[float]:
+    """Seconds of a step, of each of the rounds of so many steps."""
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(steps):
+            train()
+        found.append((time.perf_counter() - start) / steps)
+    return found
+
+
 def accelerated(model: nn.Module) -> Train:
     """Hugging Face's LocalSGD."""
     from accelerate import Accelerator
@@ -161,12 +172,7 @@ def worker(params: int, step_s: float) -> None:
             train()
         dist.barrier()
         cpu = time.process_time()
-        rounds = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            for _ in range(TAU):
-                train()
-            rounds.append((time.perf_counter() - start) / TAU)
+        rounds = timed(train, TAU, ROUNDS)
         cpu = (time.process_time() - cpu) / (ROUNDS * TAU)
         if dist.get_rank() == 0:
             found = {"method": name, "step_s": statistics.median(rounds), "cpu_s": cpu}

@@ -15,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distoptim
 from benchmarks.delay_line import DelayLine
-from benchmarks.peers import Sleeper, Train, stepper
+from benchmarks.peers import Sleeper, Train, stepper, timed
 from distoptim.comm import Link
 from distoptim.planning.planner import Job, Plan, Prediction, plan
 from distoptim.simulator import Gloo
@@ -73,12 +72,7 @@ def worker(settings: list[dict[str, Any]]) -> None:
         for _ in range(2 * steps):
             train()
         dist.barrier()
-        rounds = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            for _ in range(steps):
-                train()
-            rounds.append((time.perf_counter() - start) / steps)
+        rounds = timed(train, steps, ROUNDS)
         if dist.get_rank() == 0:
             print(json.dumps(statistics.mean(rounds)), flush=True)
         end()
