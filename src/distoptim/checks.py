@@ -68,6 +68,18 @@ def flag(name: str, value: object) -> bool:
     raise ValueError(f"{name}={value!r}: allowed is True or False")
 
 
+def address(name: str, value: object) -> tuple[str, int]:
+    """Host and port of "HOST:PORT"; an IPv6 address stands in brackets.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    host, _, port = str(value).rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{name}={value!r}: allowed is HOST:PORT, as in 10.0.0.1:29510")
+    return host, int(port)
+
+
 def outer_momentum(
     value: object, gmf: object, *, default: float, name: str = "outer_momentum"
 ) -> float:

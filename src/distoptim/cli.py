@@ -116,9 +116,7 @@ def lighthouse(*, bind: str, heartbeat_timeout_s: float = 5.0) -> None:
         heartbeat_timeout_s: a worker that has not been heard of for so long is taken for dead.
     """
     checks.number("heartbeat_timeout_s", heartbeat_timeout_s, 0.1, 3600)
-    address, _, port = bind.rpartition(":")
-    if not address or not port.isdecimal():
-        raise ValueError(f"--bind {bind}: allowed is ADDRESS:PORT")
+    checks.address("bind", bind)
     # It would print every question of every worker.
     os.environ.setdefault("RUST_LOG", "warn")
     try:

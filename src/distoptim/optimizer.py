@@ -450,7 +450,8 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             launch to merge), `quarantined` (payloads of this worker that were not finite).
         """
         engine = self.engine
-        return engine.counters.report(engine.step, engine.clock.tau)
+        measured = engine.counters.report(engine.step, engine.clock.tau)
+        return {**measured, **self._communicator.tally()}
 
     def link(self) -> Link | None:
         """The link to the other workers as measured at construction: latency and each one's rate.
@@ -518,7 +519,8 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
 
         Collective: all workers load, each what it saved. Where a failure has left them a round apart,
         all go on from the one that is furthest: from its anchor, if there is one. After a failure or
-        `close()` nobody is asked.
+        `close()` nobody is asked. Where workers come and go (`Elastic`) it is not collective: who is less
+        far than another catches up at the next mean.
 
         A worker's damaged or unfit state is an error on all workers, and nothing is changed.
 
@@ -538,17 +540,20 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             refusal = error
         # A mean on its way still writes into its buffer.
         self.engine.settle()
-        if self.engine.reducer.failure is None:
+        alone = self._communicator.elastic or self.engine.reducer.failure is not None
+        if not alone:
             ours = membership.catch_up(self.engine, ours, refusal)
         elif refusal is not None:
             raise refusal
         self.inner.load_state_dict(state)
         # Before the rounds may move x.
         self._copies.restore(state)
-        if ours is not None:
-            self._rounds.load_state_dict(ours)
-        else:
+        if ours is None:
             self._build()
+        elif self._communicator.elastic:
+            membership.go_on(self.engine, ours)
+        else:
+            self._rounds.load_state_dict(ours)
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
@@ -573,6 +578,11 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             saved.check_rounds(self.engine, ours)
             self._check_shard(ours)
             self._check_order(ours)
+        elif self._communicator.elastic:
+            raise ValueError(
+                "a plain optimizer's state beside workers that come and go (Elastic), which says nothing of "
+                "a run: allowed is this worker's own file"
+            )
         saved.check_inner(self.inner, state)
         return state, ours
 

@@ -251,8 +251,8 @@ def test_what_all_would_have_to_come_to_is_refused(address):
         optimizer.join(),
     ):
         pass
-    with pytest.raises(ValueError, match=r"load_state_dict.. beside workers that come and go"):
-        optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"a plain optimizer's state beside workers that come"):
+        optimizer.load_state_dict(optimizer.inner.state_dict())
     for _ in range(9):
         optimizer.average()
     before = [p.detach().clone() for p in model.parameters()]

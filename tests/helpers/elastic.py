@@ -13,7 +13,7 @@ import torch
 from distoptim import ALGORITHMS, Elastic
 
 TAU = 4
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 1.5
 
 
 def lighthouse(port: int) -> Any:
@@ -52,6 +52,7 @@ class Worker:
         *,
         tau: int = TAU,
         start: int = 3,
+        min_workers: int = 1,
         timeout_s: float = 20.0,
         options: dict[str, Any] | None = None,
     ) -> None:
@@ -60,7 +61,12 @@ class Worker:
             torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
         )
         self.workers = Elastic(
-            address, name=name, start=start, timeout_s=timeout_s, join_timeout_s=60.0
+            address,
+            name=name,
+            start=start,
+            min_workers=min_workers,
+            timeout_s=timeout_s,
+            join_timeout_s=60.0,
         )
         self.optimizer: Any = ALGORITHMS[algorithm](
             self.model.parameters(),
@@ -71,6 +77,7 @@ class Worker:
         self.began = self.optimizer.local_step
         self.generator = torch.Generator().manual_seed(ord(name))
         self.held: dict[int, str] = {}
+        self.steps = 0
 
     def step(self) -> None:
         x = torch.randn(8, 6, generator=self.generator)
@@ -78,6 +85,7 @@ class Worker:
         self.optimizer.step()
         self.optimizer.zero_grad()
         before = self.merges()
+        self.steps += 1
         self.optimizer.average()
         if self.merges() != before:
             self.held[self.merges()] = self.holds()
@@ -101,8 +109,12 @@ class Worker:
         out = {
             "held": self.held,
             "began": self.began,
+            "steps": self.steps,
             "members": self.workers.members,
-            **{name: stats[name] for name in ("lost", "catch_ups", "syncs")},
+            **{
+                name: stats[name]
+                for name in ("lost", "catch_ups", "syncs", "joins", "losses", "leaves")
+            },
         }
         self.optimizer.close()
         return out

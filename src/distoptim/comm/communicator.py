@@ -111,6 +111,18 @@ class Communicator(ABC):
         """The order in which two-stage means go on; one for all that travel over this communicator."""
         return Stages()
 
+    def tally(self) -> dict[str, float]:
+        """What is to be counted beside means, by name; by default nothing."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a worker's file holds of it, as plain data; while nothing is in flight. By default nothing."""
+        return {}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> bool:
+        """Be as far as that file is; returns False where the other workers are further."""
+        return True
+
     def now(self) -> float:
         """The clock of this worker, in seconds; by default time.perf_counter()."""
         return time.perf_counter()

@@ -279,21 +279,26 @@ class CompressedMean:
         }
         return out if self.sent is None else {**out, "sent": self.sent}
 
-    def load_state_dict(self, saved: dict[str, Any], *, same_workers: bool) -> None:
+    def load_state_dict(
+        self, saved: dict[str, Any], *, same_workers: bool, same_place: bool
+    ) -> None:
         """Take saved values in place.
 
-        Residuals and codes belong to their worker, and are dropped where workers are others.
+        Args:
+            saved: by `state_dict`.
+            same_workers: whether the residual is this worker's; else it is dropped.
+            same_place: whether it has its place among as many; else what is laid out by that is dropped.
         """
         if self._keeps:
             self.reference.copy_(saved["reference"])
-        for mine, name in (
-            (self.residual, "residual"),
-            (self.mean_residual, "mean_residual"),
-            (self.sent, "sent"),
+        for mine, name, is_own in (
+            (self.residual, "residual", same_workers),
+            (self.mean_residual, "mean_residual", same_place),
+            (self.sent, "sent", same_place),
         ):
             if mine is not None:
                 mine.zero_()
-                if same_workers:
+                if is_own:
                     mine.copy_(saved[name])
 
     def _code(self, buffer: Tensor) -> None:

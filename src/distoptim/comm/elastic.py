@@ -18,12 +18,13 @@ import json
 import logging
 import queue
 import socket
+import sys
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, cast, final
 
@@ -55,9 +56,14 @@ _FORGOTTEN_S = 6.0
 _NEW_LIGHTHOUSE_S = 5.0
 # Between questions to a lighthouse that is away, or that knows too few workers.
 _PAUSE_S = 0.2
+# Who has just come is alive to a lighthouse by its questions alone, so that it must ask again; a run may
+# take longer to its next mean than a lighthouse waits to take it for dead.
+_PATIENCE_S = 1.0
 # While a group is built nobody hears of a death but by asking: so often, and connecting takes at most so long.
 _LOOK_S = 0.02
 _CONNECT_S = 5.0
+# One that leaves a group waits so long first, until the last mean is there on the others too.
+_LAST_S = 0.2
 
 
 @final
@@ -86,6 +92,7 @@ class ElasticHandle(TimedHandle):
         self.mean = mean
         self.taken = taken
         self._take = take
+        self._taken = False
         self._over = threading.Event()
         self._failure: CommunicationError | None = None
 
@@ -110,8 +117,27 @@ class ElasticHandle(TimedHandle):
             pass
         if self._failure is not None:
             raise self._failure
-        if self.caught_up is not None:
+        if self.caught_up is not None and not self._taken:
+            self._taken = True
             self._take()
+
+
+@final
+@dataclass(frozen=True)
+class Event:
+    """Something that has happened to the members of a run, as one of them has seen it.
+
+    Attributes:
+        time: when, in seconds since 1970.
+        what: "begins", "joined", "left", "ended", "lost" (a worker), "mean lost" or "caught up" (this one's).
+        worker: its name.
+        why: in words.
+    """
+
+    time: float
+    what: str
+    worker: str
+    why: str
 
 
 @final
@@ -120,7 +146,8 @@ class _Asked:
     """A worker as the lighthouse tells of it.
 
     Attributes:
-        phase: "round", it has launched a mean; "look", it has just come; "leave", it is going.
+        phase: "round", it has launched a mean; "look", it has just come; "leave", it is going; "end", the
+            run is over for it.
         history: of its means; "" before the first.
         count: of its means.
         position: where it was at the launch.
@@ -216,6 +243,8 @@ class Elastic(Communicator):
         name: of this worker.
         members: names of the workers in the last mean, sorted.
         generation: how often the members have changed, as this worker has seen it.
+        events: what has happened so far: who came, left, or was lost, and what this worker missed; also
+            logged by "distoptim" at level INFO, a line each.
 
     Raises:
         ValueError: a value outside its range, or another living worker of that name.
@@ -223,6 +252,11 @@ class Elastic(Communicator):
     """
 
     elastic = True
+    generation = 0
+    rank = 0
+    history = ""
+    count = 0
+    _farewell = "leave"
 
     def __init__(
         self,
@@ -235,9 +269,7 @@ class Elastic(Communicator):
         timeout_s: float = 60.0,
         join_timeout_s: float = 600.0,
     ) -> None:
-        host_of, _, port = str(lighthouse).rpartition(":")
-        if not host_of or not port.isdecimal():
-            raise ValueError(f"lighthouse={lighthouse!r}: allowed is HOST:PORT")
+        checks.address("lighthouse", lighthouse)
         if not isinstance(name, str) or not name:
             raise ValueError(f"name={name!r}: allowed is text, another one for each worker")
         self.name = name
@@ -247,16 +279,17 @@ class Elastic(Communicator):
         self.min_workers = checks.integer("min_workers", min_workers, 1)
         self.host = host
         self.members: list[str] = [name]
-        self.generation = 0
-        self.rank = 0
+        self.events: list[Event] = []
         # Before it has found the others: as many as it knows of.
         self.size = self.start
-        self.history = ""
-        self.count = 0
         self._address = f"http://{lighthouse}"
         self._life = uuid.uuid4().hex
         self._member: Member | None = None
         self._group = _Group()
+        # Of the members, and of those that have said goodbye; and what a mean was lost of last.
+        self._lives: dict[str, str] = {}
+        self._goodbyes: dict[str, _Asked] = {}
+        self._failed = ""
         self._asked = 0
         self._quorum = 0
         # Launches for which the members are those of the last one, and nobody asks.
@@ -272,7 +305,7 @@ class Elastic(Communicator):
         self._store, self._store_address = _own_store(host, self.timeout_s)
         self._client = self._connect()
         # An interpreter that ends with a collective under way aborts.
-        atexit.register(self.close)
+        atexit.register(self._leave)
 
     # ---- what an optimizer asks -------------------------------------------------------------------
 
@@ -332,23 +365,25 @@ class Elastic(Communicator):
         Returns: the facts of a worker of the run that is joined, and the own; or those of all that begin.
 
         Raises:
-            CommunicationError: neither within `join_timeout_s`.
+            CommunicationError: neither within `join_timeout_s`, or the run has just ended.
             ValueError: a living worker has this name.
         """
         self._store.set("facts", json.dumps(facts))
         deadline = time.monotonic() + self.join_timeout_s
         found = 0
         while (left := deadline - time.monotonic()) > 0:
-            there = self._ask("look", {}, left)
+            there = self._ask("look", {}, min(left, _PATIENCE_S))
             if there is None:
                 continue
             if self._has_double(there):
                 time.sleep(_PAUSE_S)
                 continue
-            if running := _furthest(there):
+            # One that says goodbye is no run to join.
+            if running := _furthest([w for w in there if w.phase == "round"]):
                 self.joins = True
                 theirs = _client_of(running[0].store, self.timeout_s).get("facts")
                 return [json.loads(theirs), json.loads(json.dumps(facts))]
+            self._hear_of_the_end(there)
             new = sorted((w for w in there if w.phase == "look"), key=lambda w: w.name)
             found = len(new)
             if found >= self.start:
@@ -358,6 +393,19 @@ class Elastic(Communicator):
             f"{self.name}: no run to join, and {found} of {self.start} workers, within "
             f"{self.join_timeout_s:g} s (join_timeout_s)"
         )
+
+    def _hear_of_the_end(self, there: Sequence[_Asked]) -> None:
+        """See that it has not come after the end of the run.
+
+        Raises:
+            CommunicationError: it has.
+        """
+        for other in there:
+            if other.phase == "end":
+                raise CommunicationError(
+                    f"{self.name}: the run has ended, after {other.count} means, as {other.name} says; "
+                    "to begin another one wait until all of it have closed"
+                )
 
     def _has_double(self, there: Sequence[_Asked]) -> bool:
         """Whether one of this name is there that has died; the lighthouse names it for a heartbeat more.
@@ -407,23 +455,67 @@ class Elastic(Communicator):
                 thread.start()
 
     def close(self) -> None:
-        """Say goodbye at the others' next launch, and leave. Twice is fine."""
+        """Say goodbye at the others' next launch, and leave. Twice is fine.
+
+        The run is over then, as who comes meanwhile is told. While an exception passes (a SystemExit, too,
+        that a handler of SIGTERM raises), and where a program ends without close(), this worker leaves in
+        the middle, and may come back.
+        """
+        self._leave("end" if sys.exc_info()[0] is None else "leave")
+
+    def _leave(self, phase: str = "leave") -> None:
         if self._closed.is_set():
             return
+        self._farewell = phase
         self._launches.put(None)
         for thread in self._threads[1:]:
             thread.join(self.timeout_s)
         self._closed.set()
         self._leave_group()
-        atexit.unregister(self.close)
+        atexit.unregister(self._leave)
+
+    # ---- what is kept in files ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whose it is, how far the run is, and what has happened in it; while nothing is in flight."""
+        return {
+            "name": self.name,
+            "history": self.history,
+            "count": self.count,
+            "events": [asdict(event) for event in self.events],
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> bool:
+        """Be as far as a file is; returns False, and changes nothing but events, where the run is further.
+
+        The others, if they are not as far, catch up at the next mean.
+        """
+        self.events[:0] = [Event(**event) for event in saved["events"]]
+        if saved["count"] <= self.count:
+            return False
+        self.history = saved["history"]
+        self.count = saved["count"]
+        self._note("goes on", self.name, f"from its file, after {self.count} means")
+        return True
 
     # ---- the communication thread -----------------------------------------------------------------
 
     def _communicate(self) -> None:
         while (launch := self._launches.get()) is not None:
             self._answer(launch)
-        if self.size > 1 and self.history and not self.joins:
-            self._ask("leave", {}, self.timeout_s)
+        if self.history and not self.joins:
+            if self._unasked:
+                # The others do not ask, and would wait for this worker in their next mean.
+                time.sleep(_LAST_S)
+                self._leave_group()
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """Tell who asks; those that have just come, and ask again and again, may need to hear it twice."""
+        for limit_s in (self.timeout_s, _FORGOTTEN_S, _FORGOTTEN_S):
+            there = self._ask(self._farewell, {}, limit_s) or []
+            if self._farewell == "leave" or not any(w.phase == "look" for w in there):
+                return
 
     def _answer(self, launch: ElasticHandle) -> None:
         try:
@@ -457,12 +549,14 @@ class Elastic(Communicator):
             self._leave_group()
             if isinstance(error, CommunicationError):
                 raise
-            logger.info("%s: a mean is lost: %s", self.name, str(error).splitlines()[0])
+            self._failed = str(error).splitlines()[0]
+            self._note("mean lost", self.name, self._failed)
             raise MeanLost(f"{self.name}: a mean is lost: {error}") from error
         history, count = before
         self.count = count + 1
         self.history = _hash(history, self._group.key, str(self.count))
         self.joins = False
+        self._failed = ""
         launch.workers = self.size
         if launch.caught_up is not None:
             self._given += 1
@@ -475,6 +569,7 @@ class Elastic(Communicator):
         members, leaving = self._members(launch.position)
         leading = _furthest(members)
         if not leading:
+            self._hear_of_the_end(list(self._goodbyes.values()))
             raise CommunicationError(f"{self.name}: nobody is left of the run that it was to join")
         _check_positions(leading)
         self._form(members, first=leading[0])
@@ -493,8 +588,9 @@ class Elastic(Communicator):
             before = self._quorum
             there = self._ask("round", position, self.timeout_s) or []
             members = sorted((w for w in there if w.phase == "round"), key=lambda w: w.name)
-            leaving = {w.name for w in there if w.phase == "leave"}
-            missing = set(self.members) - {w.name for w in members} - leaving
+            leaving = {w.name: w for w in there if w.phase in ("leave", "end")}
+            self._goodbyes.update(leaving)
+            missing = set(self.members) - {w.name for w in members} - leaving.keys()
             if there and self._quorum < before and missing:
                 too_few_until = time.monotonic() + _NEW_LIGHTHOUSE_S
             waits = too_few_until is not None and missing and time.monotonic() < too_few_until
@@ -519,14 +615,7 @@ class Elastic(Communicator):
         self._leave_group()
         # Of how often they have asked, so that no group of before has the name.
         key = _hash(*(f"{w.life}{w.asked}" for w in members))
-        names = [w.name for w in members]
-        if names != self.members:
-            for gone in sorted(set(self.members) - set(names)):
-                logger.info("%s: worker %s is gone", self.name, gone)
-            for come in sorted(set(names) - set(self.members)):
-                logger.info("%s: worker %s has come", self.name, come)
-            self.generation += 1
-        self.members = names
+        self._note_members(members)
         self.rank = lives.index(self._life)
         self.size = len(members)
         group = _Group(key, lives)
@@ -540,6 +629,48 @@ class Elastic(Communicator):
             group.work = work
             group.workers = _Among(work, self.rank, self.size, self.timeout_s)
         self._group = group
+
+    def _note_members(self, members: Sequence[_Asked]) -> None:
+        """Say who has come and who is gone since the last group, and why."""
+        before = self._lives
+        now = {w.name: w.life for w in members}
+        if now == before:
+            return
+        self._lives = now
+        self.members = list(now)
+        self.generation += 1
+        if not before:
+            others = ", ".join(name for name in now if name != self.name) or "nobody yet"
+            self._note("joined" if self.joins else "begins", self.name, f"with {others}")
+            return
+        for name in before:
+            if now.get(name) != before[name]:
+                self._note(*self._gone(name))
+        for worker in members:
+            if before.get(worker.name) != worker.life:
+                self._note("joined", worker.name, "takes over what the others share")
+        self._goodbyes.clear()
+
+    def _gone(self, name: str) -> tuple[str, str, str]:
+        goodbye = self._goodbyes.get(name)
+        if goodbye is None:
+            return "lost", name, self._failed or "not heard of any more"
+        if goodbye.phase == "end":
+            return "ended", name, f"the run is over for it, after {goodbye.count} means"
+        return "left", name, f"in the middle of the run, after {goodbye.count} means"
+
+    def _note(self, what: str, worker: str, why: str) -> None:
+        self.events.append(Event(time.time(), what, worker, why))
+        logger.info("%s: %s %s (%s)", self.name, worker, what, why)
+
+    def tally(self) -> dict[str, float]:
+        """How many workers came, were lost, and left."""
+        seen = [event.what for event in self.events]
+        return {
+            "joins": seen.count("joined"),
+            "losses": seen.count("lost"),
+            "leaves": seen.count("left") + seen.count("ended"),
+        }
 
     def _gather_at(self, store: Any, members: Sequence[_Asked]) -> None:
         """Wait until all have come to build their group, as long as those that have not are alive.
@@ -586,7 +717,10 @@ class Elastic(Communicator):
             self._wait(work.recv([message], source, 1), giver)
             state = torch.load(io.BytesIO(message.numpy().tobytes()), weights_only=True)
             launch.caught_up = CatchUp(giver.position, state)
-            logger.info("%s: catches up with %s", self.name, giver.name)
+            missed = giver.count - self.count
+            behind_by = f"{missed} means" if missed > 0 else "another history"
+            if not self.joins:
+                self._note("caught up", self.name, f"{behind_by} behind {giver.name}")
 
     def _wait(self, work: Any, other: _Asked) -> None:
         """Wait for a message to or from one worker; gloo would not hear of its death.
@@ -680,7 +814,9 @@ class Elastic(Communicator):
                 shrink_only=False,
                 data={"json": json.dumps(own)},
             )
-        except (RuntimeError, TimeoutError):
+        except TimeoutError:
+            return None
+        except RuntimeError:
             time.sleep(_PAUSE_S)
             return None
         self._quorum = int(quorum.quorum_id)

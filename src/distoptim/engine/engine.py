@@ -445,8 +445,16 @@ class Engine(Rounds):
         self.reducer.check()
 
     def settle(self) -> None:
-        """Wait for what is in flight without merging it; a failure comes up at the next step."""
-        self.reducer.settle(list(self._in_flight))
+        """Wait for what is in flight without merging it; a failure comes up at the next step.
+
+        What this worker was found to be behind by is taken over.
+        """
+        for sync in self.reducer.settle(list(self._in_flight)):
+            self._lose(sync)
+        for sync in list(self._in_flight):
+            if sync.pending is not None and sync.pending.handle.caught_up is not None:
+                self._merge(sync)
+        self.plan()
 
     def resume_at(self, step: int) -> None:
         """Go on from a local step with what the fragments hold."""
@@ -614,7 +622,9 @@ class Engine(Rounds):
         `average()`.
         """
         self.settle()
+        members = self.communicator.state_dict()
         return {
+            **({"elastic": members} if members else {}),
             "rule": type(self.rule).__name__,
             "workers": self.communicator.size,
             "rank": self.communicator.rank,
@@ -635,7 +645,12 @@ class Engine(Rounds):
         Otherwise what was in flight is dropped and a new round begins; at another number of workers
         every worker starts from the anchor, where there is one.
         """
-        same_workers = saved["workers"] == self.communicator.size
+        elastic = self.communicator.elastic
+        same_place = saved["workers"] == self.communicator.size and (
+            not elastic or saved["rank"] == self.communicator.rank
+        )
+        # Where workers come and go it is not their number by which they are the same.
+        same_workers = same_place or elastic
         goes_on = same_workers and self.clock.load_state_dict(saved["clock"])
         if goes_on:
             self.weights.load_state_dict(saved["weights"])
@@ -643,12 +658,12 @@ class Engine(Rounds):
         at = (self.clock.tau, self.clock.delay)
         goes_on = goes_on and (saved["tau"], saved["delay"]) == at
         for sync, record in zip(self.syncs, saved["fragments"], strict=True):
-            sync.load_state_dict(record, same_workers=same_workers)
+            sync.load_state_dict(record, same_workers=same_workers, same_place=same_place)
             sync.launched = saved["step"]
             sync.samples = self.weights.total
             sync.schedule(self.step, self.clock.tau)
             if goes_on:
-                sync.resume(record)
+                sync.resume(record, workers=saved["workers"])
             anchor = self._anchor(sync)
             if not same_workers and anchor is not None:
                 sync.fragment.write(anchor)
@@ -658,6 +673,14 @@ class Engine(Rounds):
                 self.clock.load_time(saved["time"], self._computed_s())
             else:
                 self._begin_time()
+
+    @torch.no_grad()
+    def begin_at_shared(self) -> None:
+        """x <- what the others share: of one that has loaded a file, and joined a run that is further."""
+        for sync in self.syncs:
+            fallback = self._active.fallback(sync.state)
+            # A rule that writes the mean over x: its last one is still in the buffer.
+            sync.fragment.write(sync.buffer if fallback is None else fallback)
 
     def close(self) -> None:
         """Wait for what is in flight, then leave the communicator; what comes after fails.

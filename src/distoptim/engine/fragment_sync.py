@@ -118,18 +118,22 @@ class FragmentSync:
             "compressed": None if self.compressed is None else self.compressed.state_dict(),
         }
 
-    def load_state_dict(self, saved: dict[str, Any], *, same_workers: bool) -> None:
+    def load_state_dict(
+        self, saved: dict[str, Any], *, same_workers: bool, same_place: bool
+    ) -> None:
         """State, counts and what codes have lost; when the next launch is, the engine says."""
         rules.load(self.state, saved["state"])
         if self.compressed is not None:
-            self.compressed.load_state_dict(saved["compressed"], same_workers=same_workers)
+            self.compressed.load_state_dict(
+                saved["compressed"], same_workers=same_workers, same_place=same_place
+            )
         self.seconds = saved["seconds"]
         self.merges = saved["merges"]
         self.pending = None
         self.fragment.read(self.buffer)
 
-    def resume(self, saved: dict[str, Any]) -> None:
-        """Go on in the middle of the round that was saved."""
+    def resume(self, saved: dict[str, Any], *, workers: int) -> None:
+        """Go on in the middle of the round that was saved, by one of so many workers."""
         self.next_launch = saved["next_launch"]
         self.launched = saved["launched"]
         self.samples = saved["samples"]
@@ -146,6 +150,7 @@ class FragmentSync:
                 pending["due"],
                 pending["lr"],
             )
+            self.pending.handle.workers = workers
 
     def _save_pending(self) -> dict[str, Any] | None:
         if self.pending is None:

@@ -335,11 +335,6 @@ def catch_up(
             or if what all should have saved alike differs.
     """
     communicator = engine.communicator
-    if communicator.elastic:
-        raise ValueError(
-            "load_state_dict() beside workers that come and go (Elastic): not yet; allowed is a new "
-            "optimizer, which joins the run and takes over what the others share"
-        )
     position = None if saved is None else checkpoint.position(saved)
     of_rank = {
         "number": communicator.ranks[communicator.rank],
@@ -379,6 +374,22 @@ def catch_up(
         compare([cast("Facts", theirs["shared"]) for theirs in workers], communicator.ranks)
         return _own_file(saved, workers)
     return _furthest(engine, saved, positions, [theirs["position"] for _, theirs in messages])
+
+
+def go_on(engine: Engine, saved: dict[str, Any]) -> None:
+    """Resume where workers come and go: as far as this worker's file is, or as far as the run is.
+
+    Nobody else need load. Who is less far catches up at the next mean; where the run is further than the
+    file, x begins at what the others share.
+
+    Args:
+        engine: that is to resume.
+        saved: by `checkpoint.save`, and fits.
+    """
+    if engine.communicator.load_state_dict(saved["elastic"]):
+        engine.load_state_dict(saved)
+    else:
+        engine.begin_at_shared()
 
 
 def _refuse_together(

@@ -218,19 +218,23 @@ class Reducer:
             self._leave(error)
             raise
 
-    def settle(self, syncs: Iterable[FragmentSync]) -> None:
-        """Wait for what is in flight without merging it.
+    def settle(self, syncs: Iterable[FragmentSync]) -> list[FragmentSync]:
+        """Wait for what is in flight without merging it; returns what was lost with a worker.
 
         A failure is kept for the next step, not raised.
         """
+        lost = []
         for sync in syncs:
             # None if an earlier one of them has failed.
             if sync.pending is not None:
                 try:
                     self._wait(sync.pending.handle, sync.name, sync.pending.identity)
+                except MeanLost:
+                    lost.append(sync)
                 except CommunicationError:
                     logger.warning("a mean in flight is lost: %s", self.failure)
-                    return
+                    break
+        return lost
 
     def close(self) -> None:
         """Leave the communicator; what comes after fails."""

@@ -123,6 +123,8 @@ def check_rounds(engine: Engine, rounds: Mapping[str, Any]) -> None:
     workers = saved["workers"].integer(1)
     if saved["rank"].value is not None:
         saved["rank"].integer(0, workers - 1)
+    if engine.communicator.elastic:
+        _check_elastic(engine, saved)
     step = saved["step"].integer(0)
     tau = saved["tau"].integer(1)
     saved["delay"].integer(0, tau)
@@ -143,6 +145,29 @@ def check_rounds(engine: Engine, rounds: Mapping[str, Any]) -> None:
             launched, samples = record.parts(2)
             launched.integer(-longest, step)
             samples.number(0)
+
+
+def _check_elastic(engine: Engine, rounds: Saved) -> None:
+    """Of a worker that comes and goes: whose it is, how far the run was, and in which rounds."""
+    saved = rounds["elastic"]
+    own = engine.communicator.state_dict()
+    if saved["name"].text() != own["name"]:
+        saved["name"].refuse(
+            f"{own['name']!r}: each worker loads its own file, and who has none takes over what others share"
+        )
+    now = [repr(engine.clock.period), engine.clock.delay]
+    if [rounds["clock"]["period"].value, rounds["delay"].value] != now:
+        rounds["delay"].refuse(
+            f"{now[1]} with tau {now[0]}: workers that come and go keep their rounds"
+        )
+    saved["history"].text()
+    saved["count"].integer(0)
+    for event in saved["events"].parts():
+        if sorted(event.names()) != ["time", "what", "why", "worker"]:
+            event.refuse("what has happened to a worker: time, what, why, worker")
+        event["time"].number(0)
+        for name in ("what", "why", "worker"):
+            event[name].text()
 
 
 def _check_clock(engine: Engine, clock: Saved) -> int:
