@@ -35,7 +35,7 @@ pytest: $(VENV)/installed
 # The trainers that the library works inside of, installed and tried, also by their own launchers; `pytest` passes over those
 # that are not there.
 test-integrations: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,lightning]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,lightning]' torchdata
 	$(BIN)/python -m pytest -m 'not package' tests/integrations
 
 # What takes real processes many seconds: more faults, more seeds, more ranks than `make test` has.

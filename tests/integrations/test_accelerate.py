@@ -16,9 +16,10 @@ import distoptim
 from distoptim.periods import AdaComm
 from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
+from tests.helpers import marks
 from tests.integrations.replay import BY_HAND, equal_everywhere, flat, of_the_page, ours, whole
 
-pytest.importorskip("accelerate", reason="Accelerate is not installed: make test-integrations")
+pytestmark = marks.trainer("accelerate")
 
 # An odd number of batches, so that the last group of an accumulation is short.
 LENGTH = 11

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from distoptim.testing.processes import free_port
+from tests.helpers import marks
 
 SCRIPT = Path(__file__).with_name("launched.py")
 BIN = Path(sys.executable).parent
@@ -26,9 +27,10 @@ LAUNCHERS = {
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks.trainer(name)) for name in LAUNCHERS]
+)
 def test_by_its_own_launcher(name: str, tmp_path: Path) -> None:
-    pytest.importorskip(name, reason=f"{name} is not installed: make test-integrations")
     command = LAUNCHERS[name].format(port=free_port()).split()
     # None of what a launcher sets, as xdist's process may have it from other tests.
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import TestCase
@@ -15,9 +17,10 @@ import torch.distributed as dist
 
 from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
+from tests.helpers import marks
 from tests.integrations.replay import BY_HAND, equal_everywhere, flat, of_the_page, ours, whole
 
-pytest.importorskip("lightning", reason="Lightning is not installed: make test-integrations")
+pytestmark = marks.trainer("lightning")
 
 BATCHES = 5
 EPOCHS = 2
@@ -50,6 +53,42 @@ class Own(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
 
     def __len__(self) -> int:
         return BATCHES
+
+
+class Shuffled:
+    """A loader that Lightning can save: each worker's batches in an order of its own."""
+
+    def __init__(self, rank: int) -> None:
+        self.batches = batches(rank)
+        self.order = torch.Generator().manual_seed(rank)
+        self.state: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        first = self.state.pop("next", 0)
+        if first:
+            self.order.set_state(self.state["order"])
+        before = self.order.get_state()
+        for i, index in enumerate(torch.randperm(BATCHES, generator=self.order).tolist()):
+            if i >= first:
+                self.state = {"order": before, "next": (i + 1) % BATCHES}
+                yield self.batches[index]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state.copy()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state.copy()
+
+
+def torchdata_of(rank: int) -> Any:
+    """torchdata's, whose sampler draws from a generator of the worker's own."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    order = torch.Generator().manual_seed(rank)
+    return StatefulDataLoader(batches(rank), batch_size=None, shuffle=True, generator=order)
 
 
 def module_of(
@@ -239,6 +278,39 @@ def checkpoints(folder: Path) -> None:
     assert not Path(f"{path}.workers").exists()
 
 
+def data_order(folder: Path) -> None:
+    """In the middle of an epoch each worker goes on with its own next batch."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def trained(loader: Any, *callbacks: Any, resume: str | None = None) -> list[torch.Tensor]:
+        module = module_of("overlap")
+        met = []
+
+        def step(batch: torch.Tensor) -> torch.Tensor:
+            met.append(batch.clone())
+            return module.net(batch).square().mean()
+
+        module.training_step = step
+        module.train_dataloader = lambda: loader(dist.get_rank())
+        # Batches are each worker's own already.
+        options = {"enable_checkpointing": bool(callbacks), "use_distributed_sampler": False}
+        trainer_of(folder, *callbacks, **options).fit(module, ckpt_path=resume)
+        return [*met, whole(module.net)]
+
+    loaders = [Shuffled] + [torchdata_of] * (find_spec("torchdata") is not None)
+    for loader in loaders:
+        every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        through = trained(loader, every)
+        resumed = trained(loader, resume=str(saved_at(folder)))
+        # Step 4 is the first of the second epoch, and has two batches.
+        assert len(resumed) == len(through) - BATCHES - 2
+        assert all(map(torch.equal, through[BATCHES + 2 :], resumed))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
+        dist.barrier()
+
+
 def saved_at(folder: Path) -> Path:
     """In mid-round and in mid-epoch, with a mean in flight."""
     return folder / "step=4.ckpt"
@@ -388,6 +460,7 @@ def two(folder: Path) -> None:
     right_numbers(folder)
     skipped_by_one(folder / "skipped")
     checkpoints(folder)
+    data_order(folder / "order")
     best_and_logged(folder)
     several(folder)
     weights_alone(folder)

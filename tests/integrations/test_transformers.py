@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from distoptim.testing.inspection import inspect
 from distoptim.testing.processes import run
+from tests.helpers import marks
 from tests.integrations.replay import BY_HAND, equal_everywhere, flat, of_the_page, ours, whole
 
-pytest.importorskip("transformers", reason="Transformers is not installed: make test-integrations")
+pytestmark = marks.trainer("transformers")
 
 # Two workers have 5 batches an epoch: the last group of an accumulation is short.
 SIZE = 40

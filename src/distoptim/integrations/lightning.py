@@ -143,6 +143,8 @@ class AveragingStrategy(DDPStrategy):
         if self.averaging and "optimizer_states" in checkpoint:
             beside = {
                 "schedulers": checkpoint.get("lr_schedulers", []),
+                # With the state of a loader that has one: of all workers Lightning saves rank 0's.
+                "loop": checkpoint["loops"]["fit_loop"],
                 # A GradScaler that has skipped a step has another scale than the others'.
                 "precision": self.precision_plugin.state_dict(),
                 # Of dropout; Lightning saves none.
@@ -167,12 +169,14 @@ class AveragingStrategy(DDPStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Each worker's own model, which is the mean so far, and optimizers."""
+        """Each worker's own model, which is the mean so far, its optimizers, and its place in its data."""
         self._counted.clear()
         if self._resumes_from is None:
             super().load_optimizer_state_dict(checkpoint)
             return
         self._beside = worker_files.read(self._resumes_from, self.lightning_module, self.averaging)
+        if self._beside is not None and "loop" in self._beside:
+            self.lightning_module.trainer.fit_loop.load_state_dict(self._beside["loop"])
 
     def on_train_start(self) -> None:
         """After all was loaded: schedulers and scaler are each worker's own too."""
