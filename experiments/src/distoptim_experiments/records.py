@@ -173,6 +173,22 @@ class Checkpoint(Line):
     path: str
 
 
+class Membership(Line):
+    """Where workers come and go: something that has happened to one; see `distoptim.comm.elastic.Event`.
+
+    Attributes:
+        time: in seconds since 1970.
+        members: names of those in the mean after it.
+    """
+
+    kind: Literal["membership"] = "membership"
+    time: float
+    what: str
+    worker: str
+    why: str
+    members: list[str]
+
+
 class Summary(Line):
     """The last line: how it ended, and where the time went.
 
@@ -227,7 +243,8 @@ class Summary(Line):
 
 
 AnyLine = Annotated[
-    Start | Resume | Log | Evaluation | Checkpoint | Summary, Field(discriminator="kind")
+    Start | Resume | Log | Evaluation | Checkpoint | Membership | Summary,
+    Field(discriminator="kind"),
 ]
 _LINES: TypeAdapter[AnyLine] = TypeAdapter(AnyLine)
 

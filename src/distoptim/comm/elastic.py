@@ -305,7 +305,7 @@ class Elastic(Communicator):
         self._store, self._store_address = _own_store(host, self.timeout_s)
         self._client = self._connect()
         # An interpreter that ends with a collective under way aborts.
-        atexit.register(self._leave)
+        atexit.register(self.leave)
 
     # ---- what an optimizer asks -------------------------------------------------------------------
 
@@ -461,9 +461,13 @@ class Elastic(Communicator):
         that a handler of SIGTERM raises), and where a program ends without close(), this worker leaves in
         the middle, and may come back.
         """
-        self._leave("end" if sys.exc_info()[0] is None else "leave")
+        self._go("end" if sys.exc_info()[0] is None else "leave")
 
-    def _leave(self, phase: str = "leave") -> None:
+    def leave(self) -> None:
+        """Say goodbye in the middle of the run, which goes on; this worker may come back. Twice is fine."""
+        self._go("leave")
+
+    def _go(self, phase: str) -> None:
         if self._closed.is_set():
             return
         self._farewell = phase
@@ -472,7 +476,7 @@ class Elastic(Communicator):
             thread.join(self.timeout_s)
         self._closed.set()
         self._leave_group()
-        atexit.unregister(self._leave)
+        atexit.unregister(self.leave)
 
     # ---- what is kept in files ----------------------------------------------------------------------
 

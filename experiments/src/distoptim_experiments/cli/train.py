@@ -28,6 +28,8 @@ from distoptim_experiments.report.table import note, table
 from distoptim_experiments.settings import Option, Settings
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training import compare as comparison
+from distoptim_experiments.training import elastic as elastic_worker
+from distoptim_experiments.training.elastic import ElasticOptions
 from distoptim_experiments.training.launch import Job, run_local, run_worker
 from distoptim_experiments.training.rendezvous import Rendezvous, at_url, from_torchrun
 from distoptim_experiments.training.world import workers_of
@@ -63,6 +65,8 @@ _LASTING = (
 """What a checkpoint holds the results of, or holds itself, so that a change would be an error or count
 for nothing."""
 
+
+ELASTIC_TIMEOUT_S = 60.0
 
 _PICTURE = "comparison.png"
 
@@ -128,7 +132,13 @@ class CompareOptions(Settings):
     ] = ",".join(comparison.COMPARED)
 
 
-@command(options_of(RunConfig), options_of(Folder), options_of(TrainOptions), algorithm_options())
+@command(
+    options_of(RunConfig),
+    options_of(Folder),
+    options_of(TrainOptions),
+    options_of(ElasticOptions),
+    algorithm_options(),
+)
 def train(given: Given) -> int:
     """Train a model with one method.
 
@@ -137,6 +147,9 @@ def train(given: Given) -> int:
     """
     own = given.made(TrainOptions)
     folder = given.made(Folder).folder
+    elastic = given.made(ElasticOptions)
+    if elastic.elastic is not None:
+        return _train_elastic(given, elastic, folder)
     resume = own.resume
     rendezvous = _rendezvous(own.init, own.rank, own.world_size) or from_torchrun()
     if own.auto_resume:
@@ -158,6 +171,42 @@ def train(given: Given) -> int:
         own.tensorboard,
     )
     return _run(job, rendezvous)
+
+
+def _train_elastic(given: Given, elastic: ElasticOptions, folder: Path | None) -> int:
+    """Be a worker that comes and goes; the same line brings it back."""
+    given.check_effects({**given.all, "started": elastic.start})
+    for name in ("resume", "auto_resume", "init", "rank", "world_size", "tensorboard"):
+        if given.all[name]:
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --elastic")
+    if folder is None:
+        raise ValueError(
+            "--elastic goes with --folder FOLDER, in which each worker has one by its name"
+        )
+    # That of fixed workers is for those that are slow, not for those that are gone.
+    timeout_s = given.values.get("timeout_s", ELASTIC_TIMEOUT_S)
+    config = config_of({**given.all, "workers": elastic.start or 1, "timeout_s": timeout_s})
+    elastic_worker.check(config, elastic)
+    check_files(config)
+    own = folder / str(elastic.name)
+    if records.file(own).exists() and records.finished(own):
+        print(f"{own}: this worker has ended its run; give another --folder for another one")
+        return 0
+    console = Console()
+    with LiveProgress(console) as progress:
+        signum = elastic_worker.run_elastic(
+            config,
+            own,
+            elastic,
+            [progress.watch(str(elastic.name))],
+            resume=checkpoint.exists(own),
+        )
+    if signum:
+        print("Stopped; the same line goes on", file=sys.stderr)
+        return 128 + signum
+    _tell(records.read(own), console)
+    console.print(f"record: {own / records.FILE}", soft_wrap=True, highlight=False)
+    return 0
 
 
 def _run(job: Job, rendezvous: Rendezvous | None) -> int:

@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from distoptim_experiments.records import Evaluation, Line, Log, Resume, Start
+from distoptim_experiments.records import Evaluation, Line, Log, Membership, Resume, Start
 from distoptim_experiments.training.loop import Observer
 
 
@@ -47,5 +47,8 @@ class LiveProgress(Progress):
                 self.update(task, completed=line.step, loss=f"{line.loss:.4f}")
             elif isinstance(line, Evaluation):
                 self.update(task, completed=line.step, accuracy=f"{line.test_accuracy:.1%}")
+            elif isinstance(line, Membership):
+                said = f"local step {line.step}: {line.worker} {line.what} ({line.why}); now {line.members}"
+                self.console.print(said, soft_wrap=True, highlight=False, markup=False)
 
         return observe

@@ -44,7 +44,8 @@ class Run:
     ) -> None:
         self.workers = workers
         self.folder = folder
-        self.step = 0
+        # Of one that has come to a run that is on, the others'.
+        self.step = workers.resumed(0)
         self._config = config = workers.problem.config
         self._label = label or config.algorithm
         self._keep_checkpoint = keep_checkpoint
@@ -58,10 +59,12 @@ class Run:
             self._load()
         self._observers = list(observers)
         self._record: records.RecordWriter | None = None
+        self._goes_on = resume
         if workers.seat.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            self._goes_on = resume or (self.step > 0 and (folder / records.FILE).exists())
             self._record = records.RecordWriter(
-                folder / records.FILE, after_step=self.step if resume else None
+                folder / records.FILE, after_step=self.step if self._goes_on else None
             )
             self._observers.insert(0, self._record.write)
 
@@ -97,14 +100,15 @@ class Run:
         if self.step >= steps:
             self._evaluate()
         while self.step < steps:
+            before = self.step
             losses = self._one_step()
-            last = self.step == steps
-            if last or self.step % self._config.log_every == 0:
+            last = self.step >= steps
+            if last or self._has_passed(self._config.log_every, before):
                 self._log()
-            if last or self.step % every == 0:
+            if last or self._has_passed(every, before):
                 self._evaluate()
             signum = self.workers.verdict(losses)
-            if signum or self._is_checkpoint_due():
+            if signum or self._is_checkpoint_due(before):
                 self._save()
             if signum:
                 return signum
@@ -115,25 +119,33 @@ class Run:
         for optimizer in self.workers.optimizers:
             self._schedule.set(optimizer, self.step, self._config.peak_lr)
         losses = list(self.workers.step(self.step))
-        self.step += 1
+        self.step = self.workers.reached(self.step)
         self._losses += losses
+        for line in self.workers.events():
+            self._write(line)
         return losses
 
-    def _is_checkpoint_due(self) -> bool:
-        if self.step == self.workers.problem.steps:
+    def _has_passed(self, every: int, before: int) -> bool:
+        """Whether a multiple of so many local steps was reached since, also where one has jumped over it."""
+        return self.step // every > before // every
+
+    def _is_checkpoint_due(self, before: int) -> bool:
+        if self.step >= self.workers.problem.steps:
             return self._keep_checkpoint
         every = self._config.checkpoint_every
         if every is None:
             every = self.workers.problem.steps_per_epoch
-        return every > 0 and self.step % every == 0
+        return every > 0 and self._has_passed(every, before)
 
     # ---- the lines of the record ------------------------------------------------------------------
 
     def _tell(self, kind: type[records.Line], **values: Any) -> None:
         if self.workers.seat.rank == 0:
-            line = kind(step=self.step, **values)
-            for observer in self._observers:
-                observer(line)
+            self._write(kind(step=self.step, **values))
+
+    def _write(self, line: records.Line) -> None:
+        for observer in self._observers:
+            observer(line)
 
     def _introduce(self) -> None:
         config = self._config
@@ -145,7 +157,7 @@ class Run:
             "surroundings": records.surroundings(),
             "steps": self.workers.problem.steps,
         }
-        if self.step:
+        if self._goes_on:
             self._tell(records.Resume, **common)
         else:
             self._tell(
@@ -203,7 +215,8 @@ class Run:
     def _load(self) -> None:
         state, own = checkpoint.load(self.folder, seat=self.workers.seat)
         self.workers.load_state_dict(state["workers"], own=own)
-        self.step = state["step"]
+        # Of one that comes and goes the run may be further than its file.
+        self.step = self.workers.resumed(state["step"])
         self._score = state["score"]
         if own:
             self._losses = state["losses"]

@@ -33,21 +33,35 @@ class Problem:
         self.config = config
         folder = None if config.data_dir is None else Path(config.data_dir)
         loaded = datasets.load(config.data, folder, validation=config.validation)
-        self._shards = partition.partition(
-            config.partition, loaded.train_labels, workers=config.workers, seed=config.seed
-        )
+        self._deals: dict[int, list[torch.Tensor]] = {}
+        self._labels = loaded.train_labels
+        self._deal(config.workers)
         self._device = device or torch.device("cpu")
         self.data = _on(self._device, loaded)
         self.steps_per_epoch, self.steps = config.length(len(loaded.train_labels), config.workers)
 
-    def batches(self, worker: int) -> datasets.Batches:
-        """A worker's samples, in its order."""
-        shard = self._shards[worker]
+    def _deal(self, workers: int) -> list[torch.Tensor]:
+        """The samples of each of so many workers."""
+        if workers not in self._deals:
+            self._deals[workers] = partition.partition(
+                self.config.partition, self._labels, workers=workers, seed=self.config.seed
+            )
+        return self._deals[workers]
+
+    def batches(self, worker: int, *, of: int | None = None, turn: int = 0) -> datasets.Batches:
+        """A worker's samples, in its order.
+
+        Args:
+            worker: which.
+            of: how many workers; default as many as the run has.
+            turn: a number that gives another order.
+        """
+        shard = self._deal(of or self.config.workers)[worker]
         return datasets.Batches(
             self.data.train_images[shard],
             self.data.train_labels[shard],
             batch_size=self.config.batch_size,
-            seed=self.config.seed + 1 + worker,
+            seed=self.config.seed + 1 + worker + 1000 * turn,
             augment=self.config.augment,
         )
 

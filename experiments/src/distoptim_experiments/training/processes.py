@@ -76,20 +76,8 @@ class Processes(Workers):
         return losses
 
     def _local_step(self, step: int) -> float:
-        self._slow_down(step)
+        slowdown.wait(self.problem.config, worker=self.seat.worker, step=step)
         return self._method.step(*next(self._batches))
-
-    def _slow_down(self, step: int) -> None:
-        config = self.problem.config
-        late_s = slowdown.seconds(
-            config.slowdown,
-            mean_ms=config.slowdown_ms,
-            seed=config.seed,
-            rank=self.seat.worker,
-            step=step,
-        )
-        if late_s:
-            time.sleep(late_s)
 
     def seconds(self) -> float:
         """By this rank's clock."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 from distoptim.simulator.compute import Pareto, ShiftedExponential
+from distoptim_experiments.config import RunConfig
 from distoptim_experiments.machines import Slowdown, pareto
 
 
@@ -21,3 +24,12 @@ def seconds(kind: Slowdown, *, mean_ms: float, seed: int, rank: int, step: int) 
     drawn: Pareto | ShiftedExponential
     drawn = pareto(mean_s, seed) if kind == "pareto" else ShiftedExponential(0.0, mean_s, seed)
     return drawn.seconds(rank, step)
+
+
+def wait(config: RunConfig, *, worker: int, step: int) -> None:
+    """Be as much later with a real worker's local step as the run says."""
+    late_s = seconds(
+        config.slowdown, mean_ms=config.slowdown_ms, seed=config.seed, rank=worker, step=step
+    )
+    if late_s:
+        time.sleep(late_s)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distoptim_experiments import records
 from distoptim_experiments.machines import Machines
 from distoptim_experiments.training.problem import Problem
 from distoptim_experiments.training.world import Seat
@@ -54,6 +55,18 @@ class Workers(ABC):
         Raises:
             FloatingPointError: on all workers: none has finite parameters.
         """
+
+    def reached(self, step: int) -> int:
+        """The local step that the run has come to with the one of number `step`."""
+        return step + 1
+
+    def resumed(self, step: int) -> int:
+        """The local step to go on from with a state of `step`, once it has been loaded."""
+        return step
+
+    def events(self) -> list[records.Line]:
+        """What has happened since this was asked last, for the record; by default nothing does."""
+        return []
 
     @abstractmethod
     def seconds(self) -> float:

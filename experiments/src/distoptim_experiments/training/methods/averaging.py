@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import final
+from typing import Any, final
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distoptim.comm import Communicator
 from distoptim.optimizer import AveragingOptimizer
 from distoptim_experiments import optimizers
 from distoptim_experiments.config import DTYPES, RunConfig
@@ -24,6 +25,7 @@ class Averaging(Method):
         config: the run.
         module: what the forward pass goes through, where it is another one around `model`.
         group: with whom to average; None means all.
+        communicator: where workers come and go.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class Averaging(Method):
         *,
         module: nn.Module | None = None,
         group: dist.ProcessGroup | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
-        optimizer = optimizers.build(
-            config, model.parameters(), group=group, levels=rounds.groups(config)
-        )
+        where: dict[str, Any] = {"communicator": communicator, "module": model}
+        if communicator is None:
+            where = {"group": group, "levels": rounds.groups(config)}
+        optimizer = optimizers.build(config, model.parameters(), **where)
         assert isinstance(optimizer, AveragingOptimizer)
         self.optimizer: AveragingOptimizer = optimizer
         self._model = model
