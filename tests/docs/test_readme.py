@@ -35,6 +35,10 @@ SHELL = {
     "pip install 'distoptim[elastic]'": "test -f pyproject.toml",
     # It runs until it is told to end: tests/distributed/test_elastic.py.
     "distoptim lighthouse --bind 10.0.0.1:29510": "distoptim lighthouse --help",
+    "distoptim lighthouse --bind 127.0.0.1:29510": "distoptim lighthouse --help",
+    # Three of them, one of which is killed: experiments/tests/training/test_elastic.py.
+    "distoptim train --elastic 127.0.0.1:29510 --name NAME --start 3 --folder run --tau 10 --steps 1500 "
+    "--checkpoint-every 100": "distoptim train --help",
     f"torchrun --nnodes=4 --nproc-per-node=1 {ANY_HOST} train.py": "cp {folder}/after.py train.py && torchrun --nproc-per-node=2 train.py",
     "distoptim train --init tcp://host1:29500 --world-size 4 --rank 0": f"distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
     f"torchrun --nnodes=2 --nproc-per-node=1 {ANY_HOST} -m distoptim train": f"torchrun --nproc-per-node=2 -m distoptim train {SMALL}",

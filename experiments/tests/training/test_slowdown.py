@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig
-from distoptim_experiments.training import processes, slowdown
+from distoptim_experiments.training import slowdown
 from distoptim_experiments.training.virtual import check_virtual
 
 from distoptim.simulator.compute import Pareto, ShiftedExponential
@@ -26,11 +26,11 @@ def slept(rank, folder, kind):
     """What a worker asked time.sleep for, without sleeping."""
     calls = []
     # Not the whole module: others sleep too.
-    processes.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=calls.append)
+    slowdown.time = SimpleNamespace(sleep=calls.append)
     try:
         train(RunConfig(**{**CONFIG.to_dict(), "slowdown": kind}), folder)
     finally:
-        processes.time = time
+        slowdown.time = time
     return calls
 
 
