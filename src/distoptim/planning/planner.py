@@ -94,13 +94,9 @@ class Job:
         """Of one mean, in a codec of `distoptim.comm.codecs`, by its name."""
         return _ELEMENT_BYTES * self.params if codec is None else _CODECS[codec].nbytes(self.params)
 
-    def all_reduce_s(self, nbytes: float, fragments: int = 1) -> float:
-        """Seconds of one mean, or of one of the fragments in which it is sent."""
-        if self.workers == 1:
-            return 0.0
-        seconds = self.network.all_reduce_s(nbytes / fragments, self.workers)
-        # Short messages with pauses between them took their round trips twice (docs/planning.md).
-        return seconds + self.network.all_reduce_s(0, self.workers) if fragments > 1 else seconds
+    def all_reduce_s(self, nbytes: float) -> float:
+        """Seconds of one mean."""
+        return self.network.all_reduce_s(nbytes, self.workers) if self.workers > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -335,7 +331,7 @@ def _fragments(job: Job, name: str, tau: int, codec: str | None) -> int:
     nbytes = job.nbytes(codec)
 
     def exposed_s(count: int) -> float:
-        return count * max(0.0, job.all_reduce_s(nbytes, count) - job.step_s)
+        return count * max(0.0, job.all_reduce_s(nbytes / count) - job.step_s)
 
     return min(range(1, min(tau, MOST_FRAGMENTS, job.params) + 1), key=exposed_s)
 
@@ -366,7 +362,7 @@ class _Whole:
     def all_reduce_s(self, nbytes: float, workers: int) -> float:
         """Seconds of a mean of the job's model over the job's workers; of codes they are the same,
         for as many bytes."""
-        return self.job.all_reduce_s(self.job.nbytes(self.codec), self.fragments)
+        return self.job.all_reduce_s(self.job.nbytes(self.codec) / self.fragments)
 
 
 def _copies(optimizer: AveragingOptimizer) -> float:
