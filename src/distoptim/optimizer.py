@@ -285,13 +285,19 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             pre(self, args, {})
         self._copies.follow()
         loss = self._inner_step(closure)
-        self._copies.look()
+        try:
+            self._copies.look()
+        except ValueError as error:
+            self.engine.tell(error)
+            raise
         for post in self._optimizer_step_post_hooks.values():
             post(self, args, {})
         if not self._has_stepped:
             self._look_for_ddp()
         if self._settings.average_in_step:
-            self._rounds.tick()
+            with self.engine.telling():
+                self.engine.weights.report(None)
+                self._rounds.tick()
         return loss
 
     # torch wraps `step` of every class to run hooks. Ours runs the inner optimizer's, which torch has
@@ -347,31 +353,39 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
 
         Args:
             loss: of this step, for a period that follows it (`AdaComm`); read at the launch, not here.
-            samples: this step's, >= 0; a worker's payload then weighs as many as it had since the last
+            samples: this step's, 0 or 1e-6 to 1e9; a worker's payload then weighs as many as it had since the last
                 launch. All workers say it, at every step, or none. By default all weigh the same.
 
         Raises:
-            CommunicationError: a collective failed or timed out; parameters and anchor are valid and
-                can be saved.
+            CommunicationError: a collective failed or timed out, workers are in unlike calls, with
+                `samples` and without, or one cannot go on; parameters and anchor are valid and can be
+                saved.
             FloatingPointError: no worker had finite parameters.
-            ValueError: `samples` on some steps or workers only.
+            ValueError: `samples` on some steps only, or none that are allowed; a parameter that was
+                unfrozen, replaced, converted, moved or resized. The others are told (CommunicationError).
             RuntimeError: `average_in_step` is set; inside `averaged()`.
         """
         if self._settings.average_in_step:
             raise RuntimeError("average_in_step=True: step() averages already")
         engine = self.engine
-        if samples is not None or engine.weights.counted is not False:
-            engine.weights.report(samples)
-        if loss is not None:
-            engine.clock.report(loss)
-        self._rounds.tick()
+        # As `telling`, written out on the path of every round.
+        try:
+            if samples is not None or engine.weights.counted is not False:
+                engine.weights.report(samples)
+            if loss is not None:
+                engine.clock.report(loss)
+            self._rounds.tick()
+        except Exception as error:
+            engine.tell(error)
+            raise
 
     def flush(self) -> None:
         """Merge what is in flight and average the steps since the last launch; a new round begins.
 
         Blocking and collective.
         """
-        self._rounds.flush()
+        with self.engine.telling():
+            self._rounds.flush()
 
     def join(self) -> contextlib.AbstractContextManager[None]:
         """A `with` block around the loop of workers that may have different numbers of local steps.
@@ -413,7 +427,8 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         Raises:
             ValueError: as `averaged`.
         """
-        evaluation.consolidate([self.engine], module)
+        with self.engine.telling():
+            evaluation.consolidate([self.engine], module)
 
     def average_module(self, module: torch.nn.Module) -> None:
         """The workers' mean of any other module, in place: of a moving average of the weights.
@@ -429,7 +444,8 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             ValueError: this optimizer trains its parameters, or something in it differs that is not
                 averaged; on all workers.
         """
-        evaluation.average_module(self.engine, module)
+        with self.engine.telling():
+            evaluation.average_module(self.engine, module)
 
     def consensus_distance(self) -> float:
         """Root mean square over the workers of |x_i - mean x|, the Euclidean norm.
@@ -808,7 +824,6 @@ def average_together(
     engines = [optimizer.engine for optimizer in optimizers]
     for engine, loss in zip(engines, losses or (), strict=False):
         engine.clock.report(loss)
-    for engine, count in zip(engines, samples or (), strict=False):
-        if count is not None:
-            engine.weights.report(count)
+    for engine, count in zip(engines, samples or len(engines) * [None], strict=False):
+        engine.weights.report(count)
     tick_together(engines, before_launch=before_launch)

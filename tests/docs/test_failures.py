@@ -207,6 +207,21 @@ def _unlike_ends(rank):
     optimizer.close()
 
 
+def _samples_on_one(rank):
+    module = _model()
+    optimizer = _made(module, timeout_s=30)
+    for _ in range(2):
+        optimizer.average(samples=0.5 if rank else None)
+
+
+def _unfrozen_on_one(rank):
+    module = _model()
+    module[0].requires_grad_(False)
+    optimizer = _made(module, module=module, timeout_s=30)
+    module[0].requires_grad_(bool(rank))
+    _train(module, optimizer, rank)
+
+
 def _no_state(rank):
     _made(_model()).load_state_dict(None)
 
@@ -257,6 +272,8 @@ FAULTS: list[Callable[[int], object]] = [
     _late,
     _not_made,
     _unlike_ends,
+    _samples_on_one,
+    _unfrozen_on_one,
     _no_state,
     _others_residual,
     _others_shard,

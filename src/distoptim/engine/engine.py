@@ -9,7 +9,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -21,9 +21,9 @@ from distoptim.comm import CatchUp, CommunicationError, Communicator, Handle, Me
 from distoptim.comm.codecs import Coding
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
-from distoptim.engine.identity import SIZE, Identity, Kind, identify
+from distoptim.engine.identity import SIZE, Identity, Kind, Weighing, identify
 from distoptim.engine.likeness import Likeness
-from distoptim.engine.reducer import Reducer, is_finite, mark_finite
+from distoptim.engine.reducer import LIMITS, Reducer, is_finite, mark_finite
 from distoptim.engine.stats import Counters
 from distoptim.engine.weights import Weights
 from distoptim.fragments import Flat, Fragment, Watch
@@ -31,8 +31,8 @@ from distoptim.rule import Average, Mean, Rule
 
 logger = logging.getLogger("distoptim")
 
-# How long close() waits for the others, who may have ended without it.
-_CLOSE_S = 60.0
+# How long a worker that ends waits for the others, who may have ended without it.
+_END_S = 60.0
 
 
 class QuarantineWarning(RuntimeWarning):
@@ -141,6 +141,10 @@ class Engine(Rounds):
         self.step = 0
         # Inside averaged(), where parameters are the workers' mean.
         self.evaluating = False
+        # Of groups of neighbours, smallest first, whose means come before this one's.
+        self.levels: Sequence[Engine] = ()
+        # How many messages had been sent when this worker was last between two calls.
+        self._between = 0
         self.watch = watch
         self._inner = inner
         self._may_be_empty = may_be_empty
@@ -279,11 +283,14 @@ class Engine(Rounds):
             if sync.likeness is not None and sync.merges > 2:
                 sync.likeness.look(sync.buffer.tensor[: sync.fragment.numel])
             weight = 1.0
+            weighing = Weighing.ALIKE
             extras: list[Tensor | float] = []
             weights = self.weights
             if self.clock.timed:
+                weighing = weights.weighing
                 weight = self._weight_of_time(sync)
             elif weights.samples is not None or weights.left_at is not None:
+                weighing = weights.weighing
                 since = max(0, sync.launched)
                 weight = weights.weight(step=self.step, since=since, samples=sync.samples)
             if sync.extra:
@@ -294,6 +301,7 @@ class Engine(Rounds):
                 sync.index,
                 self.reducer.messages,
                 self.step,
+                weighing,
                 alike=not self.clock.timed,
             )
             self.communicator.begin_round(self.clock.delay * self.counters.step_s)
@@ -431,12 +439,83 @@ class Engine(Rounds):
             sync.schedule(self.step, self.clock.tau)
         self._begin_time()
         self.plan()
+        self.note_between()
+
+    def note_between(self) -> None:
+        """Note that the next message of all workers is that of the next launch."""
+        self._between = self.reducer.messages
+
+    def tell(self, error: Exception | str) -> None:
+        """Tell the others, who would wait for this worker, why it does not go on; for a minute at most.
+
+        In the place of its next mean, so not where a call was left in the middle of its messages. Where all
+        have the same error, all can go on.
+
+        Args:
+            error: of this worker; or a whole sentence, which says whose.
+        """
+        reducer = self.reducer
+        among_others = not (self.communicator.in_lockstep or self.communicator.elastic)
+        if not among_others or reducer.failure is not None or reducer.messages != self._between:
+            return
+        cause = error
+        if isinstance(error, Exception):
+            me = self.communicator.ranks[self.communicator.rank]
+            cause = f"rank {me} cannot go on: {type(error).__name__}: {error}"
+            logger.warning("%s; for up to %g s the other workers are told", cause, _END_S)
+        # Those that others still come to at this local step: at a launch all levels have had theirs.
+        if not self.clock.synchronous and not self.waits:
+            for level in self.levels:
+                if level.step == self.step or level.waits:
+                    level.tell(str(cause))
+        try:
+            self._settle_now()
+            first = self._next_first()[0]
+            identity = replace(self._identity(Kind.ERROR, first.index), cause=str(cause))
+            limit_s = min(reducer.timeout_s, _END_S)
+            reducer.meet(first, identity, limit_s=limit_s)
+            self.note_between()
+        except CommunicationError as silence:
+            if not reducer.mismatched:
+                logger.warning("the other workers could not be told of this error: %s", silence)
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Around a call that may be refused on one worker."""
+        try:
+            yield
+        except Exception as error:
+            self.tell(error)
+            raise
+
+    @contextlib.contextmanager
+    def passed_on(self, level: Engine) -> Iterator[None]:
+        """Around means of a level: workers that are not in its group hear of a failure, too."""
+        try:
+            yield
+        except CommunicationError:
+            at = list(self.levels).index(level) + 1
+            for engine in (*self.levels[at:], self):
+                # Where a worker is gone, others see it as soon as this one leaves.
+                if level.reducer.mismatched:
+                    engine.tell(level.reducer.reason)
+                if engine.reducer.failure is None:
+                    engine.reducer.give_up(level.reducer.reason)
+            raise
 
     def drain(self) -> None:
         """Merge all that is in flight, blocking."""
         for sync in list(self._in_flight):
             if sync.pending is not None:
                 self._merge(sync)
+
+    def _meet_levels(self, kind: Kind, limit_s: float | None = None) -> None:
+        """See that all are in the same call; whoever is elsewhere comes to the levels' means first."""
+        if self.clock.synchronous:
+            return
+        for level in self.levels:
+            with self.passed_on(level):
+                level.meet(kind, limit_s=limit_s)
 
     def _settle_now(self) -> None:
         """Wait for what is in flight; a failure is raised here, before anything more is sent."""
@@ -530,8 +609,10 @@ class Engine(Rounds):
             CommunicationError: on all workers, if they are not.
         """
         self._settle_now()
+        self._meet_levels(kind, limit_s)
         first = self._next_first()[0]
         self.reducer.meet(first, self._identity(kind, first.index), limit_s=limit_s)
+        self.note_between()
 
     def means(self, kind: Kind, *, weight: float = 1.0, may_be_empty: bool = False) -> list[Flat]:
         """The workers' means of all fragments' values now, in new buffers; blocking and collective.
@@ -548,6 +629,7 @@ class Engine(Rounds):
         order = self._next_first()
         if order[0].compressed is None or self.communicator.elastic:
             self._settle_now()
+            self._meet_levels(kind)
         else:
             # These means come uncoded; to begin with, one of the form that others would send.
             self.meet(kind)
@@ -561,6 +643,7 @@ class Engine(Rounds):
             )
             for sync in order
         }
+        self.note_between()
         return [found[sync.index] for sync in self.syncs]
 
     def _copied_anchors(self) -> list[Flat]:
@@ -577,7 +660,9 @@ class Engine(Rounds):
 
     def mean_of(self, fragment: Fragment, kind: Kind) -> Flat:
         """The same for another fragment, after `means`."""
-        return self.reducer.mean_of(fragment, self._identity(kind, len(self.syncs)))
+        mean = self.reducer.mean_of(fragment, self._identity(kind, len(self.syncs)))
+        self.note_between()
+        return mean
 
     def _next_first(self) -> list[FragmentSync]:
         """The fragments in the order of their next launches, which is the same on all workers.
@@ -590,7 +675,9 @@ class Engine(Rounds):
     def _identity(self, kind: Kind, fragment: int) -> Identity:
         # Workers that load may come from anywhere: their steps are equal afterwards.
         alike = not self.clock.timed and kind is not Kind.LOAD
-        return identify(kind, fragment, self.reducer.messages, self.step, alike=alike)
+        return identify(
+            kind, fragment, self.reducer.messages, self.step, self.weights.weighing, alike=alike
+        )
 
     def check_local(self) -> None:
         """Whether parameters are the worker's own.
@@ -704,7 +791,7 @@ class Engine(Rounds):
         if self.communicator.elastic:
             return
         try:
-            self.meet(Kind.CLOSE, limit_s=min(self.reducer.timeout_s, _CLOSE_S))
+            self.meet(Kind.CLOSE, limit_s=min(self.reducer.timeout_s, _END_S))
         except CommunicationError as error:
             if not self.reducer.mismatched:
                 logger.warning("close(): not all have come to compare their local steps: %s", error)
@@ -880,7 +967,7 @@ class Engine(Rounds):
         sync.fragment.read(own)
         own.tensor.sub_(anchor.tensor[: sync.fragment.numel])
         # Values that are not finite are no steps.
-        return own if bool(own.tensor.sum().isfinite()) else None
+        return own if bool(own.tensor.sum().abs() <= LIMITS[own.tensor.dtype]) else None
 
     def _take_over(
         self, sync: FragmentSync, given: dict[str, Any], own: Flat | None, *, joins: bool
@@ -986,3 +1073,5 @@ def _launched_together(engines: Sequence[Engine]) -> None:
             engine.merge_due()
             engine.plan()
         engine.counters.ticked_at = engine.communicator.now()
+        # As `note_between`, written out on the path of every round.
+        engine._between = engine.reducer.messages  # noqa: SLF001

@@ -25,17 +25,8 @@ def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Itera
         ValueError: the module is not the one that is trained, or not in whole, or something in it
             differs between workers that is neither a statistic nor a worker's own.
     """
-    _reshard(module)
-    parts = _parts(engines, module)
-    kind = Kind.AVERAGED_MODULE if parts.compared else Kind.AVERAGED
-    # First, since it finds workers that are elsewhere.
-    means = [
-        (sync.fragment, mean)
-        for engine in engines
-        for sync, mean in zip(engine.syncs, engine.means(kind), strict=True)
-    ]
-    statistics, more = _statistics(engines, parts, Kind.AVERAGED)
-    means += more
+    with engines[0].telling():
+        means, statistics = _means(engines, module)
     # Tensors made in inference mode can be written in it alone.
     mode = any(x.is_inference() for x in statistics)
     with torch.inference_mode(mode), torch.no_grad():
@@ -57,6 +48,23 @@ def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Itera
                 torch._foreach_copy_(fragment.local(), values)
         module_state.recompute_weights(module)
         _reshard(module)
+
+
+def _means(
+    engines: Sequence[Engine], module: torch.nn.Module | None
+) -> tuple[list[tuple[Fragment, Flat]], list[Tensor]]:
+    """The means of parameters and statistics, and the statistics; collective."""
+    _reshard(module)
+    parts = _parts(engines, module)
+    kind = Kind.AVERAGED_MODULE if parts.compared else Kind.AVERAGED
+    # First, since it finds workers that are elsewhere.
+    means = [
+        (sync.fragment, mean)
+        for engine in engines
+        for sync, mean in zip(engine.syncs, engine.means(kind), strict=True)
+    ]
+    statistics, more = _statistics(engines, parts, Kind.AVERAGED)
+    return means + more, statistics
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ class Hierarchy(Rounds):
             )
             for period, communicator in communicators.items()
         ]
+        engine.levels = self.levels
         self._begin()
 
     def tick(self) -> None:
@@ -75,7 +76,8 @@ class Hierarchy(Rounds):
         tau = clock.tau
         # While the workers average after every step, groups have nothing to add.
         for level in [] if was_synchronous else self.levels:
-            level.tick()
+            with self.engine.passed_on(level):
+                level.tick()
         self.engine.tick()
         if was_synchronous and not clock.synchronous:
             self._begin()
@@ -86,7 +88,8 @@ class Hierarchy(Rounds):
         """Average at all levels what was done since the last time; a new round begins at all."""
         self.engine.check_local()
         for level in self.levels:
-            level.flush()
+            with self.engine.passed_on(level):
+                level.flush()
         self.engine.flush()
         self._begin()
 

@@ -19,9 +19,21 @@ import torch
 from torch import Tensor
 
 _BASE = 64
-# Digits of the kind, the fragment, the number of the message and the local step.
-_LENGTHS = (1, 2, 2, 3)
-SIZE = 2 * sum(_LENGTHS)
+# Digits of the kind, the fragment, the number of the message, the local step, and what payloads weigh.
+_LENGTHS = (1, 2, 2, 3, 1)
+_DIGITS = sum(_LENGTHS)
+SIZE = 2 * _DIGITS
+
+
+class Weighing(IntEnum):
+    """What a worker's payloads weigh.
+
+    Workers that have made no step do not know, as where one had no data in `join()`; they weigh nothing.
+    """
+
+    UNKNOWN = 0
+    ALIKE = 1
+    SAMPLES = 2
 
 
 class Kind(IntEnum):
@@ -38,6 +50,7 @@ class Kind(IntEnum):
     CLOSE = 9
     AVERAGED_MODULE = 10
     CONSOLIDATE_MODULE = 11
+    ERROR = 12
 
     @property
     def call(self) -> str:
@@ -54,6 +67,7 @@ class Kind(IntEnum):
             Kind.CLOSE: "close()",
             Kind.AVERAGED_MODULE: "averaged() with a module",
             Kind.CONSOLIDATE_MODULE: "consolidate() with a module",
+            Kind.ERROR: "an error",
         }[self]
 
 
@@ -64,20 +78,42 @@ class Identity:
 
     Attributes:
         code: [SIZE], digits and their squares.
+        cause: of an error, what all are told.
     """
 
     kind: Kind
     fragment: int
     step: int
+    weighing: Weighing
     code: Tensor
+    cause: str = ""
 
     def __str__(self) -> str:
         """As messages to people say it."""
         which = f", the mean of fragment {self.fragment}," if self.kind is Kind.ROUND else ""
-        return f"{self.kind.call}{which} at local step {self.step}"
+        samples = " with samples=" if self.weighing is Weighing.SAMPLES else ""
+        return f"{self.kind.call}{which} at local step {self.step}{samples}"
+
+    def differs(self, found: Tensor, workers: int) -> bool:
+        """Whether the mean of the workers' codes says that not all of them meant the same.
+
+        Args:
+            found: [SIZE].
+            workers: how many are in it.
+        """
+        # Not exactly: some backends divide by the number of workers before they add. Means of
+        # integers that differ do so by 1/workers at least.
+        wrong = (found - self.code).abs() > 0.25 / workers
+        weighing, square = found[_DIGITS - 1 :: _DIGITS].tolist()
+        wrong[_DIGITS - 1 :: _DIGITS] = False
+        # Where all who know say a, the mean of squares is a times the mean.
+        alone = min(abs(square - a * weighing) for a in Weighing)
+        return bool(wrong.any()) or alone > 0.25 / workers
 
 
-def identify(kind: Kind, fragment: int, message: int, step: int, *, alike: bool = True) -> Identity:
+def identify(
+    kind: Kind, fragment: int, message: int, step: int, weighing: Weighing, *, alike: bool = True
+) -> Identity:
     """The identity of a message.
 
     Args:
@@ -85,12 +121,15 @@ def identify(kind: Kind, fragment: int, message: int, step: int, *, alike: bool 
         fragment: its index.
         message: its number among those of this engine.
         step: the local step that all workers have made when they send it.
+        weighing: of this worker's payloads.
         alike: whether they have; else it is this worker's, and for messages to people alone.
     """
     digits: list[int] = []
-    for value, length in zip((kind, fragment, message, alike * step), _LENGTHS, strict=True):
+    values = (kind, fragment, message, alike * step, weighing)
+    for value, length in zip(values, _LENGTHS, strict=True):
         digits += [value // _BASE**i % _BASE for i in range(length)]
-    return Identity(kind, fragment, step, torch.tensor([*digits, *(d * d for d in digits)]))
+    code = torch.tensor([*digits, *(d * d for d in digits)])
+    return Identity(kind, fragment, step, weighing, code)
 
 
 def index_of(code: Sequence[float]) -> int:

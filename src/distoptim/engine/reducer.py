@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NoReturn, final
+from typing import NoReturn, cast, final
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ from distoptim.fragments import Flat, Fragment
 
 logger = logging.getLogger("distoptim")
 
-# Of the largest number: sums of so much over 16 million workers, or weights, are finite.
-_HEADROOM = 2.0**-24
+# The sum of a fragment's values up to which they count as finite: squares are, and sums over all workers, times
+# the samples that they weigh.
+LIMITS = {dtype: torch.finfo(dtype).max ** 0.5 for dtype in (torch.float32, torch.float64)}
 
 
 @final
@@ -53,8 +54,9 @@ class Reducer:
         self.timeout_s = timeout_s
         self.codec = codec
         self.failure: CommunicationError | None = None
-        # Whether the failure is that workers were in unlike calls.
+        # Whether the failure is that workers were in unlike calls, or that one could not go on; and what was told.
         self.mismatched = False
+        self.reason = ""
         # How many messages this worker has sent; in step with the other workers'.
         self.messages = 0
         self._abandon = abandon
@@ -266,36 +268,48 @@ class Reducer:
         # Who has caught up has sent the others' identity, not its own.
         if identity is not None and handle.caught_up is None:
             found = handle.tails(SIZE + 1)[:SIZE]
-            # Not exactly: some backends divide by the number of workers before they add. Means of
-            # integers that differ do so by 1/workers at least.
-            if bool(
-                (found - identity.code).abs().max()
-                > 0.25 / (handle.workers or self.communicator.size)
+            workers = handle.workers or self.communicator.size
+            # Not exactly, as `differs`, which is not on the path of every round.
+            if bool((found - identity.code).abs().max() > 0.25 / workers) and identity.differs(
+                found, workers
             ):
                 self._mismatch(identity)
 
     def _mismatch(self, identity: Identity) -> NoReturn:
         """Tell who is where; all workers that took part in the mean come here."""
         self.mismatched = True
+        raise self.give_up(self._where(identity))
+
+    def _where(self, identity: Identity) -> str:
+        """Who is in which call, or why one cannot go on."""
+        elsewhere = f"this worker in {identity}, another one elsewhere"
+        # Of virtual workers each hears itself alone.
+        if self.communicator.in_lockstep:
+            return unlike_calls(elsewhere)
         try:
-            places = self.communicator.all_gather_json(str(identity), what="where the workers are")
-            ranks = self.communicator.ranks
-            where = ", ".join(
-                f"rank {r} in {place}" for r, place in zip(ranks, places, strict=True)
+            answers = self.communicator.all_gather_json(
+                [str(identity), identity.cause], what="where the workers are"
             )
         except RuntimeError as error:
-            where = f"this worker in {identity}, another one elsewhere ({error})"
-        raise self._give_up(unlike_calls(where))
+            return unlike_calls(f"{elsewhere} ({error})")
+        told = cast("list[tuple[str, str]]", answers)
+        causes = dict.fromkeys(cause for _, cause in told if cause)
+        if causes:
+            return "; ".join(causes)
+        places = zip(self.communicator.ranks, told, strict=True)
+        return unlike_calls(", ".join(f"rank {r} in {place}" for r, (place, _) in places))
 
     def _fail(self, name: str, seconds: float, error: Exception) -> NoReturn:
         """Give up communication for good, keeping parameters and state."""
-        failure = self._give_up(
+        failure = self.give_up(
             f"mean of {name} failed {seconds:.1f} s after its launch (timeout {self.timeout_s:g} s): "
             f"{error}"
         )
         raise failure from error
 
-    def _give_up(self, why: str) -> CommunicationError:
+    def give_up(self, why: str) -> CommunicationError:
+        """Leave the communicator for good; returns the failure, which is to be raised."""
+        self.reason = why
         failure = CommunicationError(
             f"rank {self.communicator.ranks[self.communicator.rank]}: {why}. Parameters and anchor are valid: save them, and "
             "restart with the workers that are left"
@@ -313,7 +327,7 @@ class Reducer:
 def mark_finite(buffer: Tensor, fragment: Fragment) -> Tensor:
     """Set the last element to 1 if all are finite, else everything to 0; returns which.
 
-    What is so near to overflow that the workers' sum may not be finite counts as not finite. All ranks
+    What is so large that the workers' sum may not be finite (see `LIMITS`) counts as not finite. All ranks
     of a worker's mesh decide alike: a worker of which one shard were missing would be torn apart.
 
     Returns: on the host; on another device valid only once the collective has ended, since reading it
@@ -322,7 +336,7 @@ def mark_finite(buffer: Tensor, fragment: Fragment) -> Tensor:
     buffer[fragment.numel :] = 0
     # By the sum, the fastest pass there is; it hides none but huge numbers that cancel to seven digits.
     total = buffer.sum()
-    limit = torch.finfo(buffer.dtype).max * _HEADROOM
+    limit = LIMITS[buffer.dtype]
     if buffer.device.type == "cpu":
         finite = torch.tensor(abs(float(total)) <= limit)
         if fragment.sharded:
@@ -341,10 +355,10 @@ def mark_finite(buffer: Tensor, fragment: Fragment) -> Tensor:
 
 
 def is_finite(fragment: Fragment) -> bool:
-    """Whether a worker's values are; all ranks of its mesh ask, and hear the same."""
+    """Whether a worker's values are, as `mark_finite` says; all ranks of its mesh ask, and hear the same."""
     values = fragment.flat()
     fragment.read(values)
-    finite = values.tensor.isfinite().all()
+    finite = values.tensor.sum().abs() <= LIMITS[fragment.dtype]
     return bool(fragment.finite_everywhere(finite) if fragment.sharded else finite)
 
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any, final
 
 from distoptim import checks
+from distoptim.engine.identity import Weighing
+
+# Of one local step: counts, whose sums are exact, and whose products with a parameter neither overflow nor
+# vanish (see `reducer.LIMITS`).
+_FEWEST = 1e-6
+_MOST = 1e9
 
 
 @final
@@ -31,6 +37,13 @@ class Weights:
         self.counted: bool | None = None
 
     @property
+    def weighing(self) -> Weighing:
+        """What messages say of it."""
+        if self.samples is not None:
+            return Weighing.SAMPLES
+        return Weighing.UNKNOWN if self.counted is None else Weighing.ALIKE
+
+    @property
     def total(self) -> float:
         """Samples so far, 0 where they are not counted."""
         return self.samples or 0.0
@@ -40,7 +53,7 @@ class Weights:
 
         Raises:
             ValueError: it does and others did not, or the other way round: the round's weight would be
-                a part of it.
+                a part of it; or they are no count.
         """
         given = samples is not None
         if self.counted is None:
@@ -51,7 +64,10 @@ class Weights:
                 f"{'without' if given else 'with'}; allowed is at every step or never"
             )
         if samples is not None:
-            self.samples = self.total + checks.number("samples", samples, 0, checks.LARGEST)
+            number = checks.number("samples", samples, 0, _MOST)
+            if 0 < number < _FEWEST:
+                raise ValueError(f"samples={samples!r}: allowed is 0, or {_FEWEST:g} or more")
+            self.samples = self.total + number
 
     def weight(self, *, step: int, since: int, samples: float) -> float:
         """Of a payload: samples since the last launch, or the share of local steps made."""
@@ -88,18 +104,9 @@ class Weights:
         """Of the workers, how many are in a mean of this mean weight.
 
         Weights by samples or local steps do not tell, and count as 1.
-
-        Raises:
-            ValueError: others weigh by samples, this worker does not.
         """
-        if self.by is not None:
-            return 1.0
-        if self.samples is None and self.left_at is None and mean > 1.001:
-            raise ValueError(
-                "another worker calls average(samples=...), this one does not; allowed is on all or "
-                "none"
-            )
-        return min(mean, 1.0)
+        known = self.by is None and self.samples is None
+        return min(mean, 1.0) if known else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """As plain data."""

@@ -1,0 +1,156 @@
+"""What is wrong with one worker alone is told to all: who it is, and what; also over groups of neighbours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distoptim import ALGORITHMS, CommunicationError, LocalSGD, OverlapLocalSGD
+from distoptim.testing.lockstep import Lockstep
+from distoptim.testing.processes import run
+from tests.helpers import toy
+
+TAU, TIMEOUT_S = 4, 30.0
+BOUND_S = 3 * TIMEOUT_S
+
+
+@pytest.mark.parametrize("codec", [None, "int8+ef"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_samples_on_one_worker_only_are_never_a_mean(name: str, count: int, codec: Any) -> None:
+    """Neither as few that the mean weight is below 1, nor none at all."""
+    for samples in ([0.5, None, None], [0.0, None, None], [None, 1.0, 1.0]):
+        make = partial(ALGORITHMS[name], lr=0.1, tau=TAU, fragments=count, codec=codec)
+        group = Lockstep(make, [toy.start(torch.float32)] * 3)
+        with pytest.raises(CommunicationError, match=r"at local step \d( with samples=)?, another"):
+            _rounds(group, samples)
+
+
+def _rounds(group: Lockstep, samples: Sequence[float | None]) -> None:
+    for _ in range(2 * TAU):
+        group.step(toy.gradient, samples=samples)
+
+
+def test_a_worker_without_data_may_have_no_samples() -> None:
+    assert run(_joining, 3) == pytest.approx([-8 / 3] * 3)
+
+
+def _joining(rank: int) -> float:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = LocalSGD([parameter], lr=1.0, tau=2, timeout_s=TIMEOUT_S)
+    with optimizer.join():
+        for _ in range(2 if rank else 0):
+            parameter.grad = torch.ones(1) * rank / 2 + 0.5
+            optimizer.step()
+            optimizer.average(samples=float(rank))
+    optimizer.close()
+    return float(parameter.detach())
+
+
+def _unfreeze(optimizer: Any, params: list[torch.nn.Parameter], frozen: torch.nn.Parameter) -> None:
+    frozen.requires_grad_(True)
+
+
+def _reshape(optimizer: Any, params: list[torch.nn.Parameter], frozen: torch.nn.Parameter) -> None:
+    params[0].data = params[0].data.double()
+
+
+def _count(optimizer: Any, params: list[torch.nn.Parameter], frozen: torch.nn.Parameter) -> None:
+    optimizer.average(samples=3)
+
+
+def _another_module(
+    optimizer: Any, params: list[torch.nn.Parameter], frozen: torch.nn.Parameter
+) -> None:
+    optimizer.averaged(torch.nn.Linear(2, 2)).__enter__()
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "unfrozen": (_unfreeze, "was unfrozen after the optimizer was made"),
+    "converted": (_reshape, "when the optimizer was made and is torch.float64"),
+    "samples": (_count, "average.. with samples= after steps without"),
+    "another module": (_another_module, "averaged.Linear.: none of its parameters"),
+}
+
+
+def _train(rank: int, victim: int, make: Any, act: Any) -> str:
+    params = [torch.nn.Parameter(p) for p in toy.start(torch.float32)]
+    frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+    optimizer = make([*params, frozen])
+    error = ""
+    try:
+        for step in range(1, 40):
+            for p, g in zip(params, toy.gradient(rank, params), strict=True):
+                p.grad = g.detach().to(p.dtype)
+            optimizer.step()
+            if (rank, step) == (victim, 6):
+                act(optimizer, params, frozen)
+            optimizer.average()
+    except (CommunicationError, ValueError) as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    optimizer.close()
+    return error
+
+
+def _refused(rank: int) -> dict[tuple[str, str], str]:
+    """All errors of one worker, over both ways in which messages travel."""
+    makers = {
+        "plain": partial(OverlapLocalSGD, lr=0.1, tau=TAU, timeout_s=TIMEOUT_S),
+        "coded, 3 fragments": partial(
+            ALGORITHMS["diloco"], lr=0.1, tau=TAU, fragments=3, codec="int8", timeout_s=TIMEOUT_S
+        ),
+    }
+    return {
+        (what, how): _train(rank, 1, make, act)
+        for what, (act, _) in REFUSED.items()
+        for how, make in makers.items()
+    }
+
+
+def test_an_error_of_one_worker_is_told_to_the_others() -> None:
+    for rank, found in enumerate(run(_refused, 3, timeout_s=BOUND_S)):
+        for (what, how), text in found.items():
+            own = (
+                "ValueError: "
+                if rank == 1
+                else rf"CommunicationError: rank {rank}: rank 1 cannot go on: ValueError: .*"
+            )
+            assert re.match(own + ".*" + REFUSED[what][1], text, re.DOTALL), (what, how, rank, text)
+
+
+ALONE: dict[str, Any] = {
+    "averaged()": lambda o, *_: o.averaged().__enter__(),
+    "flush()": lambda o, *_: o.flush(),
+    "consensus_distance()": lambda o, *_: o.consensus_distance(),
+    "load_state_dict()": lambda o, *_: o.load_state_dict(o.state_dict()),
+    "close()": lambda o, *_: o.close(),
+}
+
+
+def _in_levels(rank: int) -> dict[str, str]:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    make = partial(LocalSGD, lr=0.1, tau=TAU, levels={2: pairs[rank // 2]}, timeout_s=TIMEOUT_S)
+    return {
+        what: _train(rank, 1, make, act) for what, act in {**ALONE, "unfrozen": _unfreeze}.items()
+    }
+
+
+def test_a_worker_alone_is_told_over_the_groups_of_neighbours() -> None:
+    """Those of other groups, who wait for all, hear what neighbours have found out."""
+    for rank, found in enumerate(run(_in_levels, 4, timeout_s=BOUND_S)):
+        unfrozen = found.pop("unfrozen")
+        assert "was unfrozen after" in unfrozen, (rank, unfrozen)
+        assert rank == 1 or "rank 1 cannot go on: ValueError" in unfrozen
+        for what, text in found.items():
+            assert "rank 0 in average(), the mean of fragment 0, at local step" in text, (
+                rank,
+                what,
+                text,
+            )
+            assert f"rank 1 in {what}" in text, (rank, what, text)
