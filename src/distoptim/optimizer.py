@@ -268,12 +268,21 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             watch=self._watch,
             timeout_s=settings.timeout_s,
             codec=settings.coding,
+            statistics=self._statistics(),
         )
         self._rounds: Rounds = self.engine
         if self._levels:
             self._rounds = Hierarchy(
                 self.engine, self._levels, inner=inner, timeout_s=settings.timeout_s
             )
+
+    def _statistics(self) -> list[Tensor]:
+        """Of the module, those that can be in a message of the first fragment's."""
+        own = {id(p) for p in self._members[0]}
+        found = parts_of(self._settings.modules, own).statistics.values()
+        return [
+            t for t in found if t.dtype == self._fragments()[0].dtype and t.device.type == "cpu"
+        ]
 
     # ---- a training loop's calls ------------------------------------------------------------------
 

@@ -194,3 +194,43 @@ def test_what_happens_is_told_and_logged(address, caplog):
     assert [r.message for r in caplog.records if "a: " in r.message] == [
         "a: a begins (with nobody yet)"
     ]
+
+
+def statistics_of(rank: int, address: str, folder: Path) -> Any:
+    """b closes long before a asks for what the last mean's statistics were."""
+    torch.manual_seed(rank)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    workers = Elastic(address, name="ab"[rank], start=2, timeout_s=2.0)
+    optimizer = ALGORITHMS["overlap-local-sgd"](
+        model.parameters(), lr=0.1, tau=TAU, communicator=workers, module=model, codec="int8"
+    )
+    sent: list[torch.Tensor] = []
+    for step in range(2 * TAU):
+        model(rank + torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        # That of the mean that is merged at 2 tau, which was launched at tau.
+        if step == TAU - 1:
+            sent.append(model[1].running_var.clone())
+        optimizer.average()
+    own = model[1].running_var.clone()
+    if rank == 1:
+        optimizer.close()
+        (folder / "closed").touch()
+    else:
+        while not (folder / "closed").exists():
+            time.sleep(0.01)
+    with optimizer.averaged(model):
+        shown = model[1].running_var.clone()
+    assert torch.equal(model[1].running_var, own)
+    optimizer.consolidate(model)
+    assert torch.equal(model[1].running_var, shown)
+    optimizer.close()
+    return {"sent": sent[0], "shown": shown}
+
+
+def test_statistics_come_with_every_mean(address, tmp_path):
+    a, b = run(statistics_of, 2, address, tmp_path, backend=None)
+    assert torch.equal(a["shown"], b["shown"])
+    assert torch.allclose(a["shown"], (a["sent"] + b["sent"]) / 2)
+    assert not torch.allclose(a["sent"], b["sent"])

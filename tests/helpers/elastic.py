@@ -68,11 +68,12 @@ class Worker:
             timeout_s=timeout_s,
             join_timeout_s=60.0,
         )
+        given = {"lr": 0.05, "tau": tau, **(options or {})}
+        params: Any = self.model.parameters()
+        if given.pop("adamw", False):
+            params = torch.optim.AdamW(params, lr=given.pop("lr"))
         self.optimizer: Any = ALGORITHMS[algorithm](
-            self.model.parameters(),
-            **{"lr": 0.05, "tau": tau, **(options or {})},
-            communicator=self.workers,
-            module=self.model,
+            params, **given, communicator=self.workers, module=self.model
         )
         self.began = self.optimizer.local_step
         self.generator = torch.Generator().manual_seed(ord(name))

@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from distoptim import rule as rules
 from distoptim.comm import CatchUp, CommunicationError, Communicator, Handle, MeanLost
 from distoptim.comm.codecs import Coding
+from distoptim.engine.carried import Carried
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
 from distoptim.engine.identity import SIZE, Identity, Kind, Weighing, identify
@@ -110,6 +111,7 @@ class Engine(Rounds):
         watch: over the parameters.
         timeout_s: bound of every wait, in seconds.
         codec: in which payloads travel; None: as they are.
+        statistics: of the module, to travel along where workers come and go.
         weights, counters: shared with another engine of the same worker; default new ones.
         may_be_empty: whether a mean to which no worker has added anything is no error.
     """
@@ -125,6 +127,7 @@ class Engine(Rounds):
         watch: Watch,
         timeout_s: float,
         codec: Coding | None = None,
+        statistics: Sequence[Tensor] = (),
         weights: Weights | None = None,
         counters: Counters | None = None,
         may_be_empty: bool = False,
@@ -150,15 +153,17 @@ class Engine(Rounds):
         self._may_be_empty = may_be_empty
         self._ended = False
         self._activate()
-        measured = len(clock.period.measures)
+        self._measured = len(clock.period.measures)
+        self.carried = Carried(statistics) if communicator.elastic and statistics else None
+        extra = self._measured + (0 if self.carried is None else self.carried.numel)
         compares = communicator.size > 1 and not may_be_empty
         self.syncs = [
             FragmentSync(
                 index,
                 fragment,
                 rule.start(fragment),
-                fragment.flat(extra=(0 if index else measured) + SIZE + 1),
-                extra=0 if index else measured,
+                fragment.flat(extra=(0 if index else extra) + SIZE + 1),
+                extra=0 if index else extra,
                 # Groups of a level may well hold the same.
                 likeness=Likeness() if index == 0 and compares else None,
             )
@@ -328,6 +333,9 @@ class Engine(Rounds):
         if fragment.device.type == "cpu" and not finite:
             self._quarantine(sync)
             rule.payload(fragment, sync.state, sync.buffer)
+        if self.carried is not None and sync.index == 0 and finite:
+            start = fragment.numel + self._measured
+            self.carried.write(sync.buffer.tensor[start : fragment.numel + sync.extra])
         if sync.kept is not None:
             sync.keep()
         # After the payload was read: rules that move x at the launch send what it was before.
@@ -377,8 +385,7 @@ class Engine(Rounds):
             # Who gives to one that is behind looks at it from another thread.
             sync.merging = True
             if sync.extra:
-                tails = handle.tails(sync.extra + SIZE + 1)
-                self.clock.told([float(x) / weight for x in tails[: sync.extra]])
+                self._hear(handle.tails(sync.extra + SIZE + 1), weight)
             workers = float(handle.workers or self.communicator.size)
             workers *= 1.0 if weight == 1 else self.weights.share(weight)
             # Not twice, if another fragment's merge has replaced this one's since it was launched.
@@ -403,6 +410,12 @@ class Engine(Rounds):
                 self._inner.forget(sync.fragment.params)
         self.counters.merged(self.step - sync.launched, time.perf_counter() - start)
         return True
+
+    def _hear(self, tails: Tensor, weight: float) -> None:
+        """Take what came with the first fragment's mean: what the period measures, and statistics."""
+        self.clock.told([float(x) / weight for x in tails[: self._measured]])
+        if self.carried is not None:
+            self.carried.mean = tails[self._measured : -1 - SIZE].clone()
 
     def plan(self) -> None:
         """Note what is in flight, in order of launch, and the next step at which something is due."""

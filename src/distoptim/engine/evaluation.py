@@ -122,14 +122,17 @@ def _statistics(
     engines: Sequence[Engine], parts: Parts, kind: Kind
 ) -> tuple[list[Tensor], list[tuple[Fragment, Flat]]]:
     """What of a module is averaged beside the parameters, and its means; collective."""
-    # Others need not be here: statistics stay this worker's.
-    if engines[0].communicator.elastic:
-        return [], []
-    _compare(engines, parts, kind)
+    elastic = engines[0].communicator.elastic
+    if not elastic:
+        _compare(engines, parts, kind)
     tensors = list(parts.statistics.values())
     if not tensors:
         return [], []
     fragments = build(tensors, [0] * len(tensors), [range(len(tensors))])
+    if elastic:
+        # Others need not be here: those that came with the last mean.
+        carried = [engine.carried for engine in engines if engine.carried is not None]
+        return tensors, [pair for each in carried for pair in each.means(fragments)]
     return tensors, [(fragment, engines[0].mean_of(fragment, kind)) for fragment in fragments]
 
 
