@@ -16,10 +16,10 @@ import torch
 
 import distoptim
 from distoptim import CommunicationError, Elastic
-from distoptim.periods import EqualTime
+from distoptim.periods import AdaComm, EqualTime, PostLocal
 from distoptim.testing.processes import free_port, run
 from tests.helpers import elastic
-from tests.helpers.elastic import TAU, Worker, lighthouse, write
+from tests.helpers.elastic import TAU, Wire, Worker, lighthouse, write
 
 # Read when torchft is imported, which prints every question of every worker without it.
 os.environ.setdefault("RUST_LOG", "warn")
@@ -65,6 +65,8 @@ def killed_and_back(
         ("cocod-sgd", {"codec": "1bit+ef"}),
         ("bmuf", {"tau": {0: 2, 12: TAU}}),
         ("eager-diloco", {"fragments": 3}),
+        pytest.param("slowmo", {"tau": PostLocal(start=12, tau=TAU)}, marks=pytest.mark.soak),
+        pytest.param("diloco", {"tau": AdaComm(TAU, interval=8)}, marks=pytest.mark.soak),
     ],
 )
 def test_a_killed_worker_is_missed_and_comes_back(address, tmp_path, algorithm, options):
@@ -161,6 +163,44 @@ def test_all_wait_for_a_lighthouse_that_is_away_and_go_on(tmp_path):
     servers[0].shutdown()
     assert len(same(a, b)) >= 20
     assert a["members"] == ["a", "b"]
+
+
+def cut_off(rank: int, addresses: list[str], folder: Path) -> dict[str, Any]:
+    """c's way to the lighthouse is cut, until the others have gone on without it."""
+    end = folder / "end"
+    worker = Worker("abc"[rank], addresses[rank == 2], "overlap-local-sgd")
+    while not end.exists() or worker.optimizer.local_step < int(end.read_text()):
+        worker.step()
+        if worker.optimizer.local_step >= 5 * TAU:
+            (folder / f"begun-{rank}").touch()
+        if rank == 0 and (folder / "cut").exists() and worker.workers.members == ["a", "b"]:
+            (folder / "without").touch()
+        if rank == 2 and worker.optimizer.stats()["catch_ups"] and not end.exists():
+            write(end, worker.optimizer.local_step + 10 * TAU)
+    return worker.found()
+
+
+@pytest.mark.soak
+def test_one_that_is_cut_off_is_missed_and_catches_up(address, tmp_path):
+    wire = Wire(address)
+
+    def cut_and_mend() -> None:
+        while len(list(tmp_path.glob("begun-*"))) < 3:
+            time.sleep(0.01)
+        wire.cut()
+        (tmp_path / "cut").touch()
+        while not (tmp_path / "without").exists():
+            time.sleep(0.01)
+        wire.is_cut = False
+
+    thread = threading.Thread(target=cut_and_mend, daemon=True)
+    thread.start()
+    a, b, c = run(cut_off, 3, [address, wire.address], tmp_path, backend=None)
+    thread.join()
+    assert c["catch_ups"] >= 1
+    assert a["members"] == b["members"] == c["members"] == ["a", "b", "c"]
+    assert len(same(a, b)) >= 10
+    assert len(same(a, c)) >= 10
 
 
 def joins_with(rank: int, address: str, folder: Path) -> str:
