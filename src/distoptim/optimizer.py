@@ -210,6 +210,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "levels": list(levels),
             "reset_inner": settings.reset_inner,
             "sync_module": settings.sync_module,
+            "order of modules": _places(settings.modules, self._members[0]),
             "copies": list(self._state_copies.names),
             "copies that are there": self._state_copies.held(self._members[0]),
             "codec": repr(settings.coding),
@@ -288,7 +289,9 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One local step of the inner optimizer; returns the closure's loss, if there is one."""
-        self.engine.check_local()
+        if self.engine.evaluating:
+            with self.engine.telling():
+                self.engine.check_local()
         args = () if closure is None else (closure,)
         for pre in self._optimizer_step_pre_hooks.values():
             pre(self, args, {})
@@ -779,6 +782,14 @@ def _fit(rule: Rule | Callable[[int], Rule], settings: SyncSettings) -> Rule:
     if isinstance(settings.coding, ErrorFeedback) and isinstance(momentum, float):
         settings.coding.look_at(momentum)
     return made
+
+
+def _places(modules: Sequence[torch.nn.Module], members: Sequence[Tensor]) -> list[int]:
+    """Of each module, which is its first parameter among those that are averaged; -1 where none is."""
+    index = {id(p): i for i, p in enumerate(members)}
+    return [
+        min((index[id(p)] for p in m.parameters() if id(p) in index), default=-1) for m in modules
+    ]
 
 
 def _beside(

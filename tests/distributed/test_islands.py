@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+import distoptim
 from distoptim import LocalSGD, OverlapLocalSGD, QuarantineWarning, SlowMo
 from distoptim.comm import SingleWorker
 from distoptim.periods import AdaComm
@@ -26,11 +27,34 @@ from tests.helpers.marks import fsdp
 
 STEPS, BATCH = 10, 4
 EXAMPLE = Path(__file__).parents[2] / "examples" / "islands.py"
+
+
+class OnCopies(torch.optim.Optimizer):
+    """SGD that steps on copies of the parameters, and writes them over these."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            copied = self.state[p].setdefault("copy", p.detach().clone())
+            copied.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+            p.copy_(copied)
+
+
+def on_copies(params, **options):
+    inner = OnCopies(params, lr=0.1)
+    distoptim.copies(inner, "copy")
+    return OverlapLocalSGD(inner, tau=2, **options)
+
+
 METHODS = {
     "local-sgd": lambda p, **o: LocalSGD(p, lr=0.1, momentum=0.9, tau=3, **o),
     "slowmo-fragments": lambda p, **o: SlowMo(p, lr=0.1, tau=4, fragments=2, **o),
     "overlap": lambda p, **o: OverlapLocalSGD(p, lr=0.1, momentum=0.9, tau=2, **o),
     "adamw-late": lambda p, **o: LocalSGD(torch.optim.AdamW(p, lr=0.05), tau=4, delay=2, **o),
+    "copies": on_copies,
 }
 
 

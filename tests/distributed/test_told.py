@@ -100,6 +100,10 @@ def _train(rank: int, victim: int, make: Any, act: Any) -> str:
 
 def _refused(rank: int) -> dict[tuple[str, str], str]:
     """All errors of one worker, over both ways in which messages travel."""
+    modules = [torch.nn.BatchNorm1d(2) for _ in range(2)]
+    params = [p for module in modules for p in module.parameters()]
+    with pytest.raises(ValueError, match=r"workers disagree on order of modules: rank 0 has .0, 2"):
+        LocalSGD(params, lr=0.1, tau=2, module=modules if rank != 1 else modules[::-1])
     makers = {
         "plain": partial(OverlapLocalSGD, lr=0.1, tau=TAU, timeout_s=TIMEOUT_S),
         "coded, 3 fragments": partial(
