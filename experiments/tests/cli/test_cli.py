@@ -17,6 +17,7 @@ from distoptim_experiments.config import RunConfig, algorithms
 from distoptim_experiments.machines import Machines
 from distoptim_experiments.settings import NoOption, Option
 from distoptim_experiments.training import checkpoint
+from distoptim_experiments.training.elastic import ElasticOptions
 from distoptim_experiments.training.launch import WorkerError
 
 import distoptim
@@ -114,7 +115,7 @@ def test_the_help_of_every_command_lists_all_its_options(invoke):
 @pytest.mark.parametrize(
     ("command", "models", "without"),
     [
-        ("train", (RunConfig, Folder, TrainOptions), ()),
+        ("train", (RunConfig, Folder, TrainOptions, ElasticOptions), ()),
         ("compare", (RunConfig, Folder, CompareOptions), ("algorithm", "checkpoint_every")),
         (
             "simulate",
