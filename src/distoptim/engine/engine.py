@@ -523,7 +523,11 @@ class Engine(Rounds):
                 self._merge(sync)
 
     def _meet_levels(self, kind: Kind, limit_s: float | None = None) -> None:
-        """See that all are in the same call; whoever is elsewhere comes to the levels' means first."""
+        """See that all are in the same call; whoever is elsewhere comes to the levels' means first.
+
+        Before what is in flight is waited for: who waits in a level's mean starts no second stage of it.
+        """
+        self.reducer.check()
         if self.clock.synchronous:
             return
         for level in self.levels:
@@ -621,8 +625,8 @@ class Engine(Rounds):
         Raises:
             CommunicationError: on all workers, if they are not.
         """
-        self._settle_now()
         self._meet_levels(kind, limit_s)
+        self._settle_now()
         first = self._next_first()[0]
         self.reducer.meet(first, self._identity(kind, first.index), limit_s=limit_s)
         self.note_between()
@@ -641,8 +645,8 @@ class Engine(Rounds):
             return anchors
         order = self._next_first()
         if order[0].compressed is None or self.communicator.elastic:
-            self._settle_now()
             self._meet_levels(kind)
+            self._settle_now()
         else:
             # These means come uncoded; to begin with, one of the form that others would send.
             self.meet(kind)
