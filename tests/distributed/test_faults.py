@@ -70,7 +70,7 @@ def _resume(rank, name, files):
         ("overlap-local-sgd", signal.SIGSTOP, 1, "gloo"),
         pytest.param("local-sgd", signal.SIGSTOP, 3, "gloo", marks=pytest.mark.soak),
         ("easgd", signal.SIGKILL, 2, "emulated"),
-        ("easgd", signal.SIGSTOP, 2, "emulated"),
+        pytest.param("easgd", signal.SIGSTOP, 2, "emulated", marks=pytest.mark.soak),
     ],
 )
 def test_survivors_get_an_error_and_go_on_with_three(name, signal_number, victim, backend):

@@ -178,7 +178,10 @@ def plain():
 
 
 @fsdp
-@pytest.mark.parametrize("hybrid", [False, True], ids=["FSDP2", "HSDP"])
+@pytest.mark.parametrize(
+    "hybrid",
+    [pytest.param(False, id="FSDP2"), pytest.param(True, id="HSDP", marks=pytest.mark.soak)],
+)
 def test_two_fsdp_islands_equal_two_workers_with_twice_the_batch(plain, hybrid):
     results = run(_sharded, 4, hybrid)
     for rank, result in enumerate(results):

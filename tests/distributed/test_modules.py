@@ -485,7 +485,7 @@ def _alike(rank, algorithm, codec, fragments, way):
     [
         (["local-sgd", "overlap-local-sgd"], 2, None, 1),
         (["diloco", "easgd"], 2, "2bit+ef", 1),
-        (share(ALGORITHMS, of=3), 3, "int8", 2),
+        (share(ALGORITHMS, of=7), 3, "int8", 2),
     ],
 )
 def test_equal_workers_are_told_once_that_nothing_is_gained(algorithms, workers, codec, fragments):

@@ -520,6 +520,7 @@ def test_a_mean_on_its_way_does_not_land_in_a_run_that_is_loaded():
     assert run(_rollback, 2, backend="emulated") == [True, True]
 
 
+@pytest.mark.soak
 def test_methods_over_the_emulated_link_are_those_over_gloo():
     for gloo, emulated in zip(run(_methods, 4), run(_methods, 4, backend="emulated"), strict=True):
         for name in ALGORITHMS:
@@ -532,7 +533,7 @@ def _forget(rank):
     resource.setrlimit(resource.RLIMIT_NOFILE, (own + 250, own + 250))
     pairs = dist.new_group([0, 1])
     threads = []
-    for i in range(40):
+    for i in range(24):
         params = parameters(0.0, (3,))
         # Circles of references, as they come about in a user's program.
         optimizer = OverlapLocalSGD(params, lr=0.1, tau=2, group=pairs if i % 2 else None)

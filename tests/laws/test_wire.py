@@ -504,7 +504,7 @@ def count_what_gloo_gets() -> list[int]:
     return handed
 
 
-@pytest.mark.parametrize("backend", ["gloo", "emulated"])
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("emulated", marks=pytest.mark.soak)])
 def test_four_real_workers(backend: str) -> None:
     results = workers.run(whole_path, 4, backend=backend)
     streaming = Lockstep(partial(distoptim.StreamingDiLoCo, **STREAMING), [START] * 4).run(

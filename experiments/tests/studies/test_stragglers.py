@@ -13,7 +13,7 @@ WORKERS = (2, 8)
 
 @pytest.mark.parametrize("compute", [ShiftedExponential(0.5, 0.5), Pareto(0.5, 3.0)])
 def test_waiting_for_the_slowest_is_the_expected_maximum_and_overlap_waits_less(compute, tmp_path):
-    curves = {c.method: c for c in study(compute, tau=4, workers=WORKERS, rounds=150)}
+    curves = {c.method: c for c in study(compute, tau=4, workers=WORKERS, rounds=100)}
     for name in ("synchronous", "Local SGD"):
         assert curves[name].simulated == pytest.approx(curves[name].closed_form, rel=0.05)
     for i in range(len(WORKERS)):

@@ -113,7 +113,7 @@ def plain(tmp_path_factory):
         ("overlap", "ddp"),
         ("levels", "ddp"),
         pytest.param("overlap", "fsdp2", marks=fsdp),
-        pytest.param("gpt", "fsdp2", marks=fsdp),
+        pytest.param("gpt", "fsdp2", marks=[fsdp, pytest.mark.soak]),
     ],
 )
 def test_islands_equal_plain_workers_with_the_same_batches(plain, tmp_path, case, kind):

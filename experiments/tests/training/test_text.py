@@ -108,7 +108,7 @@ def simulated(config, folder):
     return records.read(folder)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
 def test_virtual_workers_learn_the_text(folder, tmp_path, dtype):
     # A CPU may have no bfloat16 and take ten times as long for it.
     steps, loss = {"float32": (20, 3.0), "bfloat16": (10, 3.7)}[dtype]

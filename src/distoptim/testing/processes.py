@@ -53,7 +53,8 @@ def run(
             SIGKILL).
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    # Frozen last, when all the rest is there.
+    context.set_forkserver_preload([*PRELOAD, "distoptim.testing.frozen"])
     expected = expect_exit or {}
     # Kept, so that nobody else gets the port before the workers' store has it.
     listener = None if backend is None else socket.create_server((LOOPBACK, 0))

@@ -402,7 +402,7 @@ def train(rank: int) -> dict[str, tuple[Tensor, float]]:
     return out
 
 
-@pytest.mark.parametrize("backend", ["gloo", "emulated"])
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("emulated", marks=pytest.mark.soak)])
 def test_real_workers_equal_virtual_ones_bit_for_bit(backend: str) -> None:
     results = workers.run(train, 3, backend=backend)
     for (label, make), name in itertools.product(ALGORITHMS.items(), ("int8", "2bit+ef")):
