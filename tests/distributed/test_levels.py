@@ -54,9 +54,7 @@ CASES: dict[str, tuple[Any, set[int], set[int]]] = {
 
 # At which local steps a case is stopped and goes on from a file: with DISTOPTIM_ALL=1 all of them, else
 # those that have something more to keep than `overlap`.
-STOPS = (
-    dict.fromkeys(CASES, (9,)) if ALL else dict.fromkeys(("fragments-schedule", "codec"), (9,))
-)
+STOPS = dict.fromkeys(CASES, (9,)) if ALL else dict.fromkeys(("fragments-schedule", "codec"), (9,))
 STOPS |= {"cocod-sgd": (9, STEPS), "overlap": (9, STEPS)}
 
 
