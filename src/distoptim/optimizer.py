@@ -785,7 +785,9 @@ def _fit(rule: Rule | Callable[[int], Rule], settings: SyncSettings) -> Rule:
 
 
 def _places(modules: Sequence[torch.nn.Module], members: Sequence[Tensor]) -> list[int]:
-    """Of each module, which is its first parameter among those that are averaged; -1 where none is."""
+    """Of several modules, each one's first parameter among those that are averaged; -1 where it has none."""
+    if len(modules) < 2:
+        return []
     index = {id(p): i for i, p in enumerate(members)}
     return [
         min((index[id(p)] for p in m.parameters() if id(p) in index), default=-1) for m in modules
