@@ -223,7 +223,8 @@ def _figures(summary: Summary) -> dict[str, Any]:
 
 def _losses(name: str, record: Record) -> pd.DataFrame:
     lines = [line.model_dump(include=set(_CURVES)) for line in record.logs]
-    return pd.DataFrame(lines, columns=list(_CURVES)).assign(run=name)
+    # Of the same types where there are no lines, or all of a study would be objects beside them.
+    return pd.DataFrame(lines, columns=list(_CURVES)).assign(run=name).astype(_CURVES)
 
 
 def _without(recorded: dict[str, Record], place: Path, table: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,6 @@ Each once, on all cores.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -199,5 +198,5 @@ def choose(trials: Sequence[tuple[Case, Path]], ended: Ended) -> dict[Setting, f
     best: dict[Setting, tuple[float, float]] = {}
     for case, folder in trials:
         score = (ended.score(folder), -case.config.lr)
-        best[case.setting] = max(best.get(case.setting, (-math.inf, 0.0)), score)
+        best[case.setting] = max(best.get(case.setting, score), score)
     return {setting: -lr for setting, (_, lr) in best.items()}
