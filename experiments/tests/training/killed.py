@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import signal
-from multiprocessing import get_context
 from pathlib import Path
 
 from distoptim_experiments import records
@@ -14,7 +13,7 @@ from distoptim_experiments.training import checkpoint
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distoptim.cli import application
-from distoptim.testing.processes import PRELOAD, free_port
+from distoptim.testing.processes import forking, free_port
 
 
 def train_with_a_victim(
@@ -39,7 +38,7 @@ def train_with_a_victim(
         f"train --folder {folder / 'run'} --auto-resume --data synthetic --model mlp"
         f" --steps {steps} --checkpoint-every 4 --log-every 1 {options}"
     )
-    get_context("forkserver").set_forkserver_preload(PRELOAD)
+    forking()
     printed = elastic_launch(config, _worker)(command.split())
     lines = list(records.read_lines(folder / "run" / records.FILE))
     assert sum(line.kind == "resume" for line in lines) == 1, lines

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from distoptim_experiments.config import RunConfig
 from distoptim_experiments.training.launch import Job, run_worker
 from distoptim_experiments.training.rendezvous import at_url
 
-from distoptim.testing.processes import free_port
+from distoptim.testing.processes import forking, free_port
 
 TRAIN = (
     *(sys.executable, "-m", "distoptim", "train", "--data", "synthetic", "--model", "mlp"),
@@ -130,7 +129,7 @@ def test_a_signal_ends_the_wait_for_a_peer(tmp_path):
     host, family = (
         ("::1", socket.AF_INET6) if socket.has_dualstack_ipv6() else ("127.0.0.1", socket.AF_INET)
     )
-    context = get_context("forkserver")
+    context = forking()
     ports = [free_port(), 0]
     with socket.create_server((host, 0), family=family) as silent:
         ports[1] = silent.getsockname()[1]

@@ -129,7 +129,8 @@ class Event:
 
     Attributes:
         time: when, in seconds since 1970.
-        what: "begins", "joined", "left", "ended", "lost" (a worker), "mean lost" or "caught up" (this one's).
+        what: "begins", "joined", "left", "ended", "lost" (a worker); "goes on", "mean lost" or "caught up"
+            (this one's).
         worker: its name.
         why: in words.
     """

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -52,9 +53,7 @@ def run(
         expect_exit: rank -> exit code of workers that are meant to die without a result (-9 for
             SIGKILL).
     """
-    context = multiprocessing.get_context("forkserver")
-    # Frozen last, when all the rest is there.
-    context.set_forkserver_preload([*PRELOAD, "distoptim.testing.frozen"])
+    context = forking()
     expected = expect_exit or {}
     # Kept, so that nobody else gets the port before the workers' store has it.
     listener = None if backend is None else socket.create_server((LOOPBACK, 0))
@@ -80,6 +79,14 @@ def run(
         for process in processes:
             process.kill()
             process.join()
+
+
+def forking() -> ForkServerContext:
+    """What workers are forked from: one server, which has imported all of `PRELOAD`."""
+    context = multiprocessing.get_context("forkserver")
+    # Frozen last, when all the rest is there.
+    context.set_forkserver_preload([*PRELOAD, "distoptim.testing.frozen"])
+    return context
 
 
 def free_port() -> int:

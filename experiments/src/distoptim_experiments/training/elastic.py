@@ -124,6 +124,8 @@ class ElasticWorker(Workers):
         self._method = Averaging(self._model, problem.config, communicator=self.members)
         self._seconds = 0.0
         self._before = Costs()
+        # Of the events, so many are in the record.
+        self._told = 0
         self._deal()
 
     def _deal(self) -> None:
@@ -189,9 +191,13 @@ class ElasticWorker(Workers):
         """Its own."""
         return {
             "seconds": self._seconds,
-            **asdict(self._before + self._method.costs()),
+            **asdict(self._costs()),
             **self._method.stats(),
         }
+
+    def _costs(self) -> Costs:
+        """Since the start of the run, over all processes that were this worker."""
+        return self._before + self._method.costs()
 
     def events(self) -> list[records.Line]:
         """What has happened to the members since this was asked last."""
@@ -210,8 +216,6 @@ class ElasticWorker(Workers):
             for event in new
         ]
 
-    _told = 0
-
     def barrier(self) -> None:
         """Nobody is waited for."""
 
@@ -221,7 +225,7 @@ class ElasticWorker(Workers):
             **shards.state_dict(self._model, self._method.optimizer, self.problem.config),
             "rng": torch.get_rng_state(),
             "seconds": self._seconds,
-            "costs": asdict(self._before + self._method.costs()),
+            "costs": asdict(self._costs()),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], *, own: bool) -> None:
