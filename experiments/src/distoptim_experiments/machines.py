@@ -26,13 +26,13 @@ PARETO_SHAPE = 2.5
 Slowdown = Literal["none", "exponential", "pareto"]
 
 _NO_TRACE = Needs("without --trace", lambda v: not v["trace"])
-_ISLANDS = Needs("with --island", lambda v: v["island"])
-_NO_ISLANDS = Needs("without --island", lambda v: not v["island"])
+_SITES = Needs("with --site-size", lambda v: v["site_size"])
+_NO_SITES = Needs("without --site-size", lambda v: not v["site_size"])
 _FLAT_RING = Needs(
-    "with --collective ring and without --island",
-    lambda v: v["collective"] == "ring" and not v["island"],
+    "with --collective ring and without --site-size",
+    lambda v: v["collective"] == "ring" and not v["site_size"],
 )
-_FEWER = Needs("with more --workers than that", lambda v: v["island"] < v["workers"])
+_FEWER = Needs("with more --workers than that", lambda v: v["site_size"] < v["workers"])
 
 
 class Machines(Settings):
@@ -79,7 +79,7 @@ class Machines(Settings):
     collective: Annotated[
         Literal["ring", "tree"],
         Field(description="Kind of all-reduce."),
-        Option(SECTION, needs=_NO_ISLANDS),
+        Option(SECTION, needs=_NO_SITES),
     ] = "ring"
     streams: Annotated[
         int | None,
@@ -90,20 +90,20 @@ class Machines(Settings):
         ),
         Option(SECTION, needs=_FLAT_RING, unset="no such limit"),
     ] = None
-    island: Annotated[
+    site_size: Annotated[
         int | None,
-        Field(ge=2, description="Workers in an island of fast links."),
+        Field(ge=2, description="Workers of one site, with fast links to each other."),
         Option(SECTION, needs=_FEWER),
     ] = None
-    island_latency_ms: Annotated[
+    site_latency_ms: Annotated[
         Number,
-        Field(ge=0, le=1e9, description="Inside an island."),
-        Option(SECTION, needs=_ISLANDS),
+        Field(ge=0, le=1e9, description="Inside a site."),
+        Option(SECTION, needs=_SITES),
     ] = 0.0
-    island_bandwidth_gbit_s: Annotated[
+    site_bandwidth_gbit_s: Annotated[
         Number | None,
-        Field(gt=0, description="Inside an island."),
-        Option(SECTION, needs=_ISLANDS, unset="no limit"),
+        Field(gt=0, description="Inside a site."),
+        Option(SECTION, needs=_SITES, unset="no limit"),
     ] = None
 
     @model_validator(mode="after")
@@ -126,9 +126,9 @@ class Machines(Settings):
     def network(self) -> Network:
         """The model of communication time."""
         outer = _link(self.latency_ms, self.bandwidth_gbit_s)
-        if self.island is not None:
-            inner = _link(self.island_latency_ms, self.island_bandwidth_gbit_s)
-            return TwoTier(self.island, inner, outer)
+        if self.site_size is not None:
+            inner = _link(self.site_latency_ms, self.site_bandwidth_gbit_s)
+            return TwoTier(self.site_size, inner, outer)
         if self.collective == "tree":
             return Tree([outer])
         return Ring([outer]) if self.streams is None else Gloo(outer, self.streams)

@@ -75,20 +75,20 @@ def words(*args):
             "--slowdown pareto: has an effect only without",
         ),
         (
-            ("simulate", "--island-latency-ms", "3"),
-            "--island-latency-ms 3.0: has an effect only with --island",
+            ("simulate", "--site-latency-ms", "3"),
+            "--site-latency-ms 3.0: has an effect only with --site-size",
         ),
         (
-            ("simulate", "--island", "3", "--workers", "2"),
-            "--island 3: has an effect only with more --workers than that",
+            ("simulate", "--site-size", "3", "--workers", "2"),
+            "--site-size 3: has an effect only with more --workers than that",
         ),
         (
-            ("simulate", "--island", "2", "--collective", "tree"),
-            "--collective tree: has an effect only without --island",
+            ("simulate", "--site-size", "2", "--collective", "tree"),
+            "--collective tree: has an effect only without --site-size",
         ),
         (
             ("simulate", "--streams", "2", "--collective", "tree"),
-            "--streams 2: has an effect only with --collective ring and without --island",
+            "--streams 2: has an effect only with --collective ring and without --site-size",
         ),
         (
             ("simulate", "--timing", "--methods", "ddp,foo"),
@@ -135,7 +135,7 @@ def test_what_would_do_nothing_is_refused(args, message):
         ("train", "--data", "mnist", "--data-dir", "x"),
         ("train", "--algorithm", "diloco", "--carry", "--delay", "1"),
         ("simulate", "--trace", __file__, "--slowdown", "none"),
-        ("simulate", "--island", "2", "--island-latency-ms", "1"),
+        ("simulate", "--site-size", "2", "--site-latency-ms", "1"),
         (
             "simulate",
             "--timing",

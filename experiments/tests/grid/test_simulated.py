@@ -67,8 +67,8 @@ def test_synchronous_is_large_batch_sgd(tmp_path):
         {"bandwidth_gbit_s": -2.0},
         {"collective": "star"},
         {"streams": 65},
-        {"island": 1},
-        {"island": 4, "island_bandwidth_gbit_s": 0.0},
+        {"site_size": 1},
+        {"site_size": 4, "site_bandwidth_gbit_s": 0.0},
     ],
 )
 def test_bad_machines_are_refused(bad):

@@ -152,7 +152,7 @@ CHANGED = {
         "steps": 7,
         "data_dir": '/a b/"c"',
     },
-    Machines: {"slowdown": "pareto", "bandwidth_gbit_s": 2, "island": 2, "island_latency_ms": 0.5},
+    Machines: {"slowdown": "pareto", "bandwidth_gbit_s": 2, "site_size": 2, "site_latency_ms": 0.5},
     lr_schedule.Schedule: {"kind": "steps", "steps": 9, "milestones": [3, 6]},
 }
 

@@ -52,6 +52,13 @@ def combinations(
 _YOUNGER = ("speeds", "streams")
 """Fields of `Machines` that the first finished grids do not have."""
 
+_NAMED_BEFORE = {
+    "site_size": "island",
+    "site_latency_ms": "island_latency_ms",
+    "site_bandwidth_gbit_s": "island_bandwidth_gbit_s",
+}
+"""Fields of `Machines` that had other names then."""
+
 
 def name(config: RunConfig, machines: Machines | None) -> str:
     """A folder's name: readable, and different for every different run, wherever its data are.
@@ -67,7 +74,9 @@ def name(config: RunConfig, machines: Machines | None) -> str:
         if value != plain[key]
     }
     described = machines and {
-        key: value for key, value in machines.to_dict().items() if value or key not in _YOUNGER
+        _NAMED_BEFORE.get(key, key): value
+        for key, value in machines.to_dict().items()
+        if value or key not in _YOUNGER
     }
     text = json.dumps([changed, described], sort_keys=True)
     short = hashlib.sha256(text.encode()).hexdigest()[:8]
