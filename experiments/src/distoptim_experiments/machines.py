@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distoptim.comm import Link
+from distoptim.simulator.churn import Churn, Listed, Regular
 from distoptim.simulator.compute import (
     Compute,
     Constant,
@@ -31,6 +32,11 @@ _NO_SITES = Needs("without --site-size", lambda v: not v["site_size"])
 _FLAT_RING = Needs(
     "with --collective ring and without --site-size",
     lambda v: v["collective"] == "ring" and not v["site_size"],
+)
+_NO_CHURN = Needs("without --churn", lambda v: not v["churn"])
+_LOSSES = Needs("with --lose-every-s", lambda v: v["lose_every_s"] > 0)
+_COME_AND_GO = Needs(
+    "with --churn or --lose-every-s", lambda v: v["churn"] or v["lose_every_s"] > 0
 )
 _FEWER = Needs("with more --workers than that", lambda v: v["site_size"] < v["workers"])
 
@@ -106,10 +112,51 @@ class Machines(Settings):
         Option(SECTION, needs=_SITES, unset="no limit"),
     ] = None
 
+    churn: Annotated[
+        str | None,
+        Field(
+            description="Workers that come and go: a CSV line per change, seconds,worker,what, of what "
+            "is lost, left or back."
+        ),
+        Option(SECTION, metavar="FILE"),
+    ] = None
+    lose_every_s: Annotated[
+        Number,
+        Field(
+            ge=0,
+            le=1e9,
+            description="A worker, drawn at random, is lost every so many seconds; 0: none.",
+        ),
+        Option(SECTION, needs=_NO_CHURN),
+    ] = 0.0
+    away_s: Annotated[
+        Number,
+        Field(gt=0, le=1e9, description="So many seconds later it is back, and joins the others."),
+        Option(SECTION, needs=_LOSSES),
+    ] = 60.0
+    heartbeat_s: Annotated[
+        Number,
+        Field(
+            ge=0,
+            le=1e9,
+            description="So long the others wait in their next mean for one that was lost.",
+        ),
+        Option(SECTION, needs=_COME_AND_GO),
+    ] = 5.0
+
     @model_validator(mode="after")
     def _check(self) -> Machines:
         self.compute(seed=0)
+        self.churns(seed=0)
         return self
+
+    def churns(self, *, seed: int) -> Churn | None:
+        """Who comes and goes; None: all are there all the time."""
+        if self.churn is not None:
+            return Listed.read(self.churn)
+        if self.lose_every_s:
+            return Regular(self.lose_every_s, self.away_s, seed)
+        return None
 
     def compute(self, *, seed: int) -> Compute:
         """The model of computation time."""

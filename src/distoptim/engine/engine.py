@@ -540,6 +540,7 @@ class Engine(Rounds):
         self.settle()
         self.reducer.check()
 
+    @torch.no_grad()
     def settle(self) -> None:
         """Wait for what is in flight without merging it; a failure comes up at the next step.
 

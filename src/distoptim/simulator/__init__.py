@@ -5,6 +5,7 @@ The same engine and algorithms, in one process.
 
 from __future__ import annotations
 
+from distoptim.simulator.churn import Change, Churn, Listed, Regular
 from distoptim.simulator.cluster import Cluster
 from distoptim.simulator.compute import (
     Compute,
@@ -18,13 +19,17 @@ from distoptim.simulator.fabric import Fabric, VirtualCommunicator
 from distoptim.simulator.network import Gloo, Network, Ring, Tree, TwoTier
 
 __all__ = [
+    "Change",
+    "Churn",
     "Cluster",
     "Compute",
     "Constant",
     "Fabric",
     "Gloo",
+    "Listed",
     "Network",
     "Pareto",
+    "Regular",
     "Ring",
     "ShiftedExponential",
     "Trace",

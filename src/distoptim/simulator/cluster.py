@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from distoptim import checks
+from distoptim.comm import Communicator
 from distoptim.comm.compressed import CodedHandle
 from distoptim.comm.handles import TwoStageHandle
+from distoptim.engine import checkpoint
 from distoptim.engine.fragment_sync import PendingMean
 from distoptim.module_state import parts_of
 from distoptim.optimizer import AveragingOptimizer, average_together
+from distoptim.simulator.churn import Churn
 from distoptim.simulator.compute import Compute
 from distoptim.simulator.fabric import Fabric, VirtualCommunicator, VirtualHandle
+from distoptim.simulator.membership import Membership, VirtualElastic
 from distoptim.simulator.network import Network
 
 Make = Callable[..., AveragingOptimizer]
@@ -46,9 +50,16 @@ class Cluster:
         synchronous: average the gradients before every step, as DDP does; or what does that instead, called
             with the gradients of all workers for each parameter, in whose place it puts the mean.
         scale: a byte of payload counts as so many, to time a large model with a small one.
+        churn: when workers are lost, and come back; None: all are there all the time.
+        heartbeat_s: with `churn`, how long the others wait for one that was lost, in seconds; default that of
+            `distoptim lighthouse`.
+
+    Attributes:
+        models, optimizers: by worker; of one that is away, those that it had.
+        membership: who is there; None without `churn`.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range, or `churn` with `synchronous`, which has no other workers.
     """
 
     def __init__(
@@ -62,12 +73,23 @@ class Cluster:
         threads: int | None = None,
         synchronous: bool | GradientMean = False,
         scale: float = 1.0,
+        churn: Churn | None = None,
+        heartbeat_s: float = 5.0,
     ) -> None:
         checks.integer("workers", workers, 1)
+        if churn is not None and synchronous:
+            raise ValueError(f"churn={churn!r} with synchronous: allowed are workers with rounds")
         self.fabric = Fabric(workers, network, scale=scale)
+        self.membership: Membership | None = None
+        if churn is not None:
+            self.membership = Membership(
+                self.fabric, churn, heartbeat_s=heartbeat_s, come=self._come
+            )
+        self._make_model = model
+        self._make_optimizer = optimizer
         self.models = [model() for _ in range(workers)]
         self.optimizers = [
-            optimizer(m.parameters(), communicator=VirtualCommunicator(self.fabric, rank))
+            optimizer(m.parameters(), communicator=self._communicator(rank, joins=False))
             for rank, m in enumerate(self.models)
         ]
         self.steps = 0
@@ -75,6 +97,25 @@ class Cluster:
         self._synchronous = synchronous
         threads = checks.integer("threads", os.cpu_count() if threads is None else threads, 1)
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    @property
+    def present(self) -> Sequence[int]:
+        """The workers that are there."""
+        if self.membership is None:
+            return range(len(self.models))
+        return self.membership.present
+
+    def _communicator(self, rank: int, *, joins: bool) -> Communicator:
+        if self.membership is None:
+            return VirtualCommunicator(self.fabric, rank)
+        return VirtualElastic(self.membership, rank, joins=joins)
+
+    def _come(self, rank: int) -> None:
+        """A worker comes back as one that knows nothing; its optimizer takes over what the others share."""
+        self.models[rank] = self._make_model()
+        self.optimizers[rank] = self._make_optimizer(
+            self.models[rank].parameters(), communicator=self._communicator(rank, joins=True)
+        )
 
     def step(self, loss: Callable[[torch.nn.Module, int], Tensor]) -> list[float]:
         """One local step of every worker, then `average()`; returns the workers' losses.
@@ -101,12 +142,14 @@ class Cluster:
         """
         end = self.steps + steps
         while self.steps < end:
-            idle = min(optimizer.engine.idle for optimizer in self.optimizers)
+            idle = min(self.optimizers[rank].engine.idle for rank in self.present)
+            # A worker may be lost at any step.
+            idle = 0 if self.membership else idle
             self._count(self._ready(), min(idle + 1, end - self.steps))
 
     def _ready(self) -> list[int]:
         """The workers that do not wait for others at the end of their round."""
-        return [rank for rank, o in enumerate(self.optimizers) if not o.engine.waits]
+        return [rank for rank in self.present if not self.optimizers[rank].engine.waits]
 
     def _count(self, ranks: Sequence[int], steps: int, losses: Sequence[float] = ()) -> None:
         """Let these workers' local steps take their time; merge and launch what is due after the last."""
@@ -115,9 +158,13 @@ class Cluster:
             self._spend(rank, engine.step, steps)
             engine.skip(steps - 1)
         self.steps += steps
-        all_step = len(ranks) == len(self.optimizers)
+        all_step = len(ranks) == len(self.present)
+        if self.membership is not None:
+            self.membership.part()
+            losses = [x for rank, x in zip(ranks, losses, strict=False) if rank in self.present]
+        together = [self.optimizers[rank] for rank in self.present]
         with self._expected():
-            average_together(self.optimizers, losses=losses if all_step else None)
+            average_together(together, losses=losses if all_step else None)
 
     def _spend(self, rank: int, first: int, steps: int) -> None:
         if self._compute is None:
@@ -139,16 +186,15 @@ class Cluster:
             yield
 
     def mean_model(self) -> torch.nn.Module:
-        """A copy of worker 0's model with the mean parameters and statistics; takes no time.
+        """A copy of the first worker's model with the mean parameters and statistics; takes no time.
 
         Of the workers whose values are finite, as in every mean; of all if there are none.
         """
-        mean = copy.deepcopy(self.models[0])
+        models = [self.models[rank] for rank in self.present]
+        mean = copy.deepcopy(models[0])
         with torch.no_grad():
-            sound = [
-                m for m in self.models if all(bool(torch.isfinite(t).all()) for t in _tensors(m))
-            ]
-            tensors = zip(*(_tensors(m) for m in sound or self.models), strict=True)
+            sound = [m for m in models if all(bool(torch.isfinite(t).all()) for t in _tensors(m))]
+            tensors = zip(*(_tensors(m) for m in sound or models), strict=True)
             for target, values in zip(_tensors(mean), tensors, strict=True):
                 total = values[0].to(torch.float64)
                 for value in values[1:]:
@@ -158,11 +204,14 @@ class Cluster:
 
     def seconds(self) -> float:
         """The virtual time at which the last worker stands."""
-        return max(self.fabric.clocks)
+        return max(self.fabric.clocks[rank] for rank in self.present)
 
     def stats(self) -> dict[str, Any]:
-        """`AveragingOptimizer.stats` averaged over the workers, and `seconds`."""
-        each = [optimizer.stats() for optimizer in self.optimizers]
+        """`AveragingOptimizer.stats` averaged over the workers that are there, and `seconds`.
+
+        Of one that has come back, since then.
+        """
+        each = [self.optimizers[rank].stats() for rank in self.present]
         return {
             **{key: sum(s[key] for s in each) / len(each) for key in each[0]},
             "seconds": self.seconds(),
@@ -174,38 +223,61 @@ class Cluster:
         Takes no virtual time.
         """
         self.fabric.frozen = True
-        states = [
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "counters": _counters(optimizer),
-                "pending": [_times(sync.pending) for sync in optimizer.engine.syncs],
-            }
-            for model, optimizer in zip(self.models, self.optimizers, strict=True)
-        ]
+        states = [self._state(rank) if rank in self.present else None for rank in self._all]
         self.fabric.frozen = False
         return {
             "workers": states,
             "clocks": self.fabric.clocks,
             "free_at": self.fabric.free_at,
             "steps": self.steps,
+            "membership": self.membership and self.membership.state_dict(),
+        }
+
+    @property
+    def _all(self) -> Sequence[int]:
+        return range(len(self.models))
+
+    def _state(self, rank: int) -> dict[str, Any]:
+        optimizer = self.optimizers[rank]
+        return {
+            "model": self.models[rank].state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "counters": _counters(optimizer),
+            "pending": [_times(sync.pending) for sync in optimizer.engine.syncs],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`, in a new cluster made with the same arguments."""
         self.fabric.clocks[:] = state_dict["clocks"]
         self.fabric.free_at = state_dict["free_at"]
-        for rank, saved in enumerate(state_dict["workers"]):
-            optimizer = self.optimizers[rank]
-            self.models[rank].load_state_dict(saved["model"])
-            # Before the rounds, which may go by what was computed so far.
-            vars(optimizer.engine.counters).update(saved["counters"])
-            optimizer.load_state_dict(saved["optimizer"])
-            for sync, times in zip(optimizer.engine.syncs, saved["pending"], strict=True):
-                if sync.pending is not None and times is not None:
-                    sync.pending.handle = self.fabric.in_flight(rank, sync.buffer.tensor, *times)
-            optimizer.engine.resume_at(optimizer.engine.step)
+        if self.membership is not None:
+            self.membership.load_state_dict(state_dict["membership"])
+        for rank in self.present:
+            self._load(rank, state_dict["workers"][rank])
         self.steps = state_dict["steps"]
+
+    def _load(self, rank: int, saved: dict[str, Any]) -> None:
+        self._be_among(rank, saved["optimizer"])
+        optimizer = self.optimizers[rank]
+        self.models[rank].load_state_dict(saved["model"])
+        # Before the rounds, which may go by what was computed so far.
+        vars(optimizer.engine.counters).update(saved["counters"])
+        optimizer.load_state_dict(saved["optimizer"])
+        for sync, times in zip(optimizer.engine.syncs, saved["pending"], strict=True):
+            if sync.pending is not None and times is not None:
+                sync.pending.handle = self.fabric.in_flight(rank, sync.buffer.tensor, *times)
+        optimizer.engine.resume_at(optimizer.engine.step)
+
+    def _be_among(self, rank: int, saved: dict[str, Any]) -> None:
+        """Where workers come and go: have the optimizer laid out for as many as were in its last mean."""
+        if self.membership is None:
+            return
+        communicator = VirtualElastic(self.membership, rank, joins=False)
+        rounds = saved[checkpoint.KEY]
+        communicator.be_at(rounds["rank"], rounds["workers"])
+        self.optimizers[rank] = self._make_optimizer(
+            self.models[rank].parameters(), communicator=communicator
+        )
 
     def _backward(self, loss: Callable[[torch.nn.Module, int], Tensor], rank: int) -> float:
         value = loss(self.models[rank], rank)
@@ -236,15 +308,16 @@ def _counters(optimizer: AveragingOptimizer) -> dict[str, Any]:
     }
 
 
-def _times(pending: PendingMean | None) -> tuple[float, float] | None:
-    """Launch and end of a mean in flight; None for one that took no time."""
+def _times(pending: PendingMean | None) -> tuple[float, float, int | None] | None:
+    """Launch and end of a mean in flight, and of how many it is; None for one that took no time."""
     handle = None if pending is None else pending.handle
+    workers = None if handle is None else handle.workers
     if isinstance(handle, CodedHandle):
         handle = handle.carried
     launched_at = 0.0 if handle is None else handle.launched_at
     if isinstance(handle, TwoStageHandle):
         handle = handle.second
-    return (launched_at, handle.end()) if isinstance(handle, VirtualHandle) else None
+    return (launched_at, handle.end(), workers) if isinstance(handle, VirtualHandle) else None
 
 
 def _tensors(module: torch.nn.Module) -> list[Tensor]:

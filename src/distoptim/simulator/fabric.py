@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distoptim.comm import Communicator, Handle
+from distoptim.comm import Communicator, Handle, MeanLost
 from distoptim.simulator.network import Network
 
 
 @dataclass
 class Collective:
-    """What all join: who has brought what, and when it ends (None before the last has arrived)."""
+    """What all join: who has brought what, when it ends (None before the last has arrived), and why not well."""
 
     brought: dict[int, Any] = field(default_factory=dict)
     arrived_at: float = 0.0
     ends_at: float | None = None
+    failure: MeanLost | None = None
 
 
 class Line:
@@ -103,22 +104,33 @@ class Fabric:
         collective = line.join(rank, brought, at)
         if len(collective.brought) == self.workers:
             nbytes = move([collective.brought[r] for r in range(self.workers)])
-            cost = 0.0
-            if self._network is not None:
-                cost = share * self._network.all_reduce_s(nbytes * self._scale, self.workers)
+            cost = share * self.cost_s(nbytes, self.workers)
             collective.ends_at = max(collective.arrived_at, self.free_at) + cost
             self.free_at = collective.ends_at
             collective.brought = {}
         return VirtualHandle(self, rank, buffer, collective, at=at, stops_clock=not first_stage)
 
+    def cost_s(self, nbytes: float, workers: int) -> float:
+        """Seconds of an all-reduce of so many bytes among so many workers."""
+        if self._network is None:
+            return 0.0
+        return self._network.all_reduce_s(nbytes * self._scale, workers)
+
     def in_flight(
-        self, rank: int, buffer: Tensor, launched_at: float, ends_at: float
+        self,
+        rank: int,
+        buffer: Tensor,
+        launched_at: float,
+        ends_at: float,
+        workers: int | None = None,
     ) -> VirtualHandle:
-        """A mean from a checkpoint.
+        """A mean from a checkpoint, of so many workers.
 
         Its value is in the buffer already, its time is still to come.
         """
-        return VirtualHandle(self, rank, buffer, Collective(ends_at=ends_at), at=launched_at)
+        handle = VirtualHandle(self, rank, buffer, Collective(ends_at=ends_at), at=launched_at)
+        handle.workers = workers
+        return handle
 
     def broadcast(self, rank: int, count: int, buffer: Tensor) -> None:
         """Worker 0 leaves its buffer, the others take it; free of charge."""
@@ -127,7 +139,8 @@ class Fabric:
         buffer.copy_(self._broadcasts[count])
 
 
-def _average(buffers: list[Tensor]) -> float:
+def average(buffers: list[Tensor]) -> float:
+    """Put the mean in the place of each; returns the bytes of one."""
     total = buffers[0].clone()
     for buffer in buffers[1:]:
         total.add_(buffer)
@@ -136,13 +149,15 @@ def _average(buffers: list[Tensor]) -> float:
     return total.nbytes
 
 
-def _gather(brought: list[tuple[Tensor, Tensor]]) -> float:
+def gather(brought: list[tuple[Tensor, Tensor]]) -> float:
+    """Of pairs (own, everybody's): all own ones into the second of each; returns the bytes of all own ones."""
     rows = torch.stack([own for own, _ in brought])
     torch._foreach_copy_([everybody for _, everybody in brought], [rows] * len(brought))
     return rows.nbytes
 
 
-def _swap(brought: list[tuple[Tensor, Tensor]]) -> float:
+def swap(brought: list[tuple[Tensor, Tensor]]) -> float:
+    """Of pairs (rows, received): row i of all into the second of pair i; returns the bytes of one's rows."""
     for rank, (_, received) in enumerate(brought):
         received.copy_(torch.stack([rows[rank] for rows, _ in brought]))
     return brought[0][0].nbytes
@@ -184,8 +199,8 @@ class VirtualHandle(Handle):
 
     @property
     def is_there(self) -> bool:
-        """Whether all have arrived."""
-        return self.ends_at is not None
+        """Whether all have arrived, and nobody was lost meanwhile."""
+        return self.ends_at is not None and self._collective.failure is None
 
     def end(self) -> float:
         """`ends_at` of one that all have joined.
@@ -206,10 +221,18 @@ class VirtualHandle(Handle):
             self.finished_at = self.ends_at
 
     def wait(self, timeout_s: float) -> None:
-        """Advance the worker's clock to the end of the collective if it is not there yet."""
+        """Advance the worker's clock to the end of the collective if it is not there yet.
+
+        Raises:
+            MeanLost: a worker was lost before that end.
+        """
         ends_at = self.end()
-        if self._fabric.frozen:
-            return
+        if not self._fabric.frozen:
+            self._stand_still(ends_at)
+        if self._collective.failure is not None:
+            raise self._collective.failure
+
+    def _stand_still(self, ends_at: float) -> None:
         now = self._fabric.clocks[self._rank]
         self.finished_at = ends_at
         if not self._stops_clock:
@@ -236,7 +259,7 @@ class VirtualCommunicator(Communicator):
 
     def all_reduce(self, buffer: Tensor) -> Handle:
         """Hand in a buffer; the mean is there when all workers have."""
-        return self._fabric.arrive(self.rank, buffer, buffer, _average)
+        return self._fabric.arrive(self.rank, buffer, buffer, average)
 
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
         """Join the next mean with a code, or a second stage.
@@ -245,18 +268,18 @@ class VirtualCommunicator(Communicator):
         """
         if after is None:
             return self._fabric.arrive(
-                self.rank, (input, output), output, lambda brought: _gather(brought) / 2
+                self.rank, (input, output), output, lambda brought: gather(brought) / 2
             )
         if not isinstance(after, VirtualHandle):
             raise ValueError(f"after={after!r}: allowed is a handle of this communicator")
         return self._fabric.arrive(
-            self.rank, (input, output), output, _gather, after=after, share=0.5
+            self.rank, (input, output), output, gather, after=after, share=0.5
         )
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
         """Join the next mean with codes; half of an all-reduce, as its second stage is the other."""
         return self._fabric.arrive(
-            self.rank, (input, output), output, _swap, share=0.5, first_stage=True
+            self.rank, (input, output), output, swap, share=0.5, first_stage=True
         )
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:

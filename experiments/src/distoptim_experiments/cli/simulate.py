@@ -130,7 +130,7 @@ def simulate(given: Given) -> None:
     if timing.timing:
         _time(given, timing, machines, folder or new_folder("timing"))
         return
-    configs = _configs(given)
+    configs = _configs(given, machines)
     check_files(configs[0])
     folder = folder or new_folder("simulate")
     console = Console()
@@ -151,7 +151,7 @@ def simulate(given: Given) -> None:
     console.print(f"records: {folder / '*' / records.FILE}", soft_wrap=True, highlight=False)
 
 
-def _configs(given: Given) -> list[RunConfig]:
+def _configs(given: Given, machines: Machines) -> list[RunConfig]:
     """Every combination."""
     varied = given.made(SimulateOptions)
     axes: dict[str, list[Any]] = {
@@ -165,7 +165,7 @@ def _configs(given: Given) -> list[RunConfig]:
     options = optimizers.shared_options(own_of(given.all), axes["algorithm"])
     configs = grid.combinations(config, axes, options)
     for made in configs:
-        check_virtual(made)
+        check_virtual(made, machines)
     return configs
 
 

@@ -49,8 +49,8 @@ def combinations(
     return list(found.values())
 
 
-_YOUNGER = ("speeds", "streams")
-"""Fields of `Machines` that the first finished grids do not have."""
+_YOUNGER = ("speeds", "streams", "churn", "lose_every_s", "away_s", "heartbeat_s")
+"""Fields of `Machines` that the first finished grids do not have; left out at their defaults."""
 
 _NAMED_BEFORE = {
     "site_size": "island",
@@ -73,10 +73,11 @@ def name(config: RunConfig, machines: Machines | None) -> str:
         for key, value in config.replace(data_dir=None).to_dict().items()
         if value != plain[key]
     }
+    usual = Machines().to_dict()
     described = machines and {
         _NAMED_BEFORE.get(key, key): value
         for key, value in machines.to_dict().items()
-        if value or key not in _YOUNGER
+        if key not in _YOUNGER or value != usual[key]
     }
     text = json.dumps([changed, described], sort_keys=True)
     short = hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -216,7 +216,8 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None, virtual: boo
     try:
         made = Spec(**{"title": path.stem, **content})
         for case in (*made.trials(), *made.cases()) if virtual else ():
-            check_virtual(case.config)
+            for kind in made.machines:
+                check_virtual(case.config, kind)
         return made
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distoptim.comm import Communicator
 from distoptim.optimizer import AveragingOptimizer
 from distoptim.simulator.cluster import Cluster
-from distoptim_experiments import optimizers
+from distoptim_experiments import optimizers, records
 from distoptim_experiments.config import DTYPES, POWERSGD, SYNCHRONOUS, RunConfig
 from distoptim_experiments.machines import Machines
 from distoptim_experiments.training import checkpoint
@@ -25,12 +25,18 @@ from distoptim_experiments.training.workers import Workers
 from distoptim_experiments.training.world import Seat
 
 
-def check_virtual(config: RunConfig) -> None:
-    """Whether virtual workers can make a run.
+def check_virtual(config: RunConfig, machines: Machines | None = None) -> None:
+    """Whether virtual workers can make a run, on these machines.
 
     Raises:
-        ValueError: something of it exists with real workers only.
+        ValueError: something of it exists with real workers only, or nobody could go on without one that is
+            lost.
     """
+    if machines is not None and machines.churns(seed=0) is not None and config.synchronous:
+        raise ValueError(
+            f"{config.algorithm} on machines that come and go (churn, lose_every_s): allowed is a method "
+            "with rounds"
+        )
     if config.slowdown != "none":
         raise ValueError(
             f"slowdown={config.slowdown!r} is for real workers; virtual ones have that of Machines"
@@ -62,6 +68,9 @@ class Virtual(Workers):
     backward pass. "powersgd" is the same with low-rank gradients; for the clock its messages are as large as
     ddp's.
 
+    Where machines come and go, those that are there deal the training set out anew whenever that changes,
+    as `ElasticWorker` does.
+
     Args:
         problem: what is learned.
         machines: the virtual machines.
@@ -76,7 +85,7 @@ class Virtual(Workers):
 
     def __init__(self, problem: Problem, machines: Machines, *, threads: int | None = None) -> None:
         config = problem.config
-        check_virtual(config)
+        check_virtual(config, machines)
         self.problem = problem
         self.seat = Seat(workers=config.workers, virtual=True)
         self.machines = machines
@@ -90,7 +99,18 @@ class Virtual(Workers):
             synchronous=self._low_rank or config.algorithm == SYNCHRONOUS,
             compute=machines.compute(seed=config.seed),
             network=machines.network(),
+            churn=machines.churns(seed=config.seed),
+            heartbeat_s=machines.heartbeat_s,
         )
+        # To whom, when, and of what generation the training set was dealt out.
+        self._dealt = (list(range(config.workers)), 0, 0)
+        # Of what has happened to the members, so much is in the record.
+        self._told = 0
+
+    def _deal(self, members: Sequence[int], turn: int, generation: int) -> None:
+        self._dealt = (list(members), turn, generation)
+        for index, worker in enumerate(members):
+            self._batches[worker] = self.problem.batches(index, of=len(members), turn=turn)
 
     def _optimizer(
         self, params: Iterable[Tensor], communicator: Communicator
@@ -117,6 +137,9 @@ class Virtual(Workers):
 
     def step(self, step: int) -> Sequence[float]:
         """Of all workers, in lockstep; a whole round of equal time, if there are such."""
+        membership = self.cluster.membership
+        if membership is not None and membership.generation != self._dealt[-1]:
+            self._deal(membership.present, self.cluster.steps, membership.generation)
         losses = self.cluster.step(self._loss)
         if self.problem.config.equal_time:
             while self.cluster.optimizers[0].rounds <= step:
@@ -133,7 +156,8 @@ class Virtual(Workers):
 
     def evaluate(self) -> dict[str, float]:
         """Takes no virtual time."""
-        own = [worker_accuracy(model, self.problem.data) for model in self.cluster.models]
+        there = [self.cluster.models[worker] for worker in self.cluster.present]
+        own = [worker_accuracy(model, self.problem.data) for model in there]
         return {
             **score(self.cluster.mean_model(), self.problem.data),
             "worker_accuracy": sum(own) / len(own),
@@ -160,6 +184,25 @@ class Virtual(Workers):
             **({} if self.problem.config.synchronous else rounds),
         }
 
+    def events(self) -> list[records.Line]:
+        """What has happened to the members since this was asked last; times are virtual."""
+        membership = self.cluster.membership
+        if membership is None:
+            return []
+        new = membership.happened[self._told :]
+        self._told += len(new)
+        return [
+            records.Membership(
+                step=self.cluster.steps,
+                time=change.seconds,
+                what=change.what,
+                worker=str(change.worker),
+                why="as planned",
+                members=[str(worker) for worker in membership.present],
+            )
+            for change in new
+        ]
+
     def barrier(self) -> None:
         """Nothing to wait for: no other process takes part."""
 
@@ -168,6 +211,7 @@ class Virtual(Workers):
         return {
             "cluster": self.cluster.state_dict(),
             "batches": [batches.state_dict() for batches in self._batches],
+            "dealt": self._dealt,
             **({"low_rank": self._low_rank.state_dict()} if self._low_rank else {}),
         }
 
@@ -184,6 +228,9 @@ class Virtual(Workers):
         self.cluster.load_state_dict(state_dict["cluster"])
         if self._low_rank:
             self._low_rank.load_state_dict(state_dict["low_rank"])
+        dealt = state_dict.get("dealt", self._dealt)
+        if tuple(dealt) != self._dealt:
+            self._deal(*dealt)
         for batches, saved in zip(self._batches, state_dict["batches"], strict=True):
             batches.load_state_dict(saved)
 
@@ -216,7 +263,7 @@ def run(
         observers: get every line too.
         threads: workers computed at the same time; default one per processor core.
     """
-    check_virtual(config)
+    check_virtual(config, machines)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = Run(
         Virtual(Problem(config, device=device), machines, threads=threads),
