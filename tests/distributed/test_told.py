@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from distoptim import ALGORITHMS, CommunicationError, LocalSGD, OverlapLocalSGD
+from distoptim import ALGORITHMS, CommunicationError, LocalSGD, OverlapLocalSGD, StreamingDiLoCo
+from distoptim.periods import PostLocal
 from distoptim.testing.lockstep import Lockstep
 from distoptim.testing.processes import run
-from tests.helpers import toy
+from tests.helpers import coded, toy
 
 TAU, TIMEOUT_S = 4, 30.0
 BOUND_S = 3 * TIMEOUT_S
@@ -79,15 +81,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
-def _train(rank: int, victim: int, make: Any, act: Any) -> str:
-    params = [torch.nn.Parameter(p) for p in toy.start(torch.float32)]
+def _train(rank: int, victim: int, make: Any, act: Any, start: Sequence[Tensor] = ()) -> str:
+    params = [torch.nn.Parameter(p.clone()) for p in start or toy.start(torch.float32)]
     frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
     optimizer = make([*params, frozen])
     error = ""
     try:
         for step in range(1, 40):
-            for p, g in zip(params, toy.gradient(rank, params), strict=True):
-                p.grad = g.detach().to(p.dtype)
+            for p in params:
+                p.grad = p.detach() + rank
             optimizer.step()
             if (rank, step) == (victim, 6):
                 act(optimizer, params, frozen)
@@ -137,24 +139,90 @@ ALONE: dict[str, Any] = {
 }
 
 
-def _in_levels(rank: int) -> dict[str, str]:
+LEVELS: dict[str, tuple[Any, list[str]]] = {
+    "plain": (partial(LocalSGD, tau=TAU), [*ALONE, "unfrozen"]),
+    # In two stages, of which the second starts only while a worker waits, or calls.
+    "coded": (partial(StreamingDiLoCo, tau=6, fragments=3, codec="int8"), ["flush()", "close()"]),
+    # While the workers average after every step, nobody comes to the groups.
+    "post-local": (partial(LocalSGD, tau=PostLocal(start=8, tau=TAU)), ["flush()"]),
+}
+# Local steps of each worker, after which it ends.
+ENDS = {"one has more": [6, 5, 5, 5], "a pair has more": [6, 6, 5, 5]}
+
+
+@pytest.fixture(scope="module")
+def in_levels() -> list[Any]:
+    """Of four workers in pairs, what each is told of one that is alone, of unlike ends, and what it has computed."""
+    return run(_in_levels, 4, timeout_s=BOUND_S)
+
+
+def _in_levels(rank: int) -> tuple[dict[Any, str], dict[Any, str], list[Tensor]]:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    make = partial(LocalSGD, lr=0.1, tau=TAU, levels={2: pairs[rank // 2]}, timeout_s=TIMEOUT_S)
-    return {
-        what: _train(rank, 1, make, act) for what, act in {**ALONE, "unfrozen": _unfreeze}.items()
+    options: Any = {"lr": 0.1, "levels": {2: pairs[rank // 2]}, "timeout_s": TIMEOUT_S}
+    acts = {**ALONE, "unfrozen": _unfreeze}
+    alone = {
+        (what, how): _train(rank, 1, partial(make, **options), acts[what], coded.START)
+        for how, (make, whats) in LEVELS.items()
+        for what in whats
     }
+    ends = {
+        (who, how): _end(partial(LEVELS[how][0], **options), steps[rank])
+        for how in ("plain", "coded")
+        for who, steps in ENDS.items()
+    }
+    make = partial(OverlapLocalSGD, tau=TAU, delay=2, codec="int8", **options)
+    return alone, ends, [_save(rank, make, saves=saves) for saves in (False, True)]
 
 
-def test_a_worker_alone_is_told_over_the_groups_of_neighbours() -> None:
+def _end(make: Any, steps: int) -> str:
+    """What a worker that makes so many local steps is told at the end."""
+    optimizer = make([torch.nn.Parameter(p.clone()) for p in coded.START])
+    try:
+        for _ in range(steps):
+            optimizer.average()
+        optimizer.close()
+    except CommunicationError as error:
+        return str(error)
+    return ""
+
+
+def _save(rank: int, make: Any, *, saves: bool) -> Tensor:
+    """Parameters at the end of a run in which rank 0 saves its state after every step, alone, or nobody does."""
+    params = [torch.nn.Parameter(p.clone()) for p in coded.START]
+    optimizer = make(params)
+    for _ in range(2 * TAU + 1):
+        for p, g in zip(params, coded.gradient(rank, params), strict=True):
+            p.grad = g.detach()
+        optimizer.step()
+        optimizer.average()
+        if saves and rank == 0:
+            optimizer.state_dict()
+    optimizer.close()
+    return torch.cat([p.detach().flatten() for p in params])
+
+
+def test_a_worker_alone_is_told_over_the_groups_of_neighbours(in_levels: list[Any]) -> None:
     """Those of other groups, who wait for all, hear what neighbours have found out."""
-    for rank, found in enumerate(run(_in_levels, 4, timeout_s=BOUND_S)):
-        unfrozen = found.pop("unfrozen")
-        assert "was unfrozen after" in unfrozen, (rank, unfrozen)
-        assert rank == 1 or "rank 1 cannot go on: ValueError" in unfrozen
-        for what, text in found.items():
-            assert "rank 0 in average(), the mean of fragment 0, at local step" in text, (
-                rank,
-                what,
-                text,
-            )
-            assert f"rank 1 in {what}" in text, (rank, what, text)
+    for rank, (alone, *_) in enumerate(in_levels):
+        for (what, how), text in alone.items():
+            if what == "unfrozen":
+                assert "was unfrozen after" in text, (rank, text)
+                assert rank == 1 or "rank 1 cannot go on: ValueError" in text
+            else:
+                where = (
+                    r"rank 0 in average.., the mean of fragment \d, at local step .*, rank 1 in "
+                )
+                assert re.search(where + re.escape(what), text), (rank, what, how, text)
+
+
+def test_unlike_ends_are_told_over_the_groups_of_neighbours(in_levels: list[Any]) -> None:
+    where = r"rank 0 in .* at local step 6, .*rank \d in .* at local step 5"
+    for rank, (_, ends, _) in enumerate(in_levels):
+        for at, text in ends.items():
+            assert re.search(where, text), (rank, at, text)
+
+
+def test_a_worker_that_saves_alone_holds_up_nobody(in_levels: list[Any]) -> None:
+    """Its means' second stages start while the others wait for it in a group of neighbours."""
+    for *_, (plain, saved) in in_levels:
+        assert torch.equal(plain, saved)

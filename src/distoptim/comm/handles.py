@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +14,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+
+# Between looks whether a collective is over, where second stages of other means are still to be started.
+_LOOK_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,10 @@ class WorkHandle(TimedHandle):
         work = self.work
         self.work = None
         if work is not None:
-            work.wait(timedelta(seconds=timeout_s))
+            limit = time.perf_counter() + timeout_s
+            while not work.is_completed() and time.perf_counter() < limit and _go_on():
+                time.sleep(_LOOK_S)
+            work.wait(timedelta(seconds=_left(limit)))
             if self._divisor != 1:
                 self.buffer.div_(self._divisor)
 
@@ -157,17 +165,29 @@ class Stages:
     They travel over connections of their own, on which nothing else does: elsewhere the ranks would
     not agree what comes before them. A second stage starts at the first `poll` (one comes with
     every local step) of any of the handles that finds it to be next and its first stage over, or in
-    `wait`.
+    `wait`: of its mean, or of any other collective in this thread. Otherwise a worker that waits in a
+    group of neighbours would hold up those who wait for this mean, and they it.
     """
 
     def __init__(self) -> None:
         self.queue: deque[TwoStageHandle] = deque()
         self.failure: RuntimeError | None = None
+        self._starting = False
+
+    def add(self, handle: TwoStageHandle) -> None:
+        """Its second stage is to start after those of before."""
+        self.queue.append(handle)
+        _here.stages.add(self)
+
+    @property
+    def is_left(self) -> bool:
+        """Whether something is to be started, and nobody is about to."""
+        return bool(self.queue) and self.failure is None and not self._starting
 
     def poll(self) -> None:
         """Start what can be started without waiting. A failure is kept for whoever waits."""
         try:
-            while self.queue and self.failure is None and self.queue[0].arrived():
+            while self.is_left and self.queue[0].arrived():
                 self._start_oldest(1.0)
         except RuntimeError as error:
             self.failure = error
@@ -188,8 +208,32 @@ class Stages:
     def _start_oldest(self, timeout_s: float) -> None:
         # It stays the oldest until its second stage has been started: after a failure nothing
         # behind it may overtake it.
-        self.queue[0].go_on(timeout_s)
+        self._starting = True
+        try:
+            self.queue[0].go_on(timeout_s)
+        finally:
+            self._starting = False
         self.queue.popleft()
+
+
+class _OfThread(threading.local):
+    """Those stages at which this thread has launched a mean."""
+
+    def __init__(self) -> None:
+        self.stages: weakref.WeakSet[Stages] = weakref.WeakSet()
+
+
+_here = _OfThread()
+
+
+def _go_on() -> bool:
+    """Start the second stages of this thread that can be started without waiting; whether some are left."""
+    stages = list(_here.stages)
+    for each in stages:
+        each.poll()
+        if not each.queue:
+            _here.stages.discard(each)
+    return any(each.is_left for each in stages)
 
 
 class TwoStageHandle(Handle):
@@ -208,7 +252,7 @@ class TwoStageHandle(Handle):
         self.second: Handle | None = None
         self._go_on = go_on
         self._stages = stages
-        stages.queue.append(self)
+        stages.add(self)
 
     def arrived(self) -> bool:
         """Whether the first stage is over, well or not."""

@@ -512,8 +512,9 @@ class Engine(Rounds):
                 # Where a worker is gone, others see it as soon as this one leaves.
                 if level.reducer.mismatched:
                     engine.tell(level.reducer.reason)
-                if engine.reducer.failure is None:
+                if not engine.reducer.mismatched:
                     engine.reducer.give_up(level.reducer.reason)
+                    engine.reducer.mismatched = level.reducer.mismatched
             raise
 
     def drain(self) -> None:
@@ -794,8 +795,8 @@ class Engine(Rounds):
             CommunicationError: workers are in unlike calls, or have made unlike numbers of steps.
         """
         known = self.reducer.mismatched
-        self.settle()
         self._compare_steps()
+        self.settle()
         failure = self.reducer.failure
         self.reducer.close()
         if self.reducer.mismatched and not known and failure is not None:

@@ -87,7 +87,8 @@ class Hierarchy(Rounds):
     def flush(self) -> None:
         """Average at all levels what was done since the last time; a new round begins at all."""
         self.engine.check_local()
-        for level in self.levels:
+        # While the workers average after every step, nobody comes to the groups.
+        for level in [] if self.engine.clock.synchronous else self.levels:
             with self.engine.passed_on(level):
                 level.flush()
         self.engine.flush()
@@ -120,9 +121,12 @@ class Hierarchy(Rounds):
 
     def close(self) -> None:
         """Leave all groups, also where something of one comes to light."""
-        with contextlib.ExitStack() as rest:
-            for engine in (self.engine, *reversed(self.levels)):
-                rest.callback(engine.close)
+        try:
+            # Compares the local steps at all levels, for which their groups must still be there.
+            self.engine.close()
+        finally:
+            for level in self.levels:
+                level.reducer.close()
 
     def _begin(self) -> None:
         """Begin rounds at all levels here, with nothing made since the last mean."""
