@@ -194,7 +194,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         # Making their groups is collective: only now all are known to have the same.
         self._levels = connect_levels(groups, settings.timeout_s, settings.streams)
         for level in self._levels.values():
-            level.prepare(self._largest_message(coded=False))
+            level.prepare(self._largest_message(self._fragments(), coded=False))
         self._build()
         membership.take_part(self.engine, beside)
 
@@ -217,36 +217,32 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "streams": settings.streams,
             **self._rule.facts(),
         }
-        before = self._fingerprint()
+        fragments = self._fragments()
+        before = _fingerprint(fragments)
         membership.agree(
             self._communicator,
             facts,
-            self._fragments(),
+            fragments,
             names(self.inner.param_groups),
             start=before,
             beside=beside,
             sync=settings.sync_module,
         )
         coded = settings.coding is not None
-        self._communicator.prepare(self._largest_message(coded=coded), coded=coded)
-        self._overwritten = (before, self._fingerprint())
+        self._communicator.prepare(self._largest_message(fragments, coded=coded), coded=coded)
+        self._overwritten = (before, _fingerprint(fragments))
 
-    def _largest_message(self, *, coded: bool) -> int:
+    def _largest_message(self, fragments: Sequence[Fragment], *, coded: bool) -> int:
         """Bytes of the largest fragment, as it travels."""
         coding = self._settings.coding if coded else None
         codec = coding if coding is None or isinstance(coding, Codec) else coding.codec
         return max(
             (
                 f.numel * f.dtype.itemsize if codec is None else codec.nbytes(f.numel)
-                for f in self._fragments()
+                for f in fragments
             ),
             default=0,
         )
-
-    @torch.no_grad()
-    def _fingerprint(self) -> int:
-        """Of the parameters as they are now."""
-        return sum(fragment.fingerprint() for fragment in self._fragments())
 
     def _fragments(self) -> list[Fragment]:
         """Made anew at each call."""
@@ -269,7 +265,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             watch=self._watch,
             timeout_s=settings.timeout_s,
             codec=settings.coding,
-            statistics=self._statistics(),
+            statistics=self._statistics(fragments),
         )
         self._rounds: Rounds = self.engine
         if self._levels:
@@ -277,13 +273,11 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
                 self.engine, self._levels, inner=inner, timeout_s=settings.timeout_s
             )
 
-    def _statistics(self) -> list[Tensor]:
+    def _statistics(self, fragments: Sequence[Fragment]) -> list[Tensor]:
         """Of the module, those that can be in a message of the first fragment's."""
         own = {id(p) for p in self._members[0]}
         found = parts_of(self._settings.modules, own).statistics.values()
-        return [
-            t for t in found if t.dtype == self._fragments()[0].dtype and t.device.type == "cpu"
-        ]
+        return [t for t in found if t.dtype == fragments[0].dtype and t.device.type == "cpu"]
 
     # ---- a training loop's calls ------------------------------------------------------------------
 
@@ -533,7 +527,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             pre(self)
         rounds = {
             **checkpoint.save(self._rounds),
-            "parameters": self._fingerprint(),
+            "parameters": _fingerprint(self._fragments()),
             "shard": WorkerMesh(self._members[0]).coordinates,
         }
         state = {**self.inner.state_dict(), checkpoint.KEY: rounds}
@@ -633,7 +627,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         before, after = self._overwritten
         # Of any type, where the file is damaged.
         found = rounds.get("parameters")
-        if isinstance(found, int) and found == before != after == self._fingerprint():
+        if isinstance(found, int) and found == before != after == _fingerprint(self._fragments()):
             raise ValueError(
                 "parameters were loaded before the optimizer was made, which has given everybody rank "
                 "0's: make the optimizer first, then load the model, then call load_state_dict()"
@@ -782,6 +776,12 @@ def _fit(rule: Rule | Callable[[int], Rule], settings: SyncSettings) -> Rule:
     if isinstance(settings.coding, ErrorFeedback) and isinstance(momentum, float):
         settings.coding.look_at(momentum)
     return made
+
+
+@torch.no_grad()
+def _fingerprint(fragments: Sequence[Fragment]) -> int:
+    """Of the parameters as they are now."""
+    return sum(fragment.fingerprint() for fragment in fragments)
 
 
 def _places(modules: Sequence[torch.nn.Module], members: Sequence[Tensor]) -> list[int]:

@@ -393,7 +393,7 @@ def write_cifar10(folder, records_each):
         (folder / name).write_bytes(rows.numpy().tobytes())
 
 
-@pytest.mark.parametrize("name", ["paper", "gpu"])
+@pytest.mark.parametrize("name", ["paper", pytest.param("gpu", marks=pytest.mark.soak)])
 def test_shipped_grids_of_cifar10_run_with_every_method_and_partition(tmp_path, monkeypatch, name):
     layout = dataclasses.replace(cifar.LAYOUTS["cifar10"], train_records=40, test_records=40)
     monkeypatch.setitem(cifar.LAYOUTS, "cifar10", layout)
