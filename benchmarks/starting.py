@@ -1,7 +1,7 @@
 """How long until training begins, and what the first launch costs: beside torch's DDP, over links of
 several round trips. Linux, root: over `benchmarks.delay_line`.
 
-Run: python -m benchmarks.starting [--rtt-ms 1,20,50] [--mb 4] [--mbit-s 1000]
+Run: python -m benchmarks.starting [--rtt-ms 1,20,50] [--mb 0.04,4] [--mbit-s 1000]
 """
 
 from __future__ import annotations
@@ -39,77 +39,108 @@ class Model(nn.Module):
         self.x = nn.ParameterList([torch.zeros(numel) for _ in range(PIECES)])
 
 
-def seconds(make: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and how long that took, begun by all together."""
-    dist.barrier()
-    start = time.perf_counter()
-    made = make()
-    return made, time.perf_counter() - start
+def ddp(mb: float) -> DistributedDataParallel:
+    """Over the group that is there."""
+    return DistributedDataParallel(Model(mb))
+
+
+def ddp_with_a_group(mb: float) -> DistributedDataParallel:
+    """Over one of its own, as every optimizer here has."""
+    return DistributedDataParallel(Model(mb), process_group=dist.new_group())
+
+
+def ours(mb: float) -> distoptim.OverlapLocalSGD:
+    """Groups, agreement, the link measured, rank 0's parameters."""
+    return distoptim.OverlapLocalSGD(Model(mb).parameters(), lr=0.1, tau=TAU)
+
+
+KINDS: dict[str, Callable[[float], Any]] = {
+    "DDP": ddp,
+    "DDP with a group of its own": ddp_with_a_group,
+    "ours": ours,
+}
 
 
 def launches(optimizer: distoptim.OverlapLocalSGD, pause_s: float) -> list[float]:
-    """Seconds of each `average()` that launches a mean for which none waits: it is over by the next."""
+    """Clock and processor seconds of the first `average()` that launches a mean, and of the later ones
+    in the median; none waits for the mean before, which is over by then."""
     found = []
     for step in range(1, TAU * ROUNDS + 1):
         time.sleep(pause_s / TAU)
-        start = time.perf_counter()
+        start = time.perf_counter(), time.thread_time()
         optimizer.average()
         if step % TAU == 0:
-            found.append(time.perf_counter() - start)
-    return found
+            found.append((time.perf_counter() - start[0], time.thread_time() - start[1]))
+    later = [statistics.median(column) for column in zip(*found[1:], strict=True)]
+    return [*found[0], *later]
 
 
-def worker(mb: float, rtt_s: float) -> None:
-    """Rank 0 prints a line of JSON."""
+def worker(kind: str, mb: float, rtt_s: float) -> None:
+    """Rank 0 prints a line of JSON: seconds until it is made, in a program that has just begun."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     # What torch imports at the first optimizer is no part of it.
     torch.optim.SGD(Model(mb).parameters(), lr=0.1)
-    rows = []
-    for _ in range(REPEATS):
-        ddp, ddp_s = seconds(lambda: DistributedDataParallel(Model(mb)))
-        own, own_s = seconds(
-            lambda: DistributedDataParallel(Model(mb), process_group=dist.new_group())
-        )
-        del ddp, own
-        optimizer, ours_s = seconds(
-            lambda: distoptim.OverlapLocalSGD(Model(mb).parameters(), lr=0.1, tau=TAU)
-        )
-        first, *others = launches(optimizer, 1.0 + 8 * rtt_s)
-        rows.append((ddp_s, own_s, ours_s, first, statistics.median(others)))
-        optimizer.close()
+    dist.barrier()
+    start = time.perf_counter()
+    made = KINDS[kind](mb)
+    seconds = torch.tensor([time.perf_counter() - start])
+    # Of the last who is done.
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    found = [seconds.item()]
+    if isinstance(made, distoptim.OverlapLocalSGD):
+        found += launches(made, 1.0 + 8 * rtt_s)
+        made.close()
     if dist.get_rank() == 0:
-        print(json.dumps([statistics.median(column) for column in zip(*rows, strict=True)]))
+        print(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def measured(line: DelayLine, kind: str, mb: float, rtt_s: float) -> list[float]:
+    """What a worker of this kind says."""
+    command = [sys.executable, "-m", "benchmarks.starting", "--mb", str(mb)]
+    command += ["--rtt-ms", str(1e3 * rtt_s), "--worker", kind]
+    first, second = line.start(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    out, _ = first.communicate()
+    second.communicate()
+    found: list[float] = json.loads(out)
+    return found
+
+
+def row(rtt_s: float, mb: float, gbit_s: float) -> None:
+    """One line of the table: medians of programs that have just begun, each kind in turn."""
+    with DelayLine(2, rtt_s=rtt_s, gbit_s=gbit_s) as line:
+        runs = [{kind: measured(line, kind, mb, rtt_s) for kind in KINDS} for _ in range(REPEATS)]
+    seconds = [statistics.median(run[kind][0] for run in runs) for kind in KINDS]
+    more = (seconds[-1] - seconds[0]) / rtt_s
+    launch = [
+        statistics.median(column) for column in zip(*(run["ours"][1:] for run in runs), strict=True)
+    ]
+    print(
+        f"| {mb:g} | {1e3 * rtt_s:g} | {' | '.join(f'{s:.2f}' for s in seconds)} | {more:+.1f} | "
+        f"{' | '.join(f'{1e3 * s:.2f}' for s in launch)} | {os.getloadavg()[0]:.1f} |",
+        flush=True,
+    )
 
 
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rtt-ms", default="1,20,50")
-    parser.add_argument("--mb", type=float, default=4.0)
+    parser.add_argument("--mb", default="0.04,4")
     parser.add_argument("--mbit-s", type=float, default=1000.0)
-    parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=list(KINDS), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker is not None:
-        worker(given.mb, given.worker)
+        worker(given.worker, float(given.mb), float(given.rtt_ms) / 1e3)
         return
-    print(
-        "| RTT, ms | DDP, s | DDP with a group of its own | ours | first launch, ms | later | load |"
-    )
-    print("|---" * 7 + "|")
-    for rtt_ms in (float(text) for text in given.rtt_ms.split(",")):
-        command = [sys.executable, "-m", "benchmarks.starting", "--mb", str(given.mb)]
-        command += ["--worker", str(rtt_ms / 1e3)]
-        with DelayLine(2, rtt_s=rtt_ms / 1e3, gbit_s=given.mbit_s / 1e3) as line:
-            first, _ = line.start(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            out, _ = first.communicate()
-        ddp, own, ours, launch, later = json.loads(out)
-        print(
-            f"| {rtt_ms:g} | {ddp:.2f} | {own:.2f} | {ours:.2f} | {1e3 * launch:.2f} | "
-            f"{1e3 * later:.2f} | {os.getloadavg()[0]:.1f} |",
-            flush=True,
-        )
+    launch = "first launch, ms | its CPU | later ones | CPU"
+    print(f"| MB | RTT, ms | {', s | '.join(KINDS)}, s | RTTs more than DDP | {launch} | load |")
+    print("|---" * 11 + "|")
+    for mb in (float(text) for text in given.mb.split(",")):
+        for rtt_ms in (float(text) for text in given.rtt_ms.split(",")):
+            row(rtt_ms / 1e3, mb, given.mbit_s / 1e3)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def all_gather_json(
     *,
     what: str = "",
     ranks: Sequence[int] | None = None,
+    took: Callable[[float], object] = lambda seconds: None,
 ) -> list[object]:
     """Everybody's message in rank order; blocking and collective in the group.
 
@@ -37,6 +38,7 @@ def all_gather_json(
         group: over gloo or nccl; its timeout bounds the wait.
         what: the call that asks, for error messages.
         ranks: what they call the members; by default their ranks in the group.
+        took: told how long the first chunk was under way, in seconds.
 
     Raises:
         CommunicationError: workers are in different calls.
@@ -45,7 +47,9 @@ def all_gather_json(
     name = what.encode()[: CHUNK_BYTES // 2]
     text = name + json.dumps(message).encode()
     text = _HEADER.pack(len(name), len(text) - len(name)) + text
+    start = time.perf_counter()
     first = _gather(text[:CHUNK_BYTES], 1, group)
+    took(time.perf_counter() - start)
     _check_calls([_split(theirs)[0] for theirs in first], ranks or range(group.size()))
     longest = max(_HEADER.size + sum(_HEADER.unpack_from(theirs)) for theirs in first)
     rest = _gather(text[CHUNK_BYTES:], -(-longest // CHUNK_BYTES) - 1, group)

@@ -12,8 +12,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from distoptim.comm.cuda import NcclHandle, Staging
 from distoptim.comm.emulated import BACKEND, EmulatedGroup
 from distoptim.comm.handles import Handle, TimedHandle, WorkHandle
 from distoptim.comm.link import Link
+from distoptim.comm.rendezvous import Rendezvous
 from distoptim.comm.streams import AUTO, PartsHandle, affordable, choose, mean_s, open_files, spans
 from distoptim.comm.streams import check as check_streams
 
@@ -36,8 +36,6 @@ from distoptim.comm.streams import check as check_streams
 _c10d: Any = dist.distributed_c10d
 
 _MAKERS: dict[str, Callable[..., Any]] = {"gloo": dist.ProcessGroupGloo, BACKEND: EmulatedGroup}
-# From torch 2.7 on; before, groups are made one after the other.
-_CLONES = hasattr(_c10d.PrefixStore, "clone")
 
 # How many communicators over these ranks this process has made; in step with the other members'.
 _made: Counter[tuple[int, ...]] = Counter()
@@ -157,8 +155,10 @@ class ProcessGroupCommunicator(Communicator):
         self._prepared_for = (0, False)
         self._link: Link | None = None
         self._affordable = 1
-        # Bytes and seconds of the largest broadcast so far.
+        # Bytes and seconds of the largest broadcast so far, and seconds of the fastest control message.
         self._largest = (0, 0.0)
+        self._fastest_s = math.inf
+        self._groups_made = 0
         # A torch ProcessGroup, or one of its backends.
         self._groups: dict[str, Any] = {}
         _leave_forgotten()
@@ -170,7 +170,6 @@ class ProcessGroupCommunicator(Communicator):
         self._number = _made[tuple(self.ranks)]
         before = open_files() or 0
         with self._one_error("the making of groups"):
-            self._meet()
             wanted = {"means": str(dist.get_backend(group)), "control data": "gloo"}
             if "cpu" in self._backends:
                 # Codes are in host memory. Over nccl alone there are none.
@@ -206,9 +205,9 @@ class ProcessGroupCommunicator(Communicator):
         return self._streams
 
     def prepare(self, nbytes: int, *, coded: bool = False) -> None:
-        """Measure the link, and open the streams that means of so many bytes are worth.
+        """Open the streams that means of so many bytes are worth, on the link as measured by what was sent so far.
 
-        Blocking and collective: three small messages, none where the link is known.
+        Blocking and collective: one small message, none where the link is known.
 
         Args:
             nbytes: of the largest message.
@@ -253,13 +252,12 @@ class ProcessGroupCommunicator(Communicator):
     def _measure(self, groups: int) -> None:
         """Round trip and rate, and how many streams of so many groups all can afford."""
         what = "measuring the link"
-        own = [*self._largest, affordable(groups * self._files)]
+        if self._fastest_s == math.inf:
+            self.all_gather_json(None, what=what)
+        own = [*self._largest, self._fastest_s, affordable(groups * self._files)]
         everybody: Any = self.all_gather_json(own, what=what)
-        start = time.perf_counter()
-        # All begin it when the one before is over: the mean of their times is the messages' time.
-        self.all_gather_json(None, what=what)
-        took: Any = self.all_gather_json(time.perf_counter() - start, what=what)
-        latency_s = sum(took) / len(took) / (self.size - 1)
+        # Who comes last waits for nobody but the link.
+        latency_s = min(entry[2] for entry in everybody) / (self.size - 1)
         nbytes = min(entry[0] for entry in everybody)
         seconds = max(entry[1] for entry in everybody)
         # From the first to the last of them the whole message goes over so many links.
@@ -267,7 +265,7 @@ class ProcessGroupCommunicator(Communicator):
         transfer_s = max(seconds - hops * latency_s, 1e-6)
         rate = hops * nbytes * 8 / 1e9 / transfer_s if nbytes else math.inf
         self._link = Link(latency_s, rate)
-        self._affordable = min(entry[2] for entry in everybody)
+        self._affordable = min(entry[3] for entry in everybody)
 
     def all_reduce(self, buffer: Tensor) -> Handle:
         """Start the mean of `buffer`.
@@ -344,7 +342,12 @@ class ProcessGroupCommunicator(Communicator):
         """Everybody's message, in rank order, over the group for control data."""
         with self._one_error(what or "a message without a name"):
             group = self._group("control data")
-            return control.all_gather_json(message, group, what=what, ranks=self.ranks)
+            return control.all_gather_json(
+                message, group, what=what, ranks=self.ranks, took=self._control_took
+            )
+
+    def _control_took(self, seconds: float) -> None:
+        self._fastest_s = min(self._fastest_s, seconds)
 
     def close(self) -> None:
         """Leave the groups; gloo then ends what is in flight, or gives it up at the timeout."""
@@ -375,20 +378,6 @@ class ProcessGroupCommunicator(Communicator):
             raise CommunicationError(f"no group for {use}: {why}")
         return self._groups[use]
 
-    def _meet(self) -> None:
-        """See that all members are here.
-
-        gloo would name a key of the store where one is not, and take up to five timeouts where one is
-        gone before it has connected.
-        """
-        store = self._store("members")
-        store.set(str(self.rank), "")
-        try:
-            store.wait([str(rank) for rank in range(self.size)], self._timeout)
-        except RuntimeError as error:
-            absent = [r for i, r in enumerate(self.ranks) if not store.check([str(i)])]
-            raise RuntimeError(f"ranks {absent} have not come: {error}") from error
-
     def _make(self, wanted: dict[str, str]) -> None:
         """Make groups of our own, those of gloo at the same time: each takes several round trips.
 
@@ -399,30 +388,27 @@ class ProcessGroupCommunicator(Communicator):
         Args:
             wanted: use -> backend.
         """
-        ours = {use: _MAKERS[backend] for use, backend in wanted.items() if backend in _MAKERS}
+        self._groups_made += 1
+        # torch has no public way to the store; `new_group` takes it from there too.
+        store = _c10d._get_default_store()  # noqa: SLF001
+        name = f"distoptim/{'_'.join(map(str, self.ranks))}/{self._number}/{self._groups_made}"
+        rendezvous = Rendezvous(
+            _c10d.PrefixStore(name, store), self.rank, self.ranks, self._timeout
+        )
+        makers = {
+            use: partial(_made_of, _MAKERS[backend], self.rank, self.size, self._timeout)
+            for use, backend in wanted.items()
+            if backend in _MAKERS
+        }
+        self._groups.update(rendezvous.make(makers))
         for use, backend in wanted.items():
-            if use not in ours:
-                local = self._ranks is not None
+            if use not in makers:
                 self._groups[use] = dist.new_group(
                     self._ranks,
                     timeout=self._timeout,
                     backend=backend,
-                    use_local_synchronization=local,
+                    use_local_synchronization=self._ranks is not None,
                 )
-        calls = [partial(self._make_one, make, use) for use, make in ours.items()]
-        self._groups.update(zip(ours, _at_once(calls), strict=True))
-
-    def _make_one(self, make: Callable[..., Any], use: str) -> Any:
-        # Who waits for a key holds the connection, on which another group's key is then not set.
-        store = self._store(use)
-        return make(store.clone() if _CLONES else store, self.rank, self.size, self._timeout)
-
-    def _store(self, use: str) -> Any:
-        """The program's store, in which this communicator's keys are its own."""
-        ranks = tuple(self.ranks)
-        name = f"distoptim/{'_'.join(map(str, ranks))}/{self._number}/{use}"
-        # torch has no public way to the store; `new_group` takes it from there too.
-        return _c10d.PrefixStore(name, _c10d._get_default_store())  # noqa: SLF001
 
     def _one_error(self, what: str) -> contextlib.AbstractContextManager[None]:
         limit = self._timeout.total_seconds()
@@ -452,12 +438,8 @@ class ProcessGroupCommunicator(Communicator):
         return handle(work, buffer, 1 if average else self.size)
 
 
-def _at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """What they return, each called in a thread of its own where the store allows it."""
-    if not _CLONES or len(calls) < 2:
-        return [call() for call in calls]
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
+def _made_of(make: Callable[..., Any], rank: int, size: int, timeout: timedelta, store: Any) -> Any:
+    return make(store, rank, size, timeout)
 
 
 def _backends(group: dist.ProcessGroup | None) -> dict[str, str]:

@@ -43,7 +43,11 @@ FRAGMENTED = "streaming-diloco"
 MOST_FRAGMENTS = 64
 """Messages of a round that are offered."""
 
+# Of DDP: each but the first.
 _BUCKET_BYTES = 25 * 2**20
+_FIRST_BUCKET_BYTES = 2**20
+# Collectives of one group, as many as it has threads.
+_AT_ONCE = 2
 _BACKWARD = 2 / 3
 _ELEMENT_BYTES = 4
 # From the third round on all are alike: longer runs differ by their rounding.
@@ -270,18 +274,45 @@ def _best(predictions: Sequence[Prediction], inner: str | None) -> Prediction:
 
 
 def _ddp(job: Job) -> Prediction:
-    """DDP sends gradients in buckets of 25 MiB as the backward pass, 2/3 of a step, makes them ready."""
-    nbytes = job.nbytes()
-    # DDP knows no streams.
+    """DDP sends gradients in buckets as the backward pass, 2/3 of a step, makes them ready.
+
+    gloo works on `_AT_ONCE` of them at once, which share the link but not the round trips.
+    """
     network = job.network
-    one = replace(job, network=replace(network, streams=1)) if isinstance(network, Gloo) else job
-    buckets = math.ceil(nbytes / _BUCKET_BYTES)
+    lanes = [0.0]
+    if isinstance(network, Gloo):
+        # DDP knows no streams.
+        network = replace(network, streams=1)
+        lanes = [0.0] * _AT_ONCE
+    one = replace(job, network=network)
+    sent = 0
     link_free = 0.0
-    for k in range(1, buckets + 1):
-        ready = job.step_s * (1 - _BACKWARD + _BACKWARD * k / buckets)
-        link_free = max(link_free, ready) + one.all_reduce_s(nbytes / buckets)
-    step_s = max(job.step_s, link_free)
+    for nbytes in _buckets(job.nbytes()):
+        sent += nbytes
+        ready = job.step_s * (1 - _BACKWARD + _BACKWARD * sent / job.nbytes())
+        lane = lanes.index(min(lanes))
+        start = max(ready, lanes[lane])
+        alone_s = one.all_reduce_s(nbytes)
+        link_free = max(link_free, start) + _on_link_s(one, nbytes, alone_s)
+        lanes[lane] = max(start + alone_s, link_free)
+    step_s = max(job.step_s, *lanes)
     return _prediction(job, "ddp", 1, step_s, copies=1.0, baseline=step_s)
+
+
+def _buckets(nbytes: int) -> list[int]:
+    """As DDP cuts them where parameters are small: a short one first."""
+    first = min(nbytes, _FIRST_BUCKET_BYTES)
+    whole, rest = divmod(nbytes - first, _BUCKET_BYTES)
+    return [first, *[_BUCKET_BYTES] * whole, *([rest] if rest else [])]
+
+
+def _on_link_s(job: Job, nbytes: int, alone_s: float) -> float:
+    """How long a mean keeps the link from others."""
+    network = job.network
+    if not isinstance(network, Gloo) or job.workers == 1:
+        return alone_s
+    sent = 2 * (job.workers - 1) / job.workers * nbytes
+    return sent * 8 / (network.link.bandwidth_gbit_s * 1e9)
 
 
 def _predict(job: Job, name: str, tau: int, ddp_s: float, codec: str | None = None) -> Prediction:
