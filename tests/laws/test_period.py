@@ -280,6 +280,16 @@ def test_the_mean_loss_of_the_workers_counts():
     assert {o.stats()["tau"] for o in workers.optimizers} == {2}
 
 
+def test_the_mean_loss_is_weighted_as_the_payloads_are():
+    """Losses 4, 8, 12, 16 of 1, 2, 3, 4 samples: 12 on the mean."""
+    workers = cluster(LocalSGD, AdaComm(4, interval=4), lr=0.1)
+    samples = [rank + 1 for rank in range(toy.WORKERS)]
+    for _ in range(12):
+        workers.average(losses=[4.0 * n for n in samples], samples=samples)
+    clocks = [o.state_dict()["distoptim"]["clock"] for o in workers.optimizers]
+    assert {clock["memory"]["loss0"] for clock in clocks} == {12.0}
+
+
 BAD = {
     "schedule without a start": (lambda: Schedule({3: 2}), "taus="),
     "schedule of zero": (lambda: Schedule({0: 0}), "tau=0"),

@@ -365,7 +365,7 @@ class Engine(Rounds):
         assert pending is not None
         left = self.weights.left_at is not None
         try:
-            weight = self.reducer.finish(
+            weight, beside = self.reducer.finish(
                 sync, may_be_empty=self._may_be_empty or left or self.clock.timed
             )
         except MeanLost:
@@ -385,7 +385,7 @@ class Engine(Rounds):
             # Who gives to one that is behind looks at it from another thread.
             sync.merging = True
             if sync.extra:
-                self._hear(handle.tails(sync.extra + SIZE + 1), weight)
+                self._hear(beside)
             workers = float(handle.workers or self.communicator.size)
             workers *= 1.0 if weight == 1 else self.weights.share(weight)
             # Not twice, if another fragment's merge has replaced this one's since it was launched.
@@ -411,11 +411,11 @@ class Engine(Rounds):
         self.counters.merged(self.step - sync.launched, time.perf_counter() - start)
         return True
 
-    def _hear(self, tails: Tensor, weight: float) -> None:
+    def _hear(self, beside: Tensor) -> None:
         """Take what came with the first fragment's mean: what the period measures, and statistics."""
-        self.clock.told([float(x) / weight for x in tails[: self._measured]])
+        self.clock.told(beside[: self._measured].tolist())
         if self.carried is not None:
-            self.carried.mean = tails[self._measured : -1 - SIZE].clone()
+            self.carried.mean = beside[self._measured :]
 
     def plan(self) -> None:
         """Note what is in flight, in order of launch, and the next step at which something is due."""

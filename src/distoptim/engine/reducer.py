@@ -137,8 +137,10 @@ class Reducer:
         except RuntimeError as error:
             self._fail(sync.name, 0.0, error)
 
-    def finish(self, sync: FragmentSync, *, may_be_empty: bool) -> float:
-        """Wait for a fragment's mean and weigh it; returns the mean weight.
+    def finish(self, sync: FragmentSync, *, may_be_empty: bool) -> tuple[float, Tensor]:
+        """Wait for a fragment's mean and weigh it.
+
+        Returns: the mean weight, and the weighted mean of what came with the payload, on the host.
 
         Raises:
             CommunicationError: it failed, did not come within the timeout, or is of something else.
@@ -148,7 +150,10 @@ class Reducer:
         assert pending is not None
         self._wait(pending.handle, sync.name, pending.identity)
         sync.pending = None
-        return _normalise(sync.buffer.tensor, pending.handle, sync.name, may_be_empty)
+        tails = pending.handle.tails(sync.extra + SIZE + 1)
+        # In a new tensor: dividing the buffer divides these on the host, and does not on another device.
+        beside = tails[: sync.extra] / (tails[-1] or 1.0) if sync.extra else tails[:0]
+        return _normalise(sync.buffer.tensor, tails, sync.name, may_be_empty), beside
 
     @torch.no_grad()
     def mean_of(
@@ -181,7 +186,7 @@ class Reducer:
         flat.tensor[-1 - SIZE : -1] = identity.code
         handle = self._send(self.communicator.all_reduce, flat.tensor, name)
         self._wait(handle, name, identity)
-        _normalise(flat.tensor, handle, name, may_be_empty)
+        _normalise(flat.tensor, handle.tails(1), name, may_be_empty)
         return flat
 
     def meet(self, sync: FragmentSync, identity: Identity, *, limit_s: float | None = None) -> None:
@@ -362,9 +367,9 @@ def is_finite(fragment: Fragment) -> bool:
     return bool(fragment.finite_everywhere(finite) if fragment.sharded else finite)
 
 
-def _normalise(buffer: Tensor, handle: Handle, name: str, may_be_empty: bool) -> float:
-    """Mean of weighted payloads -> weighted mean; returns the mean weight."""
-    weight = float(handle.tails(1)[0])
+def _normalise(buffer: Tensor, tails: Tensor, name: str, may_be_empty: bool) -> float:
+    """Mean of weighted payloads -> weighted mean; returns the mean weight, the last of these."""
+    weight = float(tails[-1])
     if weight == 0 and not may_be_empty:
         raise FloatingPointError(
             f"{name}: no worker has finite values (and samples to weigh them by, where they are "
