@@ -8,7 +8,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # What is installed of the library; workers that come and go need torchft, which needs torch 2.7.
 EXTRAS ?= dev,elastic
 
-.PHONY: demo test lint pytest test-integrations chaos tables package bench clean
+.PHONY: demo test lint pytest test-integrations chaos tables docs docs-serve package bench clean
 
 $(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,18 @@ chaos: $(VENV)/installed
 # The tables that pages take from the CSV files in results/; sentences that differ are named.
 tables: $(VENV)/installed
 	$(BIN)/python results/check.py --write
+
+# The site, in build/site. A link, a name or a formula that leads nowhere ends it.
+docs: build/pages
+	PYTHONPATH=. $(BIN)/zensical build --clean --strict
+
+docs-serve: build/pages
+	PYTHONPATH=. $(BIN)/zensical serve
+
+.PHONY: build/pages
+build/pages: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/gather_pages.py
 
 # Wheels and sdists of both distributions, tried in environments with no more than they ask for.
 package: $(VENV)/installed

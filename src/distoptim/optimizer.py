@@ -96,7 +96,11 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             drift further.
         delay: local steps between launch and merge, in [0, tau]. 0 waits; None (the default here)
             hides a whole round.
-        lr, momentum, dampening, weight_decay, nesterov: of the torch.optim.SGD, with its defaults.
+        lr: learning rate of the torch.optim.SGD, >= 0; with its default, as the next four.
+        momentum: of the torch.optim.SGD, >= 0.
+        dampening: of the torch.optim.SGD's momentum.
+        weight_decay: of the torch.optim.SGD, >= 0.
+        nesterov: whether the torch.optim.SGD's momentum is Nesterov's.
         size: number of workers, checked if given (the original code's argument).
         group: the workers; None means all.
         device_mesh: says the workers instead, as its dimension called "replicate" or "dp_replicate",

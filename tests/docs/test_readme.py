@@ -103,7 +103,7 @@ def after_and_before():
 def test_every_block_has_a_language_that_is_run():
     for page in PAGES:
         fences = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)
-        assert set(fences) <= {"", "python", "bash", "diff", "toml"}, page
+        assert set(fences) <= {"", "python", "bash", "diff", "toml", "math"}, page
         assert fences.count("") * 2 == len(fences), page
 
 

@@ -1,0 +1,49 @@
+"""What the site's menu and its reference have; `make docs` tries links, names and formulas."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import distoptim
+from distoptim import comm, simulator
+
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "docs" / "reference"
+# Made of the commands themselves by docs/gather_pages.py.
+GENERATED = "docs/reference/command-line.md"
+
+
+def paths(nav):
+    """All pages of a menu, in its order."""
+    for entry in nav:
+        for target in entry.values() if isinstance(entry, dict) else [entry]:
+            yield from paths(target) if isinstance(target, list) else [target]
+
+
+def test_every_page_is_in_the_menu_and_the_menu_has_no_other():
+    config = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
+    shown = set(paths(config["nav"]))
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert shown >= pages
+    assert {"index.md", GENERATED} < shown
+    for page in shown - {"index.md", GENERATED}:
+        assert (ROOT / page).is_file(), page
+
+
+def test_every_public_name_is_in_the_reference_once():
+    shown = Counter(
+        name
+        for page in REFERENCE.glob("*.md")
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+    )
+    assert set(shown.values()) == {1}
+    documented = {name.rpartition(".")[2] for name in shown}
+    public = {*distoptim.__all__, *comm.__all__, *simulator.__all__} - {"__version__"}
+    assert public <= documented
