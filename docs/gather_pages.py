@@ -16,7 +16,7 @@ PAGES = ROOT / "build" / "pages"
 # Of the files that git knows.
 SHOWN = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"),
-    *("docs/*", "examples/*", "results/*.md", "results/*.png"),
+    *("docs/*", ":!docs/*.py", "examples/*", "results/*.md", "results/*.png"),
 )
 
 
