@@ -19,18 +19,18 @@ def block(source: str, *_: Any, **__: Any) -> str:
 
 
 class _Inline(InlineProcessor):
-    def handleMatch(self, m: Any, data: str) -> tuple[Element, int, int]:  # noqa: N802  # markdown's name
+    def handleMatch(self, m: Any, data: str) -> tuple[Element, int, int]:
         return fromstring(convert(m.group(1))), m.start(0), m.end(0)
 
 
 class Formulas(Extension):
     """TeX within a line."""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802  # markdown's name
+    def extendMarkdown(self, md: Markdown) -> None:
         """Before the pattern of code, which has the same marks."""
         md.inlinePatterns.register(_Inline(r"\$`([^`]+)`\$"), "formula", 200)
 
 
-def makeExtension(**options: Any) -> Formulas:  # noqa: N802  # markdown's name
+def makeExtension(**options: Any) -> Formulas:
     """Where markdown looks for it."""
     return Formulas(**options)
