@@ -20,7 +20,7 @@ from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
 from rich.console import Console
 from rich.table import Table
 
-from distoptim import checks
+from distoptim import algorithms, checks
 from distoptim.comm import CommunicationError, Link
 from distoptim.planning import planner
 from distoptim.planning import probe as probing
@@ -184,6 +184,7 @@ def plan(
     count = _count("params", known["params"])
     workers = _count("workers", known["workers"])
     network = Gloo(link, _streams(streams))
+    algorithms.load_entry_points()
     job = Job(known["step_s"], count, workers, network, _numbers("speeds", speeds))
     made = planner.plan(job, inner=inner)
     if as_json:

@@ -13,17 +13,19 @@ from distoptim.comm import Codec, CommunicationError, ErrorFeedback, Link
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine import checkpoint, evaluation, membership, saved
 from distoptim.engine.clock import Clock
-from distoptim.engine.copies import Copies
 from distoptim.engine.engine import Engine, Inner, Rounds, tick_together
 from distoptim.engine.hierarchy import Hierarchy, check_levels, connect_levels
 from distoptim.engine.likeness import look_for_ddp
-from distoptim.fragments import Fragment, Watch, build, is_fsdp1, names, partition, trainable, unfit
+from distoptim.engine.master_weights import MasterWeights
+from distoptim.engine.module_statistics import ModuleStatistics
+from distoptim.fragments import Fragment, build, is_fsdp1, names, partition, trainable, unfit
 from distoptim.inner_state import StateCopies
 from distoptim.module_state import parts_of
 from distoptim.periods import Tau
 from distoptim.rule import Rule
 from distoptim.settings import Options, Params, SyncSettings, whole_signature
 from distoptim.version import __version__
+from distoptim.watch import Watch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -259,7 +261,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         self._has_stepped = False
         fragments = self._fragments()
         inner = Inner(self.inner, reset_at_merge=settings.reset_inner)
-        self._copies = Copies(self.inner, self._state_copies)
+        self._master_weights = MasterWeights(self.inner, self._state_copies)
         self.engine = Engine(
             fragments,
             self._rule,
@@ -277,11 +279,14 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
                 self.engine, self._levels, inner=inner, timeout_s=settings.timeout_s
             )
 
-    def _statistics(self, fragments: Sequence[Fragment]) -> list[Tensor]:
-        """Of the module, those that can be in a message of the first fragment's."""
+    def _statistics(self, fragments: Sequence[Fragment]) -> ModuleStatistics | None:
+        """Where nobody else may be asked for the module's: those that fit into the first message."""
+        if not self._communicator.elastic:
+            return None
         own = {id(p) for p in self._members[0]}
         found = parts_of(self._settings.modules, own).statistics.values()
-        return [t for t in found if t.dtype == fragments[0].dtype and t.device.type == "cpu"]
+        fit = [t for t in found if t.dtype == fragments[0].dtype and t.device.type == "cpu"]
+        return ModuleStatistics(fit) if fit else None
 
     # ---- a training loop's calls ------------------------------------------------------------------
 
@@ -293,10 +298,10 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         args = () if closure is None else (closure,)
         for pre in self._optimizer_step_pre_hooks.values():
             pre(self, args, {})
-        self._copies.follow()
+        self._master_weights.follow()
         loss = self._inner_step(closure)
         try:
-            self._copies.look()
+            self._master_weights.look()
         except ValueError as error:
             self.engine.tell(error)
             raise
@@ -422,7 +427,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             ValueError: on all workers, naming what of the module differs, or is trained by another
                 optimizer (see `distoptim.averaged`).
         """
-        with self._copies.untouched(), evaluation.averaged([self.engine], module):
+        with self._master_weights.untouched(), evaluation.averaged([self.engine], module):
             yield
 
     def consolidate(self, module: torch.nn.Module | None = None) -> None:
@@ -473,7 +478,9 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             and the last `average()` less the exposed part), `exposed_share` (exposed / computation),
             `bytes` (of the payloads: B bytes make each of m workers send 2 (m - 1)/m B on a ring; codes
             count as the payload that would make it send as much), `staleness` (mean local steps from
-            launch to merge), `quarantined` (payloads of this worker that were not finite).
+            launch to merge), `quarantined` (payloads of this worker that were not finite), `lost` (means
+            that never came) and `catch_ups` (how often it took over what others share). Where workers come
+            and go (`Elastic`) also `joins`, `losses` and `leaves`, of all workers, as this one has seen them.
         """
         engine = self.engine
         measured = engine.counters.report(engine.step, engine.clock.tau)
@@ -573,7 +580,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             raise refusal
         self.inner.load_state_dict(state)
         # Before the rounds may move x.
-        self._copies.restore(state)
+        self._master_weights.restore(state)
         if ours is None:
             self._build()
         elif self._communicator.elastic:
@@ -650,7 +657,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "_levels",
             "_overwritten",
         ]
-        self._copies.follow()
+        self._master_weights.follow()
         kept = {name: self.__dict__[name] for name in keep}
         return {**kept, "saved": checkpoint.save(self._rounds)}
 
@@ -661,7 +668,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         self.__dict__.update(state)
         self._watch = Watch(self.inner, self._members[0], self._settings.modules)
         self._build()
-        self._copies.look()
+        self._master_weights.look()
         self._rounds.load_state_dict(rounds)
 
     # ---- what stays the inner optimizer's ---------------------------------------------------------

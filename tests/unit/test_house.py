@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -39,6 +40,13 @@ def test_the_library_loads_torch_alone():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split()) - set(sys.stdlib_module_names)
     assert loaded <= {"distoptim", "torch"}
+
+
+def test_all_say_one_version():
+    for name in ("experiments/pyproject.toml", "CITATION.cff"):
+        said = re.search(r"^version\W+([\d.]+)", (house.ROOT / name).read_text(), re.MULTILINE)
+        assert said is not None
+        assert said[1] == distoptim.__version__, name
 
 
 @pytest.mark.parametrize("package", [house.LIBRARY, house.EXPERIMENTS], ids=lambda p: p.name)

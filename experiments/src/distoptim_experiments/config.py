@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 
 from distoptim import checks
-from distoptim.algorithms import ALGORITHMS
+from distoptim.algorithms import ALGORITHMS, load_entry_points
 from distoptim.comm import Link
 from distoptim_experiments import lr_schedule
 from distoptim_experiments.data import datasets
@@ -21,6 +21,9 @@ from distoptim_experiments.data import partition as partitions
 from distoptim_experiments.machines import Slowdown
 from distoptim_experiments.models import registry as models
 from distoptim_experiments.settings import Needs, NoOption, Number, OneOf, Option, Settings
+
+# Here, since workers' processes have to know them too, which no command line has started.
+load_entry_points()
 
 SYNCHRONOUS = "ddp"
 POWERSGD = "powersgd"

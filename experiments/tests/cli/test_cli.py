@@ -39,6 +39,13 @@ TINY = (
     "1",
 )
 COMMAND = (sys.executable, "-m", "distoptim")
+ELSEWHERE = """
+import distoptim
+
+class HalfWay(distoptim.AveragingOptimizer):
+    def __init__(self, params, *, tau, part_of_the_way: float = 0.5, **options):
+        super().__init__(params, rule=None, tau=tau, **options)
+"""
 
 
 def test_version_and_help(invoke):
@@ -579,9 +586,16 @@ def test_what_is_not_installed_is_said_in_one_line(invoke, monkeypatch):
     assert invoke("plan") == (2, "", f"Error: {message}\n")
 
 
-def test_the_help_imports_nothing_that_draws_or_learns():
+def test_the_help_knows_installed_algorithms_and_imports_nothing_that_draws_or_learns(tmp_path):
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    offer = tmp_path / "elsewhere-1.dist-info"
+    offer.mkdir()
+    (offer / "METADATA").write_text("Name: elsewhere\nVersion: 1\n")
+    (offer / "entry_points.txt").write_text(
+        "[distoptim.algorithms]\nhalf-way = elsewhere:HalfWay\n"
+    )
     code = (
-        "import sys; sys.argv = ['distoptim', 'train', '--help']\n"
+        f"import sys; sys.path.append({str(tmp_path)!r}); sys.argv = ['distoptim', 'train', '--help']\n"
         "from distoptim.__main__ import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print({'matplotlib', 'pandas', 'sklearn', 'seaborn'} & set(sys.modules))"
@@ -590,6 +604,8 @@ def test_the_help_imports_nothing_that_draws_or_learns():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
     assert done.stdout.endswith("set()\n")
+    assert "--part-of-the-way" in done.stdout
+    assert "Of half-way." in done.stdout
 
 
 def test_of_an_option_given_twice_the_last_one_counts(invoke):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from distoptim_experiments.studies.timing import (
-    METHODS,
     draw,
     layerwise_methods,
     methods,
@@ -42,6 +41,7 @@ COLUMNS = dict(
 )
 SHAPE = ModelShape(params=1e9, layers=24, step_s=0.1, fragments=8)
 BLOCKING = Method(name="blocking", tau=8)
+METHODS = methods()
 
 
 def seconds(nbytes, rate_gbit_s, workers=2, latency_s=0.0):

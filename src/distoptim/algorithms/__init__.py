@@ -73,8 +73,8 @@ def register(name: str, algorithm: Callable[..., AveragingOptimizer]) -> None:
 def load_entry_points() -> None:
     """Register what installed packages offer as entry points of the group "distoptim.algorithms".
 
-    The entry point's name is the algorithm's, its object the class. The command line calls this; in
-    Python code importing a class is enough.
+    The entry point's name is the algorithm's, its object the class. The command line and the
+    experiments call this; in Python code importing a class is enough.
 
     Raises:
         ValueError: a name is taken by another algorithm.

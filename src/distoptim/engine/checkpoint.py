@@ -18,7 +18,7 @@ from distoptim.version import __version__
 
 FORMAT = 3
 KEY = "distoptim"
-# What format 1 (written before distoptim 0.2) calls by another name.
+# What format 1 calls by another name.
 _RENAMED_RULES = {"Elastic": "Spring", "Late": "Restart"}
 
 

@@ -19,16 +19,17 @@ from torch.profiler import record_function
 from distoptim import rule as rules
 from distoptim.comm import CatchUp, CommunicationError, Communicator, Handle, MeanLost
 from distoptim.comm.codecs import Coding
-from distoptim.engine.carried import Carried
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
 from distoptim.engine.identity import SIZE, Identity, Kind, Weighing, identify
 from distoptim.engine.likeness import Likeness
+from distoptim.engine.module_statistics import ModuleStatistics
 from distoptim.engine.reducer import LIMITS, Reducer, is_finite, mark_finite
 from distoptim.engine.stats import Counters
 from distoptim.engine.weights import Weights
-from distoptim.fragments import Flat, Fragment, Watch
+from distoptim.fragments import Flat, Fragment
 from distoptim.rule import Average, Mean, Rule
+from distoptim.watch import Watch
 
 logger = logging.getLogger("distoptim")
 
@@ -111,7 +112,7 @@ class Engine(Rounds):
         watch: over the parameters.
         timeout_s: bound of every wait, in seconds.
         codec: in which payloads travel; None: as they are.
-        statistics: of the module, to travel along where workers come and go.
+        statistics: of the module, to travel along where workers come and go; None: nothing does.
         weights, counters: shared with another engine of the same worker; default new ones.
         may_be_empty: whether a mean to which no worker has added anything is no error.
     """
@@ -127,7 +128,7 @@ class Engine(Rounds):
         watch: Watch,
         timeout_s: float,
         codec: Coding | None = None,
-        statistics: Sequence[Tensor] = (),
+        statistics: ModuleStatistics | None = None,
         weights: Weights | None = None,
         counters: Counters | None = None,
         may_be_empty: bool = False,
@@ -154,8 +155,8 @@ class Engine(Rounds):
         self._ended = False
         self._activate()
         self._measured = len(clock.period.measures)
-        self.carried = Carried(statistics) if communicator.elastic and statistics else None
-        extra = self._measured + (0 if self.carried is None else self.carried.numel)
+        self.statistics = statistics
+        extra = self._measured + (0 if self.statistics is None else self.statistics.numel)
         compares = communicator.size > 1 and not may_be_empty
         self.syncs = [
             FragmentSync(
@@ -333,9 +334,9 @@ class Engine(Rounds):
         if fragment.device.type == "cpu" and not finite:
             self._quarantine(sync)
             rule.payload(fragment, sync.state, sync.buffer)
-        if self.carried is not None and sync.index == 0 and finite:
+        if self.statistics is not None and sync.index == 0 and finite:
             start = fragment.numel + self._measured
-            self.carried.write(sync.buffer.tensor[start : fragment.numel + sync.extra])
+            self.statistics.write(sync.buffer.tensor[start : fragment.numel + sync.extra])
         if sync.kept is not None:
             sync.keep()
         # After the payload was read: rules that move x at the launch send what it was before.
@@ -414,8 +415,8 @@ class Engine(Rounds):
     def _hear(self, beside: Tensor) -> None:
         """Take what came with the first fragment's mean: what the period measures, and statistics."""
         self.clock.told(beside[: self._measured].tolist())
-        if self.carried is not None:
-            self.carried.mean = beside[self._measured :]
+        if self.statistics is not None:
+            self.statistics.mean = beside[self._measured :]
 
     def plan(self) -> None:
         """Note what is in flight, in order of launch, and the next step at which something is due."""
@@ -713,13 +714,6 @@ class Engine(Rounds):
     def shared_state(self) -> list[dict[str, Any]]:
         """Of each fragment, what is equal on all workers: anchor and outer state; live."""
         return [dict(self.rule.shared(sync.state)) for sync in self.syncs]
-
-    def own_state(self) -> list[dict[str, Any]]:
-        """Of each fragment, what is this worker's alone; live."""
-        return [
-            {k: v for k, v in vars(sync.state).items() if k not in self.rule.shared(sync.state)}
-            for sync in self.syncs
-        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit-equal; what is in flight is waited for, saved as its mean.

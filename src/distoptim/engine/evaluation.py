@@ -131,8 +131,8 @@ def _statistics(
     fragments = build(tensors, [0] * len(tensors), [range(len(tensors))])
     if elastic:
         # Others need not be here: those that came with the last mean.
-        carried = [engine.carried for engine in engines if engine.carried is not None]
-        return tensors, [pair for each in carried for pair in each.means(fragments)]
+        known = [engine.statistics for engine in engines if engine.statistics is not None]
+        return tensors, [pair for each in known for pair in each.means(fragments)]
     return tensors, [(fragment, engines[0].mean_of(fragment, kind)) for fragment in fragments]
 
 

@@ -31,7 +31,7 @@ from distoptim.simulator.fabric import (
     swap,
 )
 
-Mean = Callable[[Communicator, Tensor, float], None]
+MakeMean = Callable[[Communicator, Tensor, float], None]
 # No virtual worker is waited for in real time but by threads that compute; this is for those that never come.
 _NEVER_S = 600.0
 
@@ -44,7 +44,7 @@ class Launch:
     of: VirtualElastic
     member: Member
     buffer: Tensor
-    mean: Mean
+    mean: MakeMean
     position: dict[str, Any]
     handle: VirtualHandle
 
@@ -128,7 +128,7 @@ class Membership:
 
     # ---- their means ------------------------------------------------------------------------------
 
-    def arrive(self, of: VirtualElastic, member: Member, buffer: Tensor, mean: Mean) -> Handle:
+    def arrive(self, of: VirtualElastic, member: Member, buffer: Tensor, mean: MakeMean) -> Handle:
         """A worker launches its next mean; made when the last has."""
         number = self._launched[of.worker]
         self._launched[of.worker] += 1
@@ -166,14 +166,14 @@ class Membership:
             start_s += self.fabric.cost_s(_nbytes(launch.handle.caught_up.state), 2)
         # With one that comes, its transfer and the mean are taken to be soon enough.
         risk = [] if newcomers else [launch.of.worker for launch in launches]
-        meeting = Meeting(len(launches), start_s, self.fabric, lambda s: self._loss(risk, s))
-        list(self._threads.map(lambda each: _take_part(meeting, *each), enumerate(launches)))
-        collective.ends_at = meeting.ends_s
-        collective.failure = meeting.failure
-        self.fabric.free_at = meeting.ends_s
+        group = ThreadGroup(len(launches), start_s, self.fabric, lambda s: self._loss(risk, s))
+        list(self._threads.map(lambda each: _take_part(group, *each), enumerate(launches)))
+        collective.ends_at = group.ends_s
+        collective.failure = group.failure
+        self.fabric.free_at = group.ends_s
         for rank, launch in enumerate(launches):
             launch.handle.workers = len(launches)
-            if meeting.failure is None:
+            if group.failure is None:
                 launch.of.taken_part(rank, len(launches))
 
     def _loss(self, workers: Sequence[int], until_s: float) -> Change | None:
@@ -210,9 +210,9 @@ def _nbytes(state: dict[str, Any]) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
 
 
-def _take_part(meeting: Meeting, rank: int, launch: Launch) -> None:
+def _take_part(group: ThreadGroup, rank: int, launch: Launch) -> None:
     """In a thread of its own: others of this mean wait for it."""
-    workers = Among(meeting, rank)
+    workers = Among(group, rank)
     given = launch.handle.caught_up
     try:
         if given is None:
@@ -220,13 +220,13 @@ def _take_part(meeting: Meeting, rank: int, launch: Launch) -> None:
         else:
             launch.handle.buffer = launch.member.listen(given, workers)
     except RuntimeError:
-        meeting.end()
-        if meeting.failure is None:
+        group.end()
+        if group.failure is None:
             raise
 
 
 @final
-class Meeting:
+class ThreadGroup:
     """The collectives that one mean is made of, of threads that wait for each other.
 
     Args:
@@ -287,27 +287,27 @@ class Among(Communicator):
 
     in_lockstep = True
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
         self.rank = rank
-        self.size = meeting.size
-        self._meeting = meeting
+        self.size = group.size
+        self._group = group
 
     def all_reduce(self, buffer: Tensor) -> Handle:
         """There at once, as all of these are."""
-        self._meeting.bring(self.rank, buffer, average)
+        self._group.bring(self.rank, buffer, average)
         return Handle(buffer)
 
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
         """See `VirtualCommunicator.all_gather`; in the order of the calls."""
         if after is None:
-            self._meeting.bring(self.rank, (input, output), lambda brought: gather(brought) / 2)
+            self._group.bring(self.rank, (input, output), lambda brought: gather(brought) / 2)
         else:
-            self._meeting.bring(self.rank, (input, output), gather, 0.5)
+            self._group.bring(self.rank, (input, output), gather, 0.5)
         return Handle(output)
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
         """Half of an all-reduce."""
-        self._meeting.bring(self.rank, (input, output), swap, 0.5)
+        self._group.bring(self.rank, (input, output), swap, 0.5)
         return Handle(output)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
@@ -359,7 +359,7 @@ class VirtualElastic(Communicator):
         """Of whoever is there."""
         return self.all_reduce_by(buffer, _mean)
 
-    def all_reduce_by(self, buffer: Tensor, mean: Mean) -> Handle:
+    def all_reduce_by(self, buffer: Tensor, mean: MakeMean) -> Handle:
         """The same, of a mean that `mean` makes."""
         assert self._member is not None
         return self._membership.arrive(self, self._member, buffer, mean)

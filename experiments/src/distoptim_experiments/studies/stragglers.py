@@ -17,7 +17,7 @@ from distoptim.simulator.compute import Compute, Pareto, ShiftedExponential
 
 WORKERS = (4, 16, 64, 256, 1024)
 
-METHODS: dict[str, tuple[str, int | None]] = {
+TIMED: dict[str, tuple[str, int | None]] = {
     "synchronous": ("local-sgd", 1),
     "Local SGD": ("local-sgd", None),
     "EASGD": ("easgd", None),
@@ -58,7 +58,7 @@ def study(
         rounds: measured, after a fifth as many for the start to be forgotten.
     """
     curves = []
-    for method, (algorithm, own_tau) in METHODS.items():
+    for method, (algorithm, own_tau) in TIMED.items():
         seconds = [_round_s(algorithm, own_tau or tau, tau, m, compute, rounds) for m in workers]
         theory = None
         if algorithm == "local-sgd":

@@ -258,6 +258,3 @@ def _default_delay(algorithm: Callable[..., Any], tau: int) -> int:
     if parameter is None:
         return 0
     return min(parameter.default, tau) if isinstance(parameter.default, int) else tau
-
-
-METHODS = methods()

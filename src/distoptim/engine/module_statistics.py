@@ -12,7 +12,7 @@ from distoptim.fragments import Flat, Fragment
 
 
 @final
-class Carried:
+class ModuleStatistics:
     """What all workers' statistics were at the launch of the last mean, where workers come and go.
 
     Args:
@@ -39,7 +39,7 @@ class Carried:
             out.zero_() if self.mean is None else out.copy_(self.mean)
 
     def means(self, fragments: Iterable[Fragment]) -> list[tuple[Fragment, Flat]]:
-        """Those fragments of statistics that are carried, with their means; none before the first mean."""
+        """Those fragments of statistics that travel so, with their means; none before the first mean."""
         ends = [0]
         for tensor in self._tensors:
             ends.append(ends[-1] + tensor.numel())

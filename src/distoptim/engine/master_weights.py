@@ -18,7 +18,7 @@ from distoptim.inner_state import StateCopies
 
 
 @final
-class Copies:
+class MasterWeights:
     """The state of an inner optimizer that is its parameters in higher precision.
 
     Found after a step by the values: of one name, in another dtype, and rounded equal to every parameter
