@@ -2,9 +2,11 @@
 the settings that it is compared with. Linux, root: real TCP over `benchmarks.delay_line`.
 
 A local step sleeps, so that the load of the machine matters little; messages are real. With several
-links (RTT in ms:Mbit/s:parameters, behind commas) each is a table.
+links (RTT in ms:Mbit/s:parameters, behind commas) each is a table. With more workers than cores the
+figures are bound by the processor, and marked so.
 
-Run: python -m benchmarks.predicted [--links 20:100:820352] [--step-ms 60] [--inner adamw]
+Run: python -m benchmarks.predicted [--links 20:100:820352] [--workers 2] [--codecs e3m0] [--streams auto]
+    [--step-ms 60] [--inner adamw]
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,11 +34,12 @@ from distoptim.comm import Link
 from distoptim.planning.planner import Job, Plan, Prediction, plan
 from distoptim.simulator import Gloo
 
-WORKERS = 2
 TAU = 8
 ROUNDS = 4
 SETTINGS = ("ddp", "local-sgd", "overlap-local-sgd", "streaming-diloco")
-CODECS = ("e3m0",)
+
+Setting = tuple[Prediction, int | str]
+"""What is predicted, and on how many streams."""
 
 
 def prepare() -> tuple[Sleeper, Train]:
@@ -55,7 +59,7 @@ def trainer(setting: dict[str, Any]) -> tuple[Train, Callable[[], object]]:
     if setting["algorithm"] == "ddp":
         ddp = DistributedDataParallel(model)
         return stepper(ddp, sgd(ddp)), lambda: None  # type: ignore[arg-type]  # a module too
-    options = {name: setting[name] for name in ("codec", "fragments") if setting[name]}
+    options = {name: setting[name] for name in ("codec", "fragments", "streams") if setting[name]}
     optimizer = distoptim.ALGORITHMS[setting["algorithm"]](
         sgd(model), tau=setting["tau"], module=model, **options
     )
@@ -74,7 +78,7 @@ def worker(settings: list[dict[str, Any]]) -> None:
         dist.barrier()
         rounds = timed(train, steps, ROUNDS)
         if dist.get_rank() == 0:
-            print(json.dumps(statistics.mean(rounds)), flush=True)
+            print(json.dumps(statistics.median(rounds)), flush=True)
         end()
         dist.barrier()
     dist.destroy_process_group()
@@ -83,7 +87,7 @@ def worker(settings: list[dict[str, Any]]) -> None:
 def probed(line: DelayLine, out: Path) -> dict[str, Any]:
     """What `distoptim probe` under torchrun writes."""
     command = (
-        f"exec torchrun --nnodes={WORKERS} --nproc-per-node=1 --node-rank=$RANK "
+        f"exec torchrun --nnodes={line.hosts} --nproc-per-node=1 --node-rank=$RANK "
         "--master-addr=$MASTER_ADDR --master-port=29600 "
         f"-m distoptim probe benchmarks.predicted:prepare --out {out}"
     )
@@ -93,46 +97,63 @@ def probed(line: DelayLine, out: Path) -> dict[str, Any]:
     return found
 
 
-def planned(found: dict[str, Any], inner: str) -> tuple[Plan, list[Prediction]]:
+def planned(found: dict[str, Any], given: argparse.Namespace) -> tuple[Plan, list[Setting]]:
     """What the plan recommends, and what it says of the settings."""
     link = Link(found["latency_s"], found["bandwidth_gbit_s"])
     job = Job(found["step_s"], found["params"], found["workers"], Gloo(link))
-    made = plan(job, inner=inner)
-    others = plan(job, algorithms=SETTINGS[1:], taus=[TAU], codecs=CODECS)
-    chosen = [
-        made.best,
-        *(p for p in others.predictions if p.algorithm != "streaming-diloco" or not p.codec),
-    ]
-    return made, list(dict.fromkeys(chosen))
+    made = plan(job, inner=given.inner)
+    settings: list[Setting] = [(made.best, "auto")]
+    for text in given.streams.split(","):
+        streams = int(text) if text.isdecimal() else text
+        others = plan(
+            replace(job, network=Gloo(link, streams)),
+            algorithms=SETTINGS[1:],
+            taus=[TAU],
+            codecs=[codec for codec in given.codecs.split(",") if codec],
+        )
+        settings += [
+            (p, streams)
+            for p in others.predictions
+            if p.algorithm != "streaming-diloco" or not p.codec
+        ]
+    # DDP knows no streams.
+    return made, list({(p, p.algorithm == "ddp" or s): (p, s) for p, s in settings}.values())
 
 
-def table(rtt_ms: float, mbit_s: float, params: int, step_s: float, inner: str) -> None:
+def named(prediction: Prediction, streams: int | str) -> str:
+    """A row's name."""
+    name = f"{prediction.algorithm}, tau {prediction.tau}"
+    name += f", {prediction.codec}" if prediction.codec else ""
+    name += f", {prediction.fragments} fragments" if prediction.fragments > 1 else ""
+    return name if streams == "auto" else f"{name}, streams {streams}"
+
+
+def table(rtt_ms: float, mbit_s: float, params: int, given: argparse.Namespace) -> None:
     """One link: the probe, the plan and what was measured."""
-    os.environ.update(PREDICTED_PARAMS=str(params), PREDICTED_STEP_S=str(step_s))
+    os.environ.update(PREDICTED_PARAMS=str(params), PREDICTED_STEP_S=str(given.step_ms / 1e3))
     with (
         TemporaryDirectory() as folder,
-        DelayLine(WORKERS, rtt_s=rtt_ms / 1e3, gbit_s=mbit_s / 1e3) as line,
+        DelayLine(given.workers, rtt_s=rtt_ms / 1e3, gbit_s=mbit_s / 1e3) as line,
     ):
         found = probed(line, Path(folder, "probe.json"))
-        made, chosen = planned(found, inner)
+        made, settings = planned(found, given)
+        bound = ", bound by the processor" if given.workers > (os.cpu_count() or 1) else ""
         print(
-            f"\nRTT {rtt_ms:g} ms, {mbit_s:g} Mbit/s, {4 * params / 1e6:.3g} MB; the probe: a step of "
-            f"{1e3 * found['step_s']:.1f} ms, {1e3 * found['latency_s']:.1f} ms, "
+            f"\nRTT {rtt_ms:g} ms, {mbit_s:g} Mbit/s, {4 * params / 1e6:.3g} MB, {given.workers} workers{bound}; "
+            f"the probe: a step of {1e3 * found['step_s']:.1f} ms, {1e3 * found['latency_s']:.1f} ms, "
             f"{1e3 * found['bandwidth_gbit_s']:.0f} Mbit/s\n\n    {made.line}\n"
         )
-        settings = json.dumps([vars(p) for p in chosen])
-        command = [sys.executable, "-m", "benchmarks.predicted", "--worker", settings]
-        first, _ = line.start(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        told = json.dumps([{**vars(p), "streams": streams} for p, streams in settings])
+        command = [sys.executable, "-m", "benchmarks.predicted", "--worker", told]
+        first, *_ = line.start(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         print("| setting | predicted, ms a step | measured | differs by | load |")
         print("|---" * 5 + "|")
-        for prediction, text in zip(chosen, first.stdout or (), strict=False):
+        for setting, text in zip(settings, first.stdout or (), strict=False):
             measured = json.loads(text)
-            name = f"{prediction.algorithm}, tau {prediction.tau}"
-            name += f", {prediction.codec}" if prediction.codec else ""
-            name += f", {prediction.fragments} fragments" if prediction.fragments > 1 else ""
+            step_s = setting[0].step_s
             print(
-                f"| {name} | {1e3 * prediction.step_s:.1f} | {1e3 * measured:.1f} | "
-                f"{prediction.step_s / measured - 1:+.0%} | {os.getloadavg()[0]:.1f} |",
+                f"| {named(*setting)} | {1e3 * step_s:.1f} | {1e3 * measured:.1f} | "
+                f"{step_s / measured - 1:+.0%} | {os.getloadavg()[0]:.1f} |",
                 flush=True,
             )
 
@@ -141,6 +162,9 @@ def main() -> None:
     """Print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--links", default="20:100:820352")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--codecs", default="e3m0")
+    parser.add_argument("--streams", default="auto")
     parser.add_argument("--step-ms", type=float, default=60.0)
     parser.add_argument("--inner", default="adamw")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -150,7 +174,7 @@ def main() -> None:
         return
     for text in given.links.split(","):
         rtt_ms, mbit_s, params = (float(part) for part in text.split(":"))
-        table(rtt_ms, mbit_s, int(params), given.step_ms / 1e3, given.inner)
+        table(rtt_ms, mbit_s, int(params), given)
 
 
 if __name__ == "__main__":

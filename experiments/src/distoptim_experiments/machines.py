@@ -92,7 +92,7 @@ class Machines(Settings):
         Field(
             ge=1,
             le=64,
-            description="Connections at once in a mean, each of which moves 1.5 MB a round trip.",
+            description="Connections at once in a mean, each of which moves 1.75 MB a round trip.",
         ),
         Option(SECTION, needs=_FLAT_RING, unset="no such limit"),
     ] = None

@@ -1,6 +1,6 @@
 """Streams: one message cut into parts, each over connections of its own, for long fat links.
 
-A gloo group keeps at most two segments of 1 MiB in flight, so that it moves about 1.5 MB a round trip
+A gloo group keeps at most two segments of 1 MiB in flight, so that it moves about 1.75 MB a round trip
 whatever the link could carry; k groups at once move k times as much.
 """
 
@@ -26,7 +26,7 @@ MOST = 64
 MOST_CHOSEN = 8
 """Streams that "auto" takes at the most: each costs files and threads for every worker."""
 
-PER_ROUND_TRIP = 1.5e6
+PER_ROUND_TRIP = 1.75e6
 """Bytes that one gloo group moves in a round trip, as measured (docs/measurements.md)."""
 
 LEAST_STREAM = 4e6
@@ -72,12 +72,11 @@ def choose(nbytes: int, link: Link, workers: int) -> int:
 def mean_s(nbytes: float, link: Link, workers: int, streams: int) -> float:
     """Seconds of a mean over gloo and TCP: as on a ring, but at most so many bytes a round trip.
 
-    T = 2 (n-1) latency + max(sent / rate, (sent / (streams PER_ROUND_TRIP) - 1) latency), sent = 2 (n-1)/n
-    bytes; a message of gloo takes a round trip, since it asks before it sends.
+    T = 2 (n-1) latency + max(sent / rate, sent / (streams PER_ROUND_TRIP) latency), sent = 2 (n-1)/n bytes; a message of gloo takes a round trip, since it asks before it sends.
     """
     sent = 2 * (workers - 1) / workers * nbytes
-    windows = max(0.0, sent / (streams * PER_ROUND_TRIP) - 1)
-    on_the_way = max(sent * 8 / (link.bandwidth_gbit_s * 1e9), windows * link.latency_s)
+    round_trips = sent / (streams * PER_ROUND_TRIP)
+    on_the_way = max(sent * 8 / (link.bandwidth_gbit_s * 1e9), round_trips * link.latency_s)
     return 2 * (workers - 1) * link.latency_s + on_the_way
 
 

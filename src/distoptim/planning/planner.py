@@ -293,8 +293,9 @@ def _ddp(job: Job) -> Prediction:
         lane = lanes.index(min(lanes))
         start = max(ready, lanes[lane])
         alone_s = one.all_reduce_s(nbytes)
-        link_free = max(link_free, start) + _on_link_s(one, nbytes, alone_s)
-        lanes[lane] = max(start + alone_s, link_free)
+        link_s = _on_link_s(one, nbytes, alone_s)
+        link_free = max(link_free, start) + link_s
+        lanes[lane] = link_free + alone_s - link_s
     step_s = max(job.step_s, *lanes)
     return _prediction(job, "ddp", 1, step_s, copies=1.0, baseline=step_s)
 

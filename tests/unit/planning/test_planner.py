@@ -152,13 +152,34 @@ def test_one_stream_cannot_fill_a_long_fat_link():
         for s in (1, "auto")
     )
     found = [{(p.algorithm, p.tau): p.step_s for p in made.predictions} for made in (one, several)]
-    # 44 MB are 29 windows of a round trip, of which 28 are waited for beside the two of the ring.
-    assert found[0]["local-sgd", 1] == pytest.approx(0.1 + 0.2 + (44 / 1.5 - 1) * 0.1)
+    # 44 MB take 25 round trips beside the two of the ring.
+    assert found[0]["local-sgd", 1] == pytest.approx(0.1 + 0.2 + 44 / 1.75 * 0.1)
     assert found[1]["local-sgd", 1] < found[0]["local-sgd", 1] / 3
     assert found[0]["ddp", 1] == found[1]["ddp", 1]
     assert Gloo(Link(0.001, 1.0)).all_reduce_s(44e6, 2) == Ring([Link(0.001, 1.0)]).all_reduce_s(
         44e6, 2
     )
+
+
+def test_ddp_has_two_buckets_at_once_on_a_link_that_they_share():
+    # Of 25 MiB, but the first of 1.
+    nbytes = [2**20, 25 * 2**20, 25 * 2**20]
+    params = sum(nbytes) // 4
+    ready = [0.1 / 3 + 0.2 / 3 * sum(nbytes[: i + 1]) / sum(nbytes) for i in range(3)]
+    alone = [0.2 + n / 1.75e6 * 0.1 for n in nbytes]
+    far, near = (
+        plan(
+            job(network=Gloo(Link(0.1, rate)), workers=2, params=params),
+            algorithms=["local-sgd"],
+            taus=[1],
+        )
+        for rate in (1000.0, 0.1)
+    )
+    # The third begins when the first is over, beside the second.
+    assert far.predictions[0].step_s == pytest.approx(ready[0] + alone[0] + alone[2])
+    assert ready[0] + alone[0] + alone[2] > ready[1] + alone[1]
+    # Where the link is full at once it stays so, and the last message has its own way to go.
+    assert near.predictions[0].step_s == pytest.approx(ready[0] + sum(nbytes) * 8 / 1e8 + 0.2)
 
 
 def test_machines_of_unequal_speed():
