@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, cast, final
+from typing import cast, final
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
+from distoptim import spectral_norm
 from distoptim.comm import Communicator
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.comm.mesh import local as shard_of
@@ -28,8 +24,6 @@ _STATISTIC = "statistic"
 _LOCAL = "local"
 # An attribute, not a table beside the modules: it goes along when a module is copied or pickled.
 _DECLARED = "_distoptim_roles"
-# As many as torch makes when a spectral norm is made.
-_POWER_ITERATIONS = 15
 
 
 def statistics(module: torch.nn.Module, names: Names = None) -> None:
@@ -109,11 +103,8 @@ def _role(owner: torch.nn.Module, leaf: str, tensor: Tensor) -> str | None:
             "running_var": _STATISTIC,
             "num_batches_tracked": _LOCAL,
         }.get(leaf)
-    if isinstance(owner, _SpectralNorm) and leaf in ("_u", "_v"):
-        return _LOCAL
-    if any(leaf in (f"{h.name}_u", f"{h.name}_v") for h in _spectral_hooks(owner)):
-        return _LOCAL
-    return _LOCAL if _is_generator_state(tensor) else None
+    own = spectral_norm.is_vector(owner, leaf) or _is_generator_state(tensor)
+    return _LOCAL if own else None
 
 
 def _is_generator_state(tensor: Tensor) -> bool:
@@ -272,69 +263,3 @@ def _overwrite(communicator: Communicator, name: str, value: Tensor) -> None:
     communicator.broadcast(message)
     with torch.inference_mode(value.is_inference()):
         value.copy_(message.view(value.dtype).view(value.shape))
-
-
-# ---- spectral norm --------------------------------------------------------------------------------
-
-
-def _spectral_hooks(owner: torch.nn.Module) -> list[SpectralNorm]:
-    """Of torch.nn.utils.spectral_norm; that of parametrizations is a module."""
-    hooks = owner._forward_pre_hooks.values()  # noqa: SLF001  # torch finds them so too
-    return [hook for hook in hooks if isinstance(hook, SpectralNorm)]
-
-
-def _spectral_norms(
-    module: torch.nn.Module,
-) -> Iterator[tuple[list[Tensor], Callable[[bool], None]]]:
-    """(its vectors, what computes the weight anew, with a power iteration or without) of each."""
-    for owner in module.modules():
-        for hook in _spectral_hooks(owner):
-            vectors = [getattr(owner, f"{hook.name}_{x}") for x in "uv"]
-            yield vectors, partial(_recompute, owner, hook)
-        for name, chain in getattr(owner, "parametrizations", {}).items():
-            for norm in chain:
-                if isinstance(norm, _SpectralNorm):
-                    yield list(norm.buffers()), partial(_reparametrise, owner, name, norm)
-
-
-def _recompute(owner: torch.nn.Module, hook: SpectralNorm, iterate: bool) -> None:
-    setattr(owner, hook.name, hook.compute_weight(owner, do_power_iteration=iterate))
-
-
-def _reparametrise(owner: torch.nn.Module, name: str, norm: _SpectralNorm, iterate: bool) -> None:
-    """In training mode, reading the weight makes a power iteration; without one nothing is kept."""
-    if not iterate:
-        return
-    training = norm.training
-    norm.training = True
-    try:
-        getattr(owner, name)
-    finally:
-        norm.training = training
-
-
-@contextlib.contextmanager
-def normalised(module: torch.nn.Module | None) -> Iterator[None]:
-    """Within the block spectral norms are those of the parameters as they are now.
-
-    A worker's vectors belong to its own parameters: with others their quotient would have another norm
-    than 1. They are put back.
-    """
-    norms: list[Any] = [] if module is None else list(_spectral_norms(module))
-    with torch.no_grad():
-        saved = [[v.clone() for v in vectors] for vectors, _ in norms]
-        for (_, recompute), _ in itertools.product(norms, range(_POWER_ITERATIONS)):
-            recompute(True)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for (vectors, _), values in zip(norms, saved, strict=True):
-                torch._foreach_copy_(vectors, values)
-
-
-def recompute_weights(module: torch.nn.Module | None) -> None:
-    """Make the weights that hooks of spectral norm have left anew, from parameters and vectors."""
-    with torch.no_grad():
-        for _, recompute in () if module is None else _spectral_norms(module):
-            recompute(False)

@@ -216,7 +216,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             "levels": list(levels),
             "reset_inner": settings.reset_inner,
             "sync_module": settings.sync_module,
-            "order of modules": _places(settings.modules, self._members[0]),
+            "order of modules": _first_parameters(settings.modules, self._members[0]),
             "copies": list(self._state_copies.names),
             "copies that are there": self._state_copies.held(self._members[0]),
             "codec": repr(settings.coding),
@@ -690,16 +690,16 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
 
         Schedule-free ones put the weights in the parameters at which gradients are taken.
         """
-        self._tell("train")
+        self._switch("train")
 
     def eval(self) -> None:
         """Tell the inner optimizer that parameters are evaluated; for those that have eval().
 
         Within, `averaged()` is the mean of the weights to be evaluated.
         """
-        self._tell("eval")
+        self._switch("eval")
 
-    def _tell(self, mode: str) -> None:
+    def _switch(self, mode: str) -> None:
         tell = getattr(self.inner, mode, None)
         if callable(tell):
             tell()
@@ -795,7 +795,7 @@ def _fingerprint(fragments: Sequence[Fragment]) -> int:
     return sum(fragment.fingerprint() for fragment in fragments)
 
 
-def _places(modules: Sequence[torch.nn.Module], members: Sequence[Tensor]) -> list[int]:
+def _first_parameters(modules: Sequence[torch.nn.Module], members: Sequence[Tensor]) -> list[int]:
     """Of several modules, each one's first parameter among those that are averaged; -1 where it has none."""
     if len(modules) < 2:
         return []

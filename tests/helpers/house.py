@@ -65,6 +65,23 @@ def packed_per_1000_lines(package: Path) -> float:
     return 1000 * packed / lines
 
 
+def concrete_bases(package: Path) -> set[str]:
+    """Classes of `package` from which another one of it derives, and which are not abstract."""
+    bases: set[str] = set()
+    concrete: set[str] = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                derives_from = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+                bases |= derives_from
+                decorators = [d for part in node.body for d in getattr(part, "decorator_list", ())]
+                if not derives_from & {"ABC", "Protocol"} and "abstractmethod" not in map(
+                    ast.unparse, decorators
+                ):
+                    concrete.add(node.name)
+    return bases & concrete
+
+
 def files_entered(call: Callable[[], object], package: Path) -> list[str]:
     """The files of `package`, in the order in which `call` enters functions in them."""
     entered: list[str] = []

@@ -61,6 +61,12 @@ def test_a_line_holds_one_statement(package):
     assert house.packed_per_1000_lines(package) <= 2
 
 
+def test_who_is_derived_from_is_abstract():
+    made_for_it = {"AveragingOptimizer", "State", "Anchored", "Carried", "Handle"}
+    assert house.concrete_bases(house.LIBRARY) == {*made_for_it, "CommunicationError"}
+    assert house.concrete_bases(house.EXPERIMENTS) == set()
+
+
 def test_results_are_few_files():
     command = ["git", "ls-files", "results"]
     done = subprocess.run(command, cwd=house.ROOT, capture_output=True, text=True, check=True)

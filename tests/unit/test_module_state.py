@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 import distoptim
-from distoptim.module_state import differences, digest, normalised, parts_of, recompute_weights
+from distoptim.module_state import differences, digest, parts_of
+from distoptim.spectral_norm import normalised, recompute_weights
 
 
 class Holder(nn.Module):

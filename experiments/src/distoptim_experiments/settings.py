@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -90,7 +91,7 @@ class OneOf:
         return value
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, ABC):
     """Values with names, each checked against its type and range when they are put together.
 
     Raises:

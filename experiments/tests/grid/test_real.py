@@ -9,7 +9,7 @@ import pytest
 from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.grid import run, spec
-from distoptim_experiments.grid.real import Processes, Stopped, Worker
+from distoptim_experiments.grid.real import LocalProcesses, OneOfWorkers, Stopped
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training.launch import Job, run_local
 
@@ -57,18 +57,18 @@ def test_an_interrupted_grid_goes_on_at_its_checkpoint_and_repeats_nothing(file,
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Stopped) as stopped:
-        run.reproduce(grid, out, runner=Processes(), done=interrupt)
+        run.reproduce(grid, out, runner=LocalProcesses(), done=interrupt)
     assert stopped.value.signum == signal.SIGINT
     first, wild = (
         path
-        for (stage,) in [run.stages(grid, out, runner=Processes())]
-        for _, path in stage.places()
+        for (stage,) in [run.stages(grid, out, runner=LocalProcesses())]
+        for _, path in stage.runs()
     )
     assert checkpoint.exists(first)
     assert not records.finished(first)
     assert not wild.exists()
 
-    assert run.reproduce(grid, out, runner=Processes()) == [first, wild]
+    assert run.reproduce(grid, out, runner=LocalProcesses()) == [first, wild]
     assert [line.kind for line in lines(first) if line.kind in ("start", "resume", "summary")] == [
         "start",
         "resume",
@@ -84,7 +84,7 @@ def test_an_interrupted_grid_goes_on_at_its_checkpoint_and_repeats_nothing(file,
 
     before = [path.stat().st_mtime_ns for path in out.rglob(records.FILE)]
     told = []
-    run.reproduce(grid, out, runner=Processes(), done=lambda *at: told.append(at))
+    run.reproduce(grid, out, runner=LocalProcesses(), done=lambda *at: told.append(at))
     assert told == [("runs", 1, 2), ("runs", 2, 2)]
     assert [path.stat().st_mtime_ns for path in out.rglob(records.FILE)] == before
 
@@ -138,7 +138,7 @@ def test_a_run_without_finite_losses_ends_early_and_is_marked(tmp_path, algorith
     assert summary.step < 10**6
 
 
-class Meeting:
+class At:
     """A place where everybody reads what anybody has written."""
 
     def __init__(self, rank, store):
@@ -159,7 +159,7 @@ class Store(dict):
 
 def test_what_rank_0_decides_is_data_that_all_get_alike():
     store = Store()
-    first, second = (Worker(Meeting(rank, store), 1.0) for rank in (0, 1))
+    first, second = (OneOfWorkers(At(rank, store), 1.0) for rank in (0, 1))
     made = first.decide(lambda: [(0, True), ("a", 0.5)])
     assert second.decide(lambda: pytest.fail("rank 0 decides")) == made == [[0, True], ["a", 0.5]]
     # A pickle that prints, as a stranger might put it there.

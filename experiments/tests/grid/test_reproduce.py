@@ -82,12 +82,12 @@ def test_a_grid_tries_learning_rates_and_runs_everything_once(tmp_path):
     # A trial is missing: the rate of its setting alone is open, and what has one is done.
     (tmp_path / "out" / frames.RUNS).unlink()
     first, runs_ = run.stages(grid, tmp_path / "out", processes=1)
-    (first.places()[0][1] / records.FILE).unlink()
+    (first.runs()[0][1] / records.FILE).unlink()
     first, runs_ = run.stages(grid, tmp_path / "out", processes=1)
     missing = [
         case.label
         for stage in (first, runs_)
-        for case, path in stage.places()
+        for case, path in stage.runs()
         if not records.finished(path)
     ]
     assert missing == ["sync"] * 3
@@ -327,7 +327,7 @@ def test_a_finished_grid_is_a_table_that_needs_no_records(tmp_path):
     assert report.write(again, tmp_path / "again")[0].read_text() == before
     # One run of them is made again: its record counts, the rows of the others stay.
     first, _ = run.stages(grid, out, processes=1)
-    case, folder = first.places()[0]
+    case, folder = first.runs()[0]
     run_one(case.config.replace(lr=0.02), grid.machines[0], folder, label=case.label, threads=1)
     (changed,) = frames.read(out).ended.query("lr == 0.02").run
     assert changed == folder.relative_to(out).as_posix()
@@ -379,7 +379,7 @@ def test_shipped_grids_are_whole(name):
         folder = Path(__file__).parents[3] / "results" / name
         trials, _ = run.stages(grid, folder)
         ended = Ended(folder)
-        assert all(path in ended for _, path in trials.places())
+        assert all(path in ended for _, path in trials.runs())
     if name in ("paper", "gpu"):
         assert {case.config.tau for case in grid.cases()} == {1, 2, 8, 24}
 

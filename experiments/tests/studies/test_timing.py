@@ -20,8 +20,8 @@ from distoptim_experiments.studies.timing import (
 )
 from distoptim_experiments.studies.utilisation import (
     GRID,
-    Method,
     ModelShape,
+    TimedMethod,
     bandwidth_for,
     utilisation,
     utilisations,
@@ -40,7 +40,7 @@ COLUMNS = dict(
     )
 )
 SHAPE = ModelShape(params=1e9, layers=24, step_s=0.1, fragments=8)
-BLOCKING = Method(name="blocking", tau=8)
+BLOCKING = TimedMethod(name="blocking", tau=8)
 METHODS = methods()
 
 
@@ -143,13 +143,13 @@ def test_a_blocking_method_computes_then_waits(workers, rate):
 
 @pytest.mark.parametrize("rate", [10.0, 39.0, 41.0, 200.0])
 def test_a_round_hidden_costs_what_the_link_needs_beyond_it(rate):
-    hidden = Method(name="hidden", tau=8, delay=8)
+    hidden = TimedMethod(name="hidden", tau=8, delay=8)
     assert utilisation(SHAPE, hidden, rate) == pytest.approx(min(1, 0.8 / seconds(4e9, rate)))
 
 
 @pytest.mark.parametrize("delay", [1, 3])
 def test_a_shorter_delay_hides_that_many_steps(delay):
-    rate, method = 10.0, Method(name="some", tau=8, delay=delay)
+    rate, method = 10.0, TimedMethod(name="some", tau=8, delay=delay)
     exposed = seconds(4e9, rate) - 0.1 * delay
     assert utilisation(SHAPE, method, rate) == pytest.approx(0.8 / (0.8 + exposed))
 
@@ -180,7 +180,7 @@ def test_more_bandwidth_is_never_worse(method, latency_s):
 
 @pytest.mark.parametrize("method", WITHOUT_BUCKETS.values(), ids=WITHOUT_BUCKETS)
 def test_half_the_payload_needs_half_the_bandwidth(method):
-    half = Method(
+    half = TimedMethod(
         name="half",
         payload_bytes=method.payload_bytes / 2,
         tau=method.tau,
@@ -198,7 +198,9 @@ def test_half_the_payload_needs_half_the_bandwidth(method):
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_rare_syncs_cost_nothing(layerwise):
     values = [
-        utilisation(SHAPE, Method(name="rare", tau=tau, fragments=None, layerwise=layerwise), 0.1)
+        utilisation(
+            SHAPE, TimedMethod(name="rare", tau=tau, fragments=None, layerwise=layerwise), 0.1
+        )
         for tau in (10**3, 10**5, 10**7)
     ]
     assert values == sorted(values)
@@ -211,7 +213,9 @@ def test_rare_syncs_cost_nothing(layerwise):
 def test_a_longer_delay_is_never_worse(tau, fragments, layerwise):
     last = np.zeros(len(GRID))
     for delay in sorted({0, 1, tau // 2, tau}):
-        method = Method(name="m", tau=tau, delay=delay, fragments=fragments, layerwise=layerwise)
+        method = TimedMethod(
+            name="m", tau=tau, delay=delay, fragments=fragments, layerwise=layerwise
+        )
         values = utilisations(SHAPE, method, GRID, latency_s=0.001)
         assert (values >= last - 1e-12).all()
         last = values
@@ -254,13 +258,13 @@ def test_the_picture(tmp_path):
             lambda: ModelShape(params=1, layers=3, step_s=1, fragments=4),
             "fragments=4: .*from 1 to 3",
         ),
-        (lambda: Method(name="m", payload_bytes=0), "payload_bytes=0: "),
-        (lambda: Method(name="m", tau=0), "tau=0: "),
-        (lambda: Method(name="m", tau=2, delay=3), "delay=3: .*from 0 to 2"),
-        (lambda: Method(name="m", fragments=0), "fragments=0: "),
-        (lambda: Method(name="m", layerwise=1), "layerwise=1: .*True or False"),
+        (lambda: TimedMethod(name="m", payload_bytes=0), "payload_bytes=0: "),
+        (lambda: TimedMethod(name="m", tau=0), "tau=0: "),
+        (lambda: TimedMethod(name="m", tau=2, delay=3), "delay=3: .*from 0 to 2"),
+        (lambda: TimedMethod(name="m", fragments=0), "fragments=0: "),
+        (lambda: TimedMethod(name="m", layerwise=1), "layerwise=1: .*True or False"),
         (
-            lambda: utilisation(SHAPE, Method(name="m", tau=30, fragments=25), 1),
+            lambda: utilisation(SHAPE, TimedMethod(name="m", tau=30, fragments=25), 1),
             "fragments of m=25: .*from 1 to 24",
         ),
         (lambda: layerwise_methods(fp4_bytes=-1), "payload_bytes=-1: "),
@@ -281,4 +285,4 @@ def test_ddp_pays_the_latency_once_a_bucket():
     layerwise = utilisation(shape, METHODS["data-parallel"], 1e6, latency_s=0.1)
     assert found > 2.5 * layerwise
     with pytest.raises(ValueError, match="tau of a method with buckets=2"):
-        Method(name="x", tau=2, bucket_bytes=1.0)
+        TimedMethod(name="x", tau=2, bucket_bytes=1.0)

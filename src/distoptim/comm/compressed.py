@@ -280,21 +280,21 @@ class CompressedMean:
         return out if self.sent is None else {**out, "sent": self.sent}
 
     def load_state_dict(
-        self, saved: dict[str, Any], *, same_workers: bool, same_place: bool
+        self, saved: dict[str, Any], *, same_workers: bool, same_rank: bool
     ) -> None:
         """Take saved values in place.
 
         Args:
             saved: by `state_dict`.
             same_workers: whether the residual is this worker's; else it is dropped.
-            same_place: whether it has its place among as many; else what is laid out by that is dropped.
+            same_rank: whether it has the same rank among as many; else what is laid out by that is dropped.
         """
         if self._keeps:
             self.reference.copy_(saved["reference"])
         for mine, name, is_own in (
             (self.residual, "residual", same_workers),
-            (self.mean_residual, "mean_residual", same_place),
-            (self.sent, "sent", same_place),
+            (self.mean_residual, "mean_residual", same_rank),
+            (self.sent, "sent", same_rank),
         ):
             if mine is not None:
                 mine.zero_()

@@ -746,11 +746,11 @@ class Engine(Rounds):
         every worker starts from the anchor, where there is one.
         """
         elastic = self.communicator.elastic
-        same_place = saved["workers"] == self.communicator.size and (
+        same_rank = saved["workers"] == self.communicator.size and (
             not elastic or saved["rank"] == self.communicator.rank
         )
         # Where workers come and go it is not their number by which they are the same.
-        same_workers = same_place or elastic
+        same_workers = same_rank or elastic
         goes_on = same_workers and self.clock.load_state_dict(saved["clock"])
         if goes_on:
             self.weights.load_state_dict(saved["weights"])
@@ -758,7 +758,7 @@ class Engine(Rounds):
         at = (self.clock.tau, self.clock.delay)
         goes_on = goes_on and (saved["tau"], saved["delay"]) == at
         for sync, record in zip(self.syncs, saved["fragments"], strict=True):
-            sync.load_state_dict(record, same_workers=same_workers, same_place=same_place)
+            sync.load_state_dict(record, same_workers=same_workers, same_rank=same_rank)
             sync.launched = saved["step"]
             sync.samples = self.weights.total
             sync.schedule(self.step, self.clock.tau)

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from distoptim import module_state
+from distoptim import module_state, spectral_norm
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine.engine import Engine
 from distoptim.engine.identity import Kind
@@ -38,7 +38,7 @@ def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Itera
     for engine in engines:
         engine.evaluating = True
     try:
-        with module_state.normalised(module):
+        with spectral_norm.normalised(module):
             yield
     finally:
         for engine, evaluating in zip(engines, before, strict=True):
@@ -46,7 +46,7 @@ def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Itera
         with torch.inference_mode(mode), torch.no_grad():
             for (fragment, _), values in zip(means, local, strict=True):
                 torch._foreach_copy_(fragment.local(), values)
-        module_state.recompute_weights(module)
+        spectral_norm.recompute_weights(module)
         _reshard(module)
 
 
@@ -85,7 +85,7 @@ def consolidate(engines: Sequence[Engine], module: torch.nn.Module | None) -> No
     with torch.inference_mode(any(x.is_inference() for x in statistics)), torch.no_grad():
         for fragment, mean in more:
             fragment.write(mean)
-    module_state.recompute_weights(module)
+    spectral_norm.recompute_weights(module)
     _reshard(module)
 
 
@@ -115,7 +115,7 @@ def average_module(engine: Engine, module: torch.nn.Module) -> None:
     _, means = _statistics([engine], parts, Kind.MODULE)
     for fragment, mean in means:
         fragment.write(mean)
-    module_state.recompute_weights(module)
+    spectral_norm.recompute_weights(module)
 
 
 def _statistics(

@@ -119,13 +119,13 @@ class FragmentSync:
         }
 
     def load_state_dict(
-        self, saved: dict[str, Any], *, same_workers: bool, same_place: bool
+        self, saved: dict[str, Any], *, same_workers: bool, same_rank: bool
     ) -> None:
         """State, counts and what codes have lost; when the next launch is, the engine says."""
         rules.load(self.state, saved["state"])
         if self.compressed is not None:
             self.compressed.load_state_dict(
-                saved["compressed"], same_workers=same_workers, same_place=same_place
+                saved["compressed"], same_workers=same_workers, same_rank=same_rank
             )
         self.seconds = saved["seconds"]
         self.merges = saved["merges"]

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
 
-from distoptim import module_state
+from distoptim import module_state, spectral_norm
 from distoptim.comm import mesh
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine import saved
@@ -242,7 +242,7 @@ class AveragingState(Stateful):
         rest = {name: values[name] for name in live if name not in tensors}
         if rest:
             self._model.load_state_dict(rest, strict=False)
-        module_state.recompute_weights(self._model)
+        spectral_norm.recompute_weights(self._model)
 
     def _sharded(self, tree: dict[str, Any]) -> dict[str, Any]:
         """An optimizer's state dict in which what is shaped as a DTensor's shard is one again."""

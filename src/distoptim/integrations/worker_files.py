@@ -57,7 +57,7 @@ def read(
 
     Returns: what was saved beside; None on another number of workers, or where there are no files.
     """
-    rank, workers = _place(optimizers)
+    rank, workers = _rank_and_size(optimizers)
     found = {
         (int(match[2]), int(match[1])): path
         for path in folder.glob("distoptim_*")
@@ -85,11 +85,11 @@ def read(
 
 
 def _path(folder: Path, optimizers: Mapping[str, AveragingOptimizer]) -> Path:
-    rank, workers = _place(optimizers)
+    rank, workers = _rank_and_size(optimizers)
     return folder / f"distoptim_{rank}_of_{workers}.pt"
 
 
-def _place(optimizers: Mapping[str, AveragingOptimizer]) -> tuple[int, int]:
+def _rank_and_size(optimizers: Mapping[str, AveragingOptimizer]) -> tuple[int, int]:
     """This worker, and how many there are."""
     communicator = next(iter(optimizers.values())).engine.communicator
     return communicator.rank, communicator.size

@@ -29,7 +29,7 @@ from distoptim_experiments.cli.options import check_files, worker_errors
 from distoptim_experiments.config import RunConfig
 from distoptim_experiments.grid import estimate, run, spec
 from distoptim_experiments.grid.ended import Ended
-from distoptim_experiments.grid.real import Processes, Worker
+from distoptim_experiments.grid.real import LocalProcesses, OneOfWorkers
 from distoptim_experiments.training.rendezvous import Rendezvous, from_torchrun
 from distoptim_experiments.training.signals import Stopped
 
@@ -91,7 +91,9 @@ def reproduce(
         check_files(config)
     folder = folder or Path("runs") / file.stem
     console = Console(quiet=rendezvous is not None and rendezvous.rank > 0)
-    runner = _runner(file, configs, rendezvous) if rendezvous else Processes() if real else None
+    runner = (
+        _runner(file, configs, rendezvous) if rendezvous else LocalProcesses() if real else None
+    )
     stages = list(run.stages(grid, folder, runner=runner))
     left = _left(stages, folder)
     if dry_run:
@@ -138,14 +140,14 @@ def _tell_diverged(folders: Sequence[Path], folder: Path, console: Console) -> N
             )
 
 
-def _runner(file: Path, configs: Sequence[RunConfig], rendezvous: Rendezvous) -> Worker:
+def _runner(file: Path, configs: Sequence[RunConfig], rendezvous: Rendezvous) -> OneOfWorkers:
     for config in configs:
         if config.ranks != rendezvous.size:
             of = f" of {config.island_size} ranks" if config.island_size > 1 else ""
             raise ValueError(
                 f"{file}: workers={config.workers}{of}, but torchrun has started {rendezvous.size} processes"
             )
-    return Worker(rendezvous, max(config.timeout_s for config in configs))
+    return OneOfWorkers(rendezvous, max(config.timeout_s for config in configs))
 
 
 def _run(
@@ -167,7 +169,7 @@ def _run(
     )
     with Progress(*columns, console=console, speed_estimate_period=3600) as bar:
         totals = {
-            stage.name: len(stage.places()) for stage in run.stages(grid, folder, runner=runner)
+            stage.name: len(stage.runs()) for stage in run.stages(grid, folder, runner=runner)
         }
         tasks = {name: bar.add_task(name, total=total) for name, total in totals.items()}
         return run.reproduce(
@@ -184,10 +186,7 @@ def _left(stages: Sequence[run.Stage], folder: Path) -> list[tuple[RunConfig, Pa
     """The runs that have not ended, and their folders."""
     ended = Ended(folder)
     return [
-        (case.config, path)
-        for stage in stages
-        for case, path in stage.places()
-        if path not in ended
+        (case.config, path) for stage in stages for case, path in stage.runs() if path not in ended
     ]
 
 
@@ -197,7 +196,7 @@ def _show(
     """A line for each run."""
     open_ = {path for _, path in left}
     for stage in stages:
-        for case, path in stage.places():
+        for case, path in stage.runs():
             config = case.config
             console.print(
                 f"{'to do' if path in open_ else 'done'}  {stage.name}: {case.label}, tau {config.tau}, "

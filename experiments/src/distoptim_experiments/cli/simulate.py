@@ -23,7 +23,7 @@ from distoptim_experiments.cli.options import (
 )
 from distoptim_experiments.cli.train import Folder
 from distoptim_experiments.config import ROUNDS, TRAINING, RunConfig
-from distoptim_experiments.grid import simulated as grid
+from distoptim_experiments.grid import simulated
 from distoptim_experiments.machines import SECTION, Machines
 from distoptim_experiments.report.table import table
 from distoptim_experiments.settings import Needs, Number, Option, Settings
@@ -140,7 +140,7 @@ def simulate(given: Given) -> None:
         console=console,
     ) as bar:
         task = bar.add_task("simulating", total=None)
-        folders = grid.run_all(
+        folders = simulated.run_all(
             configs,
             machines,
             folder,
@@ -163,7 +163,7 @@ def _configs(given: Given, machines: Machines) -> list[RunConfig]:
     if config.hide_communication or config.equal_time:
         axes["tau"] = axes["tau"][:1]
     options = optimizers.shared_options(own_of(given.all), axes["algorithm"])
-    configs = grid.combinations(config, axes, options)
+    configs = simulated.combinations(config, axes, options)
     for made in configs:
         check_virtual(made, machines)
     return configs

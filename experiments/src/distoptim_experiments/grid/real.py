@@ -6,13 +6,15 @@ One run after the other.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import final
 
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, but not marked so
 
 from distoptim_experiments import records
-from distoptim_experiments.grid import simulated as grid
+from distoptim_experiments.grid import simulated
 from distoptim_experiments.grid.ended import Ended
 from distoptim_experiments.grid.run import Another, Done, Runner, T
 from distoptim_experiments.grid.spec import Case
@@ -36,17 +38,17 @@ def _share(finished: int, total: int, done: Done) -> Observer:
     return observe
 
 
-def _left(places: Sequence[tuple[Case, Path]], ended: Ended) -> list[tuple[int, bool]]:
+def _left(runs: Sequence[tuple[Case, Path]], ended: Ended) -> list[tuple[int, bool]]:
     """Which have not ended, and whether there is a checkpoint of them."""
-    return [(i, checkpoint.exists(path)) for i, (_, path) in enumerate(places) if path not in ended]
+    return [(i, checkpoint.exists(path)) for i, (_, path) in enumerate(runs) if path not in ended]
 
 
-class Processes(Runner):
-    """Starts each run's workers on this machine, and ends them."""
+class RealRunner(Runner, ABC):
+    """Real workers; subclasses say whose processes they are."""
 
-    def places(self, cases: Sequence[Case], folder: Path) -> list[tuple[Case, Path]]:
+    def runs(self, cases: Sequence[Case], folder: Path) -> list[tuple[Case, Path]]:
         """A folder for each case; not that of the same case on virtual workers."""
-        return [(case, folder / grid.name(case.config, None)) for case in cases]
+        return [(case, folder / simulated.name(case.config, None)) for case in cases]
 
     def run_all(
         self, cases: Sequence[Case], folder: Path, done: Done, another: Another
@@ -58,13 +60,13 @@ class Processes(Runner):
         Raises:
             Stopped: a signal did; the run that was on its way has left a checkpoint.
         """
-        places = self.places(cases, folder)
-        left = self.decide(lambda: _left(places, Ended(folder.parent)))
+        runs = self.runs(cases, folder)
+        left = self.decide(lambda: _left(runs, Ended(folder.parent)))
         done(finished := len(cases) - len(left), len(cases))
         for i, resume in left:
             if not self.decide(another):
                 break
-            case, path = places[i]
+            case, path = runs[i]
             signum = self.run(
                 Job(case.config, path, resume, label=case.label, keep_checkpoint=False),
                 [_share(finished, len(cases), done)],
@@ -72,14 +74,24 @@ class Processes(Runner):
             if signum:
                 raise Stopped(signum)
             done(finished := finished + 1, len(cases))
-        return [path for _, path in places]
+        return [path for _, path in runs]
 
+    @abstractmethod
     def run(self, job: Job, observers: Sequence[Observer]) -> int:
         """One run, from start or checkpoint to end; returns the signal that stopped it, or 0."""
+
+
+@final
+class LocalProcesses(RealRunner):
+    """Starts each run's workers on this machine, and ends them."""
+
+    def run(self, job: Job, observers: Sequence[Observer]) -> int:
+        """All of its workers."""
         return run_local(job, observers)
 
 
-class Worker(Processes):
+@final
+class OneOfWorkers(RealRunner):
     """Is one worker of every run, in a process that somebody else has started; rank 0 decides what
     is run.
 

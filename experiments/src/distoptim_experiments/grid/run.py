@@ -9,10 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, final
 
 from distoptim_experiments import frames
-from distoptim_experiments.grid import simulated as grid
+from distoptim_experiments.grid import simulated
 from distoptim_experiments.grid.ended import Ended
 from distoptim_experiments.grid.spec import Case, Spec
 from distoptim_experiments.machines import Machines
@@ -33,7 +33,7 @@ class Runner(ABC):
     """
 
     @abstractmethod
-    def places(self, cases: Sequence[Case], folder: Path) -> list[tuple[Case, Path]]:
+    def runs(self, cases: Sequence[Case], folder: Path) -> list[tuple[Case, Path]]:
         """Every run that the cases mean, and the folder of its record."""
 
     @abstractmethod
@@ -48,8 +48,9 @@ class Runner(ABC):
         return make()
 
 
+@final
 @dataclass(frozen=True)
-class Virtual(Runner):
+class VirtualRunner(Runner):
     """Virtual workers: all cases on all machines, one kind of them after the other.
 
     Args:
@@ -60,10 +61,10 @@ class Virtual(Runner):
     machines: Sequence[Machines]
     processes: int | None = None
 
-    def places(self, cases: Sequence[Case], folder: Path) -> list[tuple[Case, Path]]:
+    def runs(self, cases: Sequence[Case], folder: Path) -> list[tuple[Case, Path]]:
         """Each case on each kind of machines."""
         return [
-            (case, folder / grid.name(case.config, kind))
+            (case, folder / simulated.name(case.config, kind))
             for kind in self.machines
             for case in cases
         ]
@@ -79,7 +80,7 @@ class Virtual(Runner):
             def told(finished: int, _: int, before: int = before) -> None:
                 done(before + finished, total)
 
-            grid.run_all(
+            simulated.run_all(
                 [case.config for case in cases],
                 kind,
                 folder,
@@ -89,7 +90,7 @@ class Virtual(Runner):
                 ended=Ended(folder.parent),
                 another=another,
             )
-        return [path for _, path in self.places(cases, folder)]
+        return [path for _, path in self.runs(cases, folder)]
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ class Stage:
     runner: Runner
     folder: Path
 
-    def places(self) -> list[tuple[Case, Path]]:
-        """See `Runner.places`."""
-        return self.runner.places(self.cases, self.folder)
+    def runs(self) -> list[tuple[Case, Path]]:
+        """See `Runner.runs`."""
+        return self.runner.runs(self.cases, self.folder)
 
 
 def stages(
@@ -128,7 +129,7 @@ def stages(
     trials = Stage(
         "learning rates",
         spec.trials(),
-        runner or Virtual(spec.machines[:1], processes),
+        runner or VirtualRunner(spec.machines[:1], processes),
         folder / TRIALS,
     )
     if trials.cases:
@@ -136,7 +137,7 @@ def stages(
 
     def rates() -> list[tuple[Setting, float]]:
         ended = Ended(folder)
-        tried = trials.places()
+        tried = trials.runs()
         missing = {case.setting for case, path in tried if path not in ended}
         whole = [(case, path) for case, path in tried if case.setting not in missing]
         return list(choose(whole, ended).items())
@@ -145,7 +146,10 @@ def stages(
         (label, tau, partition): lr for (label, tau, partition), lr in trials.runner.decide(rates)
     }
     yield Stage(
-        "runs", spec.cases(chosen), runner or Virtual(spec.machines, processes), folder / FINAL
+        "runs",
+        spec.cases(chosen),
+        runner or VirtualRunner(spec.machines, processes),
+        folder / FINAL,
     )
 
 
@@ -168,10 +172,10 @@ def reproduce(
         done: told (stage, finished, total) at the start of a stage and as runs go on.
         another: whether another run may begin; once it may not, those on their way are finished.
     """
-    totals = {stage.name: len(stage.places()) for stage in stages(spec, folder, runner=runner)}
+    totals = {stage.name: len(stage.runs()) for stage in stages(spec, folder, runner=runner)}
     before = dict.fromkeys(totals, 0)
     for method in spec.by_method():
-        if not (runner or Virtual(())).decide(another):
+        if not (runner or VirtualRunner(())).decide(another):
             break
         for stage in stages(method, folder, processes=processes, runner=runner):
 
@@ -179,10 +183,10 @@ def reproduce(
                 done(name, before[name] + finished, totals[name])
 
             stage.runner.run_all(stage.cases, stage.folder, told, another)
-            before[stage.name] += len(stage.places())
+            before[stage.name] += len(stage.runs())
         stage.runner.decide(lambda: [path.name for path in frames.write(folder)])
     *_, final = stages(spec, folder, runner=runner)
-    return [path for _, path in final.places()]
+    return [path for _, path in final.runs()]
 
 
 def choose(trials: Sequence[tuple[Case, Path]], ended: Ended) -> dict[Setting, float]:

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from distoptim_experiments.report import drawing
-from distoptim_experiments.report import runs as grid
+from distoptim_experiments.report import runs as reported
 
 _SHARE = 1 / 8
 _ROOM = 0.4
@@ -25,8 +25,8 @@ def front(runs: pd.DataFrame, label: str) -> bytes:
 
     A few points that are far from all others stand at the border, with their values.
     """
-    columns = grid.partitions(runs)
-    taus = grid.taus(runs)
+    columns = reported.partitions(runs)
+    taus = reported.taus(runs)
     sizes = {tau: 6 + 4 * k / max(1, len(taus) - 1) for k, tau in enumerate(taus)}
 
     def fill(axes: Any) -> None:
@@ -39,7 +39,9 @@ def front(runs: pd.DataFrame, label: str) -> bytes:
             _draw(axis, shown, sizes)
             drawing.heights(axes[:, [k]])
         axes[0][0].set_ylabel("test error, %")
-        drawing.names(axes, grid.styles(runs), {f"tau {tau}": size for tau, size in sizes.items()})
+        drawing.names(
+            axes, reported.styles(runs), {f"tau {tau}": size for tau, size in sizes.items()}
+        )
         # Names are placed on axes that stay as they are.
         axes[0][0].figure.draw_without_rendering()
         for axis, shown in zip(axes[0], panels, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from distoptim_experiments.report import drawing
-from distoptim_experiments.report import runs as grid
+from distoptim_experiments.report import runs as reported
 from distoptim_experiments.report.figure import PARTS
 
 _TIMES = dict(zip(PARTS, ("computation_s", "overhead_s", "exposed_s"), strict=True))
@@ -28,15 +28,15 @@ def losses(runs: pd.DataFrame, curves: pd.DataFrame, against: str, label: str) -
         against: "epoch" or "seconds".
         label: of the horizontal axis.
     """
-    rows = grid.partitions(runs)
-    columns = grid.taus(runs)
+    rows = reported.partitions(runs)
+    columns = reported.taus(runs)
     finite = curves[np.isfinite(curves.loss)]
 
     def fill(axes: Any) -> None:
         for i, partition in enumerate(rows):
             for axis, tau in zip(axes[i], columns, strict=True):
                 axis.set_title(f"{partition}, tau {tau}" if len(rows) > 1 else f"tau {tau}")
-                shown = grid.at(runs[runs.partition == partition], tau)
+                shown = reported.at(runs[runs.partition == partition], tau)
                 for _, group in shown.groupby("name", sort=False):
                     _curve(axis, group, finite, against)
                 axis.grid(color=drawing.GREY, alpha=0.25)
@@ -45,7 +45,7 @@ def losses(runs: pd.DataFrame, curves: pd.DataFrame, against: str, label: str) -
         for axis in axes[-1]:
             axis.set_xlabel(label)
         drawing.heights(axes)
-        drawing.names(axes, grid.styles(runs))
+        drawing.names(axes, reported.styles(runs))
 
     return drawing.png(fill, len(rows), len(columns), height=2.9, share=True)
 
@@ -130,13 +130,13 @@ def _bars(
     """
     from matplotlib.patches import Patch
 
-    names = list(grid.styles(runs))
-    columns = grid.taus(runs)
+    names = list(reported.styles(runs))
+    columns = reported.taus(runs)
 
     def fill(axes: Any) -> None:
         for axis, tau in zip(axes[0], columns, strict=True):
             axis.set_title(f"tau {tau}")
-            for name, group in grid.at(runs, tau).groupby("name", sort=False):
+            for name, group in reported.at(runs, tau).groupby("name", sort=False):
                 values = list(parts(group).values())
                 colour = drawing.colour(int(group["style"].iloc[0]))
                 _bar(axis, names.index(name), values, told(values), looks, colour, stacked=stacked)

@@ -13,7 +13,7 @@ from distoptim_experiments.frames import Runs
 from distoptim_experiments.machines import PARETO_SHAPE
 from distoptim_experiments.models.registry import TEXT_MODELS
 from distoptim_experiments.report import front, page, pictures, tables
-from distoptim_experiments.report import runs as grid
+from distoptim_experiments.report import runs as reported
 from distoptim_experiments.report.page import Picture, Section
 
 _BEST = (
@@ -152,7 +152,7 @@ def _count(runs: pd.DataFrame, what: str) -> str:
 
 
 def _common(runs: pd.DataFrame) -> str:
-    settings = grid.settings(runs)
+    settings = reported.settings(runs)
     alike = settings.columns[settings.nunique(dropna=False) == 1]
     same = settings[alike].iloc[0].dropna().to_dict()
     if "steps" in same:
@@ -162,7 +162,7 @@ def _common(runs: pd.DataFrame) -> str:
     emulated = "" if runs.virtual.all() else "emulated "
     told = [
         (emulated if name in ("latency_ms", "bandwidth_gbit_s") else "")
-        + text.format(grid.text(same[name]))
+        + text.format(reported.text(same[name]))
         for name, text in _FIELDS.items()
         if name in same and same[name] not in ("none", 0)
     ]

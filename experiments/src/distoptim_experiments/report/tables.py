@@ -9,7 +9,7 @@ from typing import Literal
 
 import pandas as pd
 
-from distoptim_experiments.report import runs as grid
+from distoptim_experiments.report import runs as reported
 
 NONE = "–"  # noqa: RUF001  # a dash as wide as a figure
 
@@ -97,12 +97,12 @@ def scores(runs: pd.DataFrame, score: str) -> list[Table]:
         score: a share of 1, or a loss.
     """
     tables = []
-    for partition in grid.partitions(runs):
+    for partition in reported.partitions(runs):
         rows = runs[runs.partition == partition].groupby("name", sort=False)
         spreads = pd.DataFrame(
             {
-                f"tau {tau}": {name: spread(grid.at(row, tau), score) for name, row in rows}
-                for tau in grid.taus(runs)
+                f"tau {tau}": {name: spread(reported.at(row, tau), score) for name, row in rows}
+                for tau in reported.taus(runs)
             }
         )
         texts, best = _cells(spreads, axis="index", counted=seeds(runs) is None)
@@ -121,7 +121,7 @@ def learning_rates(tuning: pd.DataFrame, final: pd.DataFrame, score: str) -> lis
         score: a share of 1, or a loss.
     """
     tables = []
-    for partition in grid.partitions(tuning):
+    for partition in reported.partitions(tuning):
         group = tuning[tuning.partition == partition]
         rows = list(group.groupby(["label", "tau"], sort=False))
         spreads = pd.DataFrame(

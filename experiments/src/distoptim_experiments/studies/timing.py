@@ -15,8 +15,8 @@ from typing_extensions import TypedDict
 from distoptim.algorithms import ALGORITHMS, StreamingDiLoCo
 from distoptim_experiments.studies.utilisation import (
     GRID,
-    Method,
     ModelShape,
+    TimedMethod,
     first_reaching,
     utilisations,
 )
@@ -48,7 +48,7 @@ class Row(TypedDict):
 
 def layerwise_methods(
     *, tau: int = 100, payload_bytes: float = 4.0, fp4_bytes: float = 0.5
-) -> dict[str, Method]:
+) -> dict[str, TimedMethod]:
     """Data parallel, DiLoCo and Streaming DiLoCo as in a paper: each layer is sent as its backward
     pass ends.
 
@@ -66,8 +66,8 @@ def layerwise_methods(
     """
     delay = min(1, tau)
     made = [
-        Method(name="data-parallel", payload_bytes=payload_bytes, layerwise=True),
-        Method(name="layerwise-diloco", payload_bytes=payload_bytes, tau=tau, layerwise=True),
+        TimedMethod(name="data-parallel", payload_bytes=payload_bytes, layerwise=True),
+        TimedMethod(name="layerwise-diloco", payload_bytes=payload_bytes, tau=tau, layerwise=True),
     ]
     for suffix, nbytes, late in (
         ("", payload_bytes, 0),
@@ -75,7 +75,7 @@ def layerwise_methods(
         ("-delay1-fp4", fp4_bytes, delay),
     ):
         made.append(
-            Method(
+            TimedMethod(
                 name=f"layerwise-streaming-diloco{suffix}",
                 payload_bytes=nbytes,
                 tau=tau,
@@ -87,7 +87,7 @@ def layerwise_methods(
     return {method.name: method for method in made}
 
 
-def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, Method]:
+def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, TimedMethod]:
     """The methods of `layerwise_methods`, torch's DDP, and every algorithm of `distoptim.ALGORITHMS` at
     its default delay.
 
@@ -102,9 +102,11 @@ def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, Method]:
         ValueError: a value outside its range.
     """
     made = layerwise_methods(tau=tau, payload_bytes=payload_bytes)
-    made["ddp"] = Method(name="ddp", payload_bytes=payload_bytes, bucket_bytes=DDP_BUCKET_BYTES)
+    made["ddp"] = TimedMethod(
+        name="ddp", payload_bytes=payload_bytes, bucket_bytes=DDP_BUCKET_BYTES
+    )
     for name, algorithm in ALGORITHMS.items():
-        made[name] = Method(
+        made[name] = TimedMethod(
             name=name,
             payload_bytes=payload_bytes,
             tau=tau,
@@ -114,7 +116,7 @@ def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, Method]:
     return made
 
 
-def published() -> dict[str, Method]:
+def published() -> dict[str, TimedMethod]:
     """The five methods of the published table, H = 100, with the payload that reproduces it.
 
     The paper does not state the payload. One constant, 13.4 bits per parameter and a quarter of it
@@ -146,7 +148,7 @@ def published_models() -> tuple[ModelShape, ...]:
 
 def table(
     models: Iterable[ModelShape],
-    timed: Iterable[Method],
+    timed: Iterable[TimedMethod],
     targets: Sequence[float] = TARGETS,
     *,
     grid: Sequence[float] = GRID,
@@ -191,7 +193,7 @@ def table(
 
 def draw(
     model: ModelShape,
-    timed: Iterable[Method],
+    timed: Iterable[TimedMethod],
     path: str | Path,
     *,
     grid: Sequence[float] = GRID,
@@ -215,7 +217,7 @@ def draw(
 
     from distoptim_experiments.report.figure import COLOURS, MARKERS, save
 
-    names: dict[Method, list[str]] = {}
+    names: dict[TimedMethod, list[str]] = {}
     for method in timed:
         names.setdefault(replace(method, name=""), []).append(method.name)
     figure = Figure(figsize=(10, 4.8), layout="constrained")

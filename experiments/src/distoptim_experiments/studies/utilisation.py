@@ -50,7 +50,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class TimedMethod:
     """An algorithm as the clock sees it: what it sends, when, and what waits for it.
 
     Args:
@@ -103,7 +103,7 @@ class _Message:
 
 def utilisation(
     model: ModelShape,
-    method: Method,
+    method: TimedMethod,
     bandwidth_gbit_s: float,
     *,
     latency_s: float = 0.0,
@@ -128,7 +128,7 @@ def utilisation(
 
 def utilisations(
     model: ModelShape,
-    method: Method,
+    method: TimedMethod,
     bandwidths_gbit_s: Iterable[float],
     *,
     latency_s: float = 0.0,
@@ -202,7 +202,7 @@ def utilisations(
 
 def bandwidth_for(
     model: ModelShape,
-    method: Method,
+    method: TimedMethod,
     target: float,
     grid: Sequence[float] = GRID,
     *,
@@ -249,7 +249,7 @@ def _all_reduce_s(
     return start + Link(0.0, 1.0).all_reduce_s(nbytes, workers) / rates
 
 
-def _messages(model: ModelShape, method: Method) -> list[_Message]:
+def _messages(model: ModelShape, method: TimedMethod) -> list[_Message]:
     """What is sent in one round, in the order in which it is launched within a step."""
     if method.bucket_bytes is not None:
         return _buckets(model, method.bucket_bytes, method.payload_bytes)
