@@ -24,7 +24,7 @@ from distoptim import algorithms, checks
 from distoptim.comm import CommunicationError, Link
 from distoptim.planning import planner
 from distoptim.planning import probe as probing
-from distoptim.planning.planner import Job, Plan, Prediction
+from distoptim.planning.planner import Island, Job, Plan, Prediction
 from distoptim.simulator.network import Gloo
 from distoptim.version import __version__
 
@@ -33,6 +33,8 @@ COMMANDS = "distoptim.commands"
 
 _PROBE_CHARACTERS = 10_000
 """A probe's file has a few hundred; what is longer is cut off, and so no JSON."""
+
+_TABLE_WIDTH = 110
 
 _EXPERIMENTS = ("compare", "train", "simulate", "reproduce", "report", "partition")
 
@@ -152,6 +154,9 @@ def plan(
     inner: str = "sgd",
     streams: str = "auto",
     speeds: str = "",
+    island_size: Whole = 1,
+    island_latency_ms: float = 0.0,
+    island_gbit_s: float = math.inf,
     everything: Annotated[Flag, Parameter(name="--all")] = False,
     as_json: Annotated[Flag, Parameter(name="--json")] = False,
 ) -> None:
@@ -167,6 +172,10 @@ def plan(
         inner: The inner optimizer, sgd or adamw: which algorithm trains best depends on it.
         streams: Connections at once in a mean, 1 to 64 or auto.
         speeds: Of the workers, in turn, as in 1,1,0.5: a local step takes so much less time than step-s.
+        island_size: Ranks with a faster link among them, as of one host, which share the link above; workers are then
+            the islands, and a local step is that of a rank.
+        island_latency_ms: Milliseconds one message takes inside an island.
+        island_gbit_s: Each rank's rate inside an island, in Gbit/s.
         everything: Every algorithm and tau, not the best tau of each.
         as_json: Print JSON for machines.
     """
@@ -185,7 +194,10 @@ def plan(
     workers = _count("workers", known["workers"])
     network = Gloo(link, _streams(streams))
     algorithms.load_entry_points()
-    job = Job(known["step_s"], count, workers, network, _numbers("speeds", speeds))
+    island = None
+    if checks.integer("island_size", island_size, 1) > 1:
+        island = Island(island_size, Gloo(Link(island_latency_ms / 1e3, island_gbit_s), streams=1))
+    job = Job(known["step_s"], count, workers, network, _numbers("speeds", speeds), island)
     made = planner.plan(job, inner=inner)
     if as_json:
         print(json.dumps(made.as_dict(), indent=1))
@@ -267,6 +279,11 @@ def _count(name: str, value: float) -> int:
     return int(value)
 
 
+def _method(p: Prediction) -> str:
+    name = p.algorithm if p.round_s is None else f"{p.algorithm}, equal time"
+    return name if p.ranks == 1 else f"{name}, islands of {p.ranks}"
+
+
 def _print(made: Plan, everything: bool) -> None:
     out = Table(
         "method",
@@ -277,20 +294,21 @@ def _print(made: Plan, everything: bool) -> None:
         "times DDP",
         "exposed",
         "copies",
-        "GB/hour",
+        "GB",
+        "sent, GB/hour",
         box=None,
     )
     out.columns[0].no_wrap = True
     for column in out.columns[2:]:
         column.justify = "right"
-    best: dict[tuple[str, str | None, bool], Prediction] = {}
+    best: dict[tuple[str, str | None, bool, int], Prediction] = {}
     for p in made.predictions:
-        kind = (p.algorithm, p.codec, p.round_s is None)
+        kind = (p.algorithm, p.codec, p.round_s is None, p.ranks)
         if kind not in best or p.step_s < 0.95 * best[kind].step_s:
             best[kind] = p
     for p in made.predictions if everything else best.values():
         out.add_row(
-            p.algorithm if p.round_s is None else f"{p.algorithm}, equal time",
+            _method(p),
             p.codec or "",
             str(p.tau),
             str(p.fragments),
@@ -298,10 +316,12 @@ def _print(made: Plan, everything: bool) -> None:
             f"{p.speed_up:.2f}",
             f"{p.exposed_share:.1%}",
             f"{p.copies:.3g}",
+            f"{p.gbytes:.3g}",
             f"{p.gbytes_per_hour:.3g}",
             style="bold" if p == made.best else None,
         )
     console = Console(soft_wrap=True)
-    console.print(out)
+    # Rather longer lines than cut ones.
+    console.print(out, width=max(console.width, _TABLE_WIDTH))
     console.print(f"\n{made.line}", highlight=False, markup=False)
     console.print(f"because: {made.reason}", highlight=False, markup=False)

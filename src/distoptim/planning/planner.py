@@ -56,14 +56,35 @@ _ROUNDS = 2
 
 
 @dataclass(frozen=True)
+class Island:
+    """Ranks that are joined by a faster link, as of one host, and may be one worker together.
+
+    Args:
+        size: how many, >= 2.
+        network: what a mean inside costs.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    size: int
+    network: Network
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        checks.integer("size of an island", self.size, 2)
+
+
+@dataclass(frozen=True)
 class Job:
     """What is to be planned.
 
     Args:
         step_s: seconds of one local step without communication, > 0.
         params: number of parameters, >= 1; they travel as float32.
-        workers: >= 1.
-        network: what a mean costs.
+        workers: >= 1; with islands, how many of these.
+        network: what a mean costs; with islands, among them, all ranks of one sharing its link.
+        island: what each of the workers is made of; None: of one rank.
         speeds: of the workers, > 0, in turn where there are more workers: a local step takes step_s / speed.
 
     Raises:
@@ -75,6 +96,7 @@ class Job:
     workers: int
     network: Network
     speeds: tuple[float, ...] = ()
+    island: Island | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -94,6 +116,25 @@ class Job:
         speeds = self.speeds or (1.0,)
         return [speeds[i % len(speeds)] for i in range(self.workers)]
 
+    @property
+    def of_ranks(self) -> Job:
+        """The same where every rank is a worker."""
+        if self.island is None:
+            return self
+        size = self.island.size
+        speeds = tuple(speed for speed in self.each_speed for _ in range(size))
+        return replace(self, workers=size * self.workers, speeds=speeds, island=None)
+
+    @property
+    def of_islands(self) -> Job:
+        """The same where every island trains as one worker, with DDP inside."""
+        if self.island is None:
+            return self
+        inside = replace(
+            self, workers=self.island.size, network=self.island.network, island=None, speeds=()
+        )
+        return replace(self, step_s=_ddp(inside).step_s)
+
     def nbytes(self, codec: str | None = None) -> int:
         """Of one mean, in a codec of `distoptim.comm.codecs`, by its name."""
         return _ELEMENT_BYTES * self.params if codec is None else _CODECS[codec].nbytes(self.params)
@@ -112,12 +153,15 @@ class Prediction:
         tau: local steps in a round.
         step_s: seconds per local step, communication included.
         speed_up: over DDP.
-        exposed_share: exposed communication / computation.
+        exposed_share: exposed communication / computation, which what an island's ranks wait for each
+            other is part of.
         copies: memory beyond the model and its inner optimizer, in float32 copies of the model.
+        gbytes: the same in 10^9 bytes; of an island whose ranks hold shards, of all together.
         gbytes_per_hour: payload per worker and hour, in 10^9 bytes.
         codec: in which means travel; None: float32. Its time on the processor is not counted.
         fragments: messages in which a round's mean is cut.
         round_s: of rounds of equal time (`EqualTime`), in which a worker makes tau steps on the mean.
+        ranks: that are one worker, an island.
     """
 
     algorithm: str
@@ -126,10 +170,12 @@ class Prediction:
     speed_up: float
     exposed_share: float
     copies: float
+    gbytes: float
     gbytes_per_hour: float
     codec: str | None = None
     fragments: int = 1
     round_s: float | None = None
+    ranks: int = 1
 
     @property
     def hidden(self) -> bool:
@@ -173,6 +219,8 @@ def plan(
     optimizer, at a tau like this (`planning.studied`).
     With one tau every round lasts as long as on the slowest worker; where speeds differ, rounds of equal
     time are offered as well, which last as long as on machines of the mean speed.
+    Of islands every rank may be a worker, or every island with DDP inside; DDP is over all ranks, on the link
+    among islands.
     Where that is more than `MANY` local steps, `CODECS` are offered too, and where none of `TAUS`
     hides the link, `FURTHER_TAUS`; by default only with the best two that hide a round.
 
@@ -197,7 +245,7 @@ def plan(
     if inner not in inner_optimizers():
         raise ValueError(f"inner={inner!r}: allowed are {', '.join(inner_optimizers())}")
     offered = [checks.integer("tau", tau, 1) for tau in (TAUS if taus is None else taus)]
-    ddp = _ddp(job.at(min(job.each_speed)))
+    ddp = _ddp(job.of_ranks.at(min(job.each_speed)))
     predictions = [ddp]
     for name in names:
         for each in (None, *(codecs or ())):
@@ -214,18 +262,14 @@ def plan(
 
 def _hiding(inner: str) -> list[str]:
     """The two best of those that hide a whole round by default."""
-    return [
-        name
-        for name in below(inner, MANY)
-        if inspect.signature(ALGORITHMS[name]).parameters["delay"].default is None
-    ][:2]
+    return [name for name in below(inner, MANY) if _hides_a_round(name)][:2]
 
 
 def _further(
     job: Job, names: Sequence[str], taus: Sequence[int], further: Sequence[int], ddp_s: float
 ) -> list[Prediction]:
     """Longer periods, and all of them with fewer bytes."""
-    found = []
+    found: list[Prediction] = []
     for name in names:
         found += _offers(job, name, further, ddp_s)
         for codec in CODECS:
@@ -235,6 +279,17 @@ def _further(
 
 def _offers(
     job: Job, name: str, taus: Sequence[int], ddp_s: float, codec: str | None = None
+) -> list[Prediction]:
+    """Every rank as a worker and, where there are some, every island."""
+    found = _of_workers(job.of_ranks, name, taus, ddp_s, codec)
+    if job.island is None:
+        return found
+    islands = _of_workers(job.of_islands, name, taus, ddp_s, codec)
+    return found + [replace(p, ranks=job.island.size) for p in islands]
+
+
+def _of_workers(
+    job: Job, name: str, taus: Sequence[int], ddp_s: float, codec: str | None
 ) -> list[Prediction]:
     """Each tau on all workers, and rounds of equal time with as many steps on the mean."""
     speeds = job.each_speed
@@ -380,7 +435,17 @@ def _prediction(
 ) -> Prediction:
     per_hour = 3600 / (step_s * tau) * job.nbytes(codec) / 1e9 if job.workers > 1 else 0.0
     exposed = max(0.0, step_s / job.step_s - 1)
-    return Prediction(name, tau, step_s, baseline / step_s, exposed, copies, per_hour, codec)
+    return Prediction(
+        algorithm=name,
+        tau=tau,
+        step_s=step_s,
+        speed_up=baseline / step_s,
+        exposed_share=exposed,
+        copies=copies,
+        gbytes=copies * job.nbytes() / 1e9,
+        gbytes_per_hour=per_hour,
+        codec=codec,
+    )
 
 
 @dataclass(frozen=True)
@@ -421,6 +486,8 @@ def _line(best: Prediction) -> str:
         given += f", fragments={best.fragments}"
     if best.codec:
         given += f", codec={best.codec!r}"
+    if best.ranks > 1:
+        given += ", device_mesh=mesh"
     return f"optimizer = distoptim.{ALGORITHMS[best.algorithm].__name__}(optimizer, {given})"
 
 
@@ -446,9 +513,10 @@ def _reason(best: Prediction, predictions: Sequence[Prediction], inner: str | No
         told.insert(
             0,
             "nothing that is offered hides this link: even this waits for "
-            f"{best.exposed_share:.0%} of the computation; a faster link, a smaller model or longer "
-            "local steps would help",
+            f"{best.exposed_share:.0%} of the computation; {_would_hide(best)}",
         )
+    if best.ranks > 1:
+        told.append(f"islands of {best.ranks} ranks are one worker each (docs/islands.md)")
     if best.codec:
         plain = [p.tau for p in predictions[1:] if p.codec is None and p.hidden]
         told.append(
@@ -460,6 +528,20 @@ def _reason(best: Prediction, predictions: Sequence[Prediction], inner: str | No
             + "; codecs are for float32 on CPUs (docs/compression.md)"
         )
     return "; ".join(told)
+
+
+def _would_hide(best: Prediction) -> str:
+    """What would have to be otherwise."""
+    if best.algorithm not in ALGORITHMS or not _hides_a_round(best.algorithm):
+        return "a faster link, a smaller model or longer local steps would help"
+    # Its mean takes so many rounds of computation.
+    factor = f"{1 + best.exposed_share:.2g} times"
+    return f"a link {factor} as fast would hide it, or local steps {factor} as long"
+
+
+def _hides_a_round(name: str) -> bool:
+    """Whether by default the mean has a whole round to come."""
+    return inspect.signature(ALGORITHMS[name]).parameters["delay"].default is None
 
 
 def _compared(best: Prediction, inner: str | None) -> str:

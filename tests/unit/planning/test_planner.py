@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from distoptim import ALGORITHMS
 from distoptim.comm import Link
-from distoptim.planning.planner import CLOSE, TAUS, Job, plan
+from distoptim.planning.planner import CLOSE, TAUS, Island, Job, plan
 from distoptim.planning.studied import below
 from distoptim.simulator import Gloo, Ring
 from tests.helpers.share import share
@@ -182,6 +184,40 @@ def test_ddp_has_two_buckets_at_once_on_a_link_that_they_share():
     assert near.predictions[0].step_s == pytest.approx(ready[0] + sum(nbytes) * 8 / 1e8 + 0.2)
 
 
+def test_islands_are_one_worker_each_or_none():
+    """Four hosts of two ranks, which share 1 Gbit/s between hosts and have 100 inside."""
+    island = Island(2, Ring([Link(0.0, 100.0)]))
+    made = plan(job(island=island), algorithms=["local-sgd", "overlap-local-sgd"], taus=[2])
+    found = {(p.algorithm, p.ranks): p for p in made.predictions}
+    flat_s = Link(0.01, 1.0).all_reduce_s(44e6, 8)
+    # Gradients inside wait for DDP's last bucket alone, the third.
+    inside_s = 0.1 + Link(0.0, 100.0).all_reduce_s(44e6 - 26 * 2**20, 2)
+    among_s = Link(0.01, 1.0).all_reduce_s(44e6, 4)
+    assert found["local-sgd", 1].step_s == pytest.approx(0.1 + flat_s / 2)
+    assert found["local-sgd", 2].step_s == pytest.approx(inside_s + among_s / 2)
+    assert found["overlap-local-sgd", 2].gbytes == 3 * 0.044
+    # The same as of eight workers on the link among hosts.
+    eight = plan(job(workers=8), algorithms=["local-sgd"], taus=[2]).predictions
+    assert found["ddp", 1] == eight[0]
+    assert found["local-sgd", 1] == eight[1]
+    assert made.best.ranks == 2
+    assert made.line == "optimizer = distoptim.OverlapLocalSGD(optimizer, tau=2, device_mesh=mesh)"
+    assert "islands of 2 ranks" in made.reason
+    uneven = plan(job(island=island, speeds=(1, 0.5)), algorithms=["local-sgd"], taus=[2])
+    assert {p.ranks for p in uneven.predictions if p.round_s} == {1, 2}
+
+
+def test_it_says_by_how_much_nothing_hides():
+    slow = job(params=11_000_000_000)
+    made = plan(slow, algorithms=["overlap-local-sgd"], taus=[8], codecs=[])
+    factor = 1 + made.best.exposed_share
+    assert f"a link {factor:.2g} times as fast would hide it" in made.reason
+    longer = replace(slow, step_s=slow.step_s * factor)
+    assert plan(longer, algorithms=["overlap-local-sgd"], taus=[8], codecs=[]).best.hidden
+    blocking = plan(slow, algorithms=["local-sgd"], taus=[8], codecs=[])
+    assert "longer local steps would help" in blocking.reason
+
+
 def test_machines_of_unequal_speed():
     made = plan(job(speeds=(1.0, 1.0, 0.25)), algorithms=["overlap-local-sgd"], taus=[1, 8])
     # Workers of speeds 1, 1, 1/4, 1: on the mean 13/16, and a single step of the slowest takes 0.4 s.
@@ -206,6 +242,7 @@ def test_machines_of_unequal_speed():
         lambda: job(step_s=0.0),
         lambda: job(params=0),
         lambda: job(workers=0),
+        lambda: Island(1, Ring([Link(0.0, 1.0)])),
         lambda: job(speeds=(1.0, 0.0)),
         lambda: job(bandwidth_gbit_s=-1.0),
         lambda: plan(job(), taus=[0]),
