@@ -2,8 +2,11 @@
 
 Two workers in namespaces of their own (`benchmarks.delay_line`), real TCP. A local step is 24 layers that
 sleep, a third of it forward and two thirds backward, so that the load of the machine matters little; the
-gradients and messages are real. Peers that are not installed are left out, and PowerSGD's hook, which
-waits for ever where a layer's backward pass is written in Python.
+gradients and messages are real. A peer that is not installed is left out with a line that says so.
+
+PowerSGD's hook gets all gradients in one bucket. With two it hangs: what follows its first message runs in
+gloo's threads, of which a group has two; there it waits for further messages, for which no thread is
+left, and in which order is not the same on all workers.
 
 Run: python -m benchmarks.peers [--mbit-s 100] [--rtt-ms 20] [--params 820352] [--step-ms 60]
 """
@@ -24,12 +27,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import distoptim
+from benchmarks import peers_torchft
 from benchmarks.delay_line import DelayLine
 
 LAYERS = 24
@@ -86,8 +90,8 @@ def methods(make: Callable[[], Sleeper]) -> Iterator[tuple[str, Train]]:
     """By name, how each trains; made one after the other."""
     model = make()
     yield "computation alone", stepper(model, adamw(model))
-    for name, hook in HOOKS.items():
-        ddp = DistributedDataParallel(make())
+    for name, (hook, options) in HOOKS.items():
+        ddp = DistributedDataParallel(make(), **options)
         hook(ddp)
         yield name, stepper(ddp, adamw(ddp))
     model = make()
@@ -95,6 +99,8 @@ def methods(make: Callable[[], Sleeper]) -> Iterator[tuple[str, Train]]:
     yield "torch PostLocalSGD", stepper(model, PostLocalSGDOptimizer(adamw(model), averager))
     if find_spec("accelerate") is not None:
         yield "accelerate LocalSGD", accelerated(make())
+    if find_spec("torchft") is not None:
+        yield from peers_torchft.methods(make, adamw, stepper, TAU)
     for name, algorithm, options in OURS:
         model = make()
         optimizer = algorithm(adamw(model), tau=TAU, module=model, **options)
@@ -102,10 +108,24 @@ def methods(make: Callable[[], Sleeper]) -> Iterator[tuple[str, Train]]:
         optimizer.close()
 
 
-HOOKS: dict[str, Callable[[Any], object]] = {
-    "DDP": lambda ddp: None,
-    "DDP, fp16 hook": lambda ddp: ddp.register_comm_hook(None, default_hooks.fp16_compress_hook),
+def fp16(ddp: Any) -> None:
+    """Gradients in half the bytes."""
+    ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+
+
+def power_sgd(ddp: Any) -> None:
+    """Gradients as matrices of rank 2."""
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2)
+    ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+
+HOOKS: dict[str, tuple[Callable[[Any], object], dict[str, Any]]] = {
+    "DDP": (lambda ddp: None, {}),
+    "DDP, fp16 hook": (fp16, {}),
+    "DDP, PowerSGD hook, rank 2": (power_sgd, {"bucket_cap_mb": 2**40}),
 }
+"""By name, what is done with a DDP, and its options."""
+
 OURS: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("LocalSGD", distoptim.LocalSGD, {}),
     ("OverlapLocalSGD", distoptim.OverlapLocalSGD, {}),
@@ -195,6 +215,9 @@ def main() -> None:
         return
     command = [sys.executable, "-m", "benchmarks.peers", "--worker"]
     command += ["--params", str(given.params), "--step-ms", str(given.step_ms)]
+    for package in ("accelerate", "torchft"):
+        if find_spec(package) is None:
+            print(f"{package} is not installed: its rows are left out\n")
     print("| method | ms a step | without communication | CPU, ms a step | load |")
     print("|---|---|---|---|---|")
     with DelayLine(2, rtt_s=given.rtt_ms / 1e3, gbit_s=given.mbit_s / 1e3) as line:
