@@ -16,6 +16,7 @@ import torch
 
 import distoptim
 from distoptim import CommunicationError, Elastic
+from distoptim.comm.elastic import MeanThread
 from distoptim.periods import AdaComm, EqualTime, PostLocal
 from distoptim.testing.processes import free_port, run
 from tests.helpers import elastic
@@ -245,10 +246,10 @@ def test_workers_that_disagree_are_refused(address):
 
 
 def test_a_death_before_the_run_has_begun_is_said(address, monkeypatch):
-    def gone(*_):
+    def gone(*_, meet):
         raise ConnectionRefusedError("nobody listens")
 
-    monkeypatch.setattr(Elastic, "_form", gone)
+    monkeypatch.setattr(MeanThread, "form", gone)
     workers = Elastic(address, name="a")
     with pytest.raises(CommunicationError, match=r"a: a worker is gone .*nobody listens"):
         distoptim.LocalSGD(torch.nn.Linear(2, 2).parameters(), lr=0.1, tau=4, communicator=workers)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from distoptim import Elastic
+from distoptim.comm.elastic import MeanThread
 from distoptim.testing.processes import run
 from tests.helpers import elastic
 from tests.helpers.elastic import TAU, Worker, write
@@ -26,7 +26,7 @@ TIMEOUT_S = 30.0
 
 def die_at(point: str, folder: Path, *, after: bool, launch: int) -> None:
     """Be killed before or after a step of the communication thread, in one of its launches."""
-    step = getattr(Elastic, point)
+    step = getattr(MeanThread, point)
     begun = 0
 
     def made(*args: Any, **options: Any) -> Any:
@@ -38,7 +38,7 @@ def die_at(point: str, folder: Path, *, after: bool, launch: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return out
 
-    setattr(Elastic, point, made)
+    setattr(MeanThread, point, made)
 
 
 def walk(

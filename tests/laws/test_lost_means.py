@@ -147,9 +147,10 @@ class Behind(VirtualCommunicator):
 
     elastic = True
 
-    def __init__(self, fabric, rank, lost, launches):
+    def __init__(self, fabric, rank, lost, launches, heard):
         super().__init__(fabric, rank)
         self._lost = lost
+        self._heard = heard
         # Of the first worker, which gives: what its launches were, by number.
         self._launches = launches
         self._launched = 0
@@ -172,26 +173,27 @@ class Behind(VirtualCommunicator):
             super().all_reduce(buffer.clone())
             return Lost(buffer)
         member, position = self._launches[number]
-        given = CatchUp(json.loads(json.dumps(position)), member.give())
+        given = CatchUp(json.loads(json.dumps(position)), member.give(), self._heard)
         handle = super().all_reduce(self._member.empty(given))
         handle.caught_up = given
         self._given = handle
         return handle
 
 
-def behind(name, push):
+def behind(name, push, heard=frozenset(), push_at=None):
     """Workers of which one falls behind; its x and all anchors after every local step."""
     launches = []
     fragments = MAKERS_OF_ANY[name].keywords["fragments"]
     lost = 3 * fragments
-    # After the launch that is lost, and before the next.
-    push_at = 4 * toy.TAU + 1 if fragments == 1 else lost + 2
+    if push_at is None:
+        # After the launch that is lost, and before the next.
+        push_at = 4 * toy.TAU + 1 if fragments == 1 else lost + 2
     # Momentum of inner optimizers goes on by itself; of GlobalMomentum it is the mean's.
     inner = {} if name.startswith("global-momentum") else {"momentum": 0.0, "nesterov": False}
     workers = Lockstep(
         lambda params, **options: MAKERS_OF_ANY[name](params, **inner, **options),
         [toy.start()] * toy.WORKERS,
-        communicator=lambda fabric, rank: Behind(fabric, rank, lost, launches),
+        communicator=lambda fabric, rank: Behind(fabric, rank, lost, launches, heard),
     )
     held = []
     for step in range(1, 7 * toy.TAU + 1):
@@ -234,3 +236,26 @@ def test_who_was_behind_has_what_all_have_and_its_own_steps(name):
     if held[0][1] and name.endswith("fragments1") and not name.startswith("global-momentum"):
         moved = behind(name, 0.5)[caught_up][0] - held[caught_up][0]
         torch.testing.assert_close(moved, torch.full_like(moved, -0.5 * toy.OPTIONS["lr"]))
+
+
+# Of these a merge moves x with the anchor, whatever the distance: what is own can be told apart.
+TOLD_APART = [
+    name
+    for name in MAKERS_OF_ANY
+    if name.endswith("fragments1") and name.startswith(("bmuf", "diloco", "slowmo", "co2", "eager"))
+]
+
+
+@pytest.mark.filterwarnings("ignore:all workers have sent equal parameters")
+@pytest.mark.parametrize("heard", [False, True])
+@pytest.mark.parametrize("name", TOLD_APART)
+def test_steps_that_the_others_have_heard_of_do_not_count_twice(name, heard):
+    """A step before the launch whose mean was lost here alone is in the others' anchor, and no more in x."""
+    fragments = frozenset([0] if heard else [])
+    still = behind(name, 0.0, fragments)
+    moved = behind(name, 0.5, fragments, push_at=4 * toy.TAU)
+    caught_up = next(i for i, (*_, catch_ups) in enumerate(still) if catch_ups)
+    moved_x, still_x = (held[caught_up][0] - held[caught_up][1][0] for held in (moved, still))
+    own = moved_x - still_x
+    expected = 0.0 if heard else -0.5 * toy.OPTIONS["lr"]
+    torch.testing.assert_close(own, torch.full_like(own, expected))

@@ -174,7 +174,7 @@ class Checkpoint(Line):
 
 
 class Membership(Line):
-    """Where workers come and go: something that has happened to one; see `distoptim.comm.elastic.Event`.
+    """Where workers come and go: something that has happened to one; see `distoptim.comm.roll.Event`.
 
     Attributes:
         time: in seconds since 1970.

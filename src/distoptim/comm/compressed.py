@@ -106,6 +106,8 @@ class CompressedMean:
         if isinstance(codec, ErrorFeedback):
             self.residual = torch.zeros(numel)
         self.worked_s = 0.0
+        # Of the last mean that was lost: residuals, and what they were when their codes had been sent.
+        self._unheard: list[tuple[Tensor, Tensor]] = []
 
     def _part_size(self, workers: int) -> int:
         """Numbers in the part of one worker, or in all where one stage sends less."""
@@ -163,15 +165,21 @@ class CompressedMean:
     def _among(self, workers: Communicator, buffer: Tensor, timeout_s: float) -> None:
         """The mean over whoever is there; where it is lost, residuals are as before it."""
         self._be_among(workers)
-        residuals = (self.residual, self.mean_residual)
-        before = [None if r is None else r.clone() for r in residuals]
+        residuals = [r for r in (self.residual, self.mean_residual) if r is not None]
+        before = [residual.clone() for residual in residuals]
         try:
             self._start(buffer, workers).wait(timeout_s)
         except RuntimeError:
+            self._unheard = [(residual, residual.clone()) for residual in residuals]
             for residual, value in zip(residuals, before, strict=True):
-                if residual is not None and value is not None:
-                    residual.copy_(value)
+                residual.copy_(value)
             raise
+
+    def was_heard(self) -> None:
+        """The last mean that was lost here has come to others: what its codes have lost is to be made up for."""
+        for residual, value in self._unheard:
+            residual.copy_(value)
+        self._unheard = []
 
     def _be_among(self, workers: Communicator) -> None:
         """Lay messages out for these workers, if they are others; parts are others then, too."""

@@ -26,10 +26,13 @@ class CatchUp:
     Attributes:
         position: where the giver was when it launched the mean.
         state: what all workers shared then.
+        heard: the fragments, by index, of which this worker's last payload is in a mean of the others that was
+            lost here alone.
     """
 
     position: dict[str, Any]
     state: dict[str, Any]
+    heard: frozenset[int] = frozenset()
 
 
 class Handle:

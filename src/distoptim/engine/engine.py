@@ -20,7 +20,7 @@ from distoptim import rule as rules
 from distoptim.comm import CatchUp, CommunicationError, Communicator, Handle, MeanLost
 from distoptim.comm.codecs import Coding
 from distoptim.engine.clock import Clock
-from distoptim.engine.fragment_sync import FragmentSync, PendingMean
+from distoptim.engine.fragment_sync import FragmentSync, PendingMean, Unheard
 from distoptim.engine.identity import SIZE, Identity, Kind, Weighing, identify
 from distoptim.engine.likeness import Likeness
 from distoptim.engine.module_statistics import ModuleStatistics
@@ -170,7 +170,7 @@ class Engine(Rounds):
             )
             for index, fragment in enumerate(fragments)
         ]
-        if communicator.elastic and type(rule).abandoned is not Rule.abandoned:
+        if communicator.elastic:
             for sync in self.syncs:
                 sync.kept = sync.fragment.flat(extra=1)
         self._code()
@@ -353,7 +353,8 @@ class Engine(Rounds):
         identity: Identity | None = None,
     ) -> None:
         lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
-        sync.pending = PendingMean(handle, finite, launched + self.clock.delay, lr, identity)
+        due = launched + self.clock.delay
+        sync.pending = PendingMean(handle, finite, due, lr, identity, sync.samples)
         sync.launched = launched
         sync.samples = self.weights.samples or 0.0
 
@@ -375,7 +376,7 @@ class Engine(Rounds):
         handle = pending.handle
         self.counters.waited(handle)
         if handle.caught_up is not None:
-            self._catch_up(sync, handle)
+            self._catch_up(sync, handle, samples=pending.samples)
             return True
         sync.seconds = handle.seconds
         start = time.perf_counter()
@@ -407,6 +408,7 @@ class Engine(Rounds):
             )
             sync.merges += 1
             sync.merging = False
+            sync.unheard = None
             if self._inner.reset_at_merge and not self.clock.synchronous:
                 self._inner.forget(sync.fragment.params)
         self.counters.merged(self.step - sync.launched, time.perf_counter() - start)
@@ -912,29 +914,42 @@ class Engine(Rounds):
 
     def _lose(self, sync: FragmentSync) -> None:
         """A mean will not come; local steps go on, and the next launch is as any other."""
-        sync.pending = None
-        self._active.abandoned(sync.fragment, sync.state, sync.kept)
+        if sync.kept is not None and sync.kept.tensor[-1]:
+            sync.unheard = Unheard(sync.kept.tensor[:-1].clone(), sync.samples)
+        self._give_up(sync)
         # What is in the buffer is nobody's mean, to which a worker could go back.
         sync.fragment.read(sync.buffer)
         self.counters.lost += 1
 
-    def _catch_up(self, sync: FragmentSync, handle: Handle, *, joins: bool = False) -> None:
+    def _give_up(self, sync: FragmentSync) -> None:
+        """Be as if the last launch had not been; the next one weighs as many samples as are in it."""
+        if sync.pending is not None:
+            sync.samples = sync.pending.samples
+        sync.pending = None
+        self._active.abandoned(sync.fragment, sync.state, sync.kept)
+
+    def _catch_up(
+        self, sync: FragmentSync, handle: Handle, *, samples: float = 0.0, joins: bool = False
+    ) -> None:
         """Take over what the others share, as of the launch of the mean that has come.
 
         All local steps that are in no mean stay in x, which keeps its distance to the anchor: this worker
-        is as one that sent the anchor, with no weight, and has made them since.
+        is as one that sent the anchor, with no weight, and has made them since. Where others have got a mean that
+        was lost here, steps that it has sent for that one are in the anchor.
 
         Args:
             sync: whose launch it was, with which this worker was found to be behind.
             handle: of that mean, which may be another fragment's.
+            samples: of this worker at the launch before.
             joins: whether this worker has made no steps yet.
         """
         given = handle.caught_up
         assert given is not None
         handle.caught_up = None
         made = self.step - sync.launched
+        sync.samples = samples
         self._active.abandoned(sync.fragment, sync.state, sync.kept)
-        own = [self._own_steps(each) for each in self.syncs]
+        own = [self._own_steps(each, each.index in given.heard) for each in self.syncs]
         position = given.position
         self.reducer.messages = position["messages"]
         if position["clock"] is not None:
@@ -966,19 +981,27 @@ class Engine(Rounds):
         if self.waits:
             self.merge_due()
 
-    def _own_steps(self, sync: FragmentSync) -> Flat | None:
-        """x - z, when what has come is merged and the rest given up; None where there is no anchor."""
+    def _own_steps(self, sync: FragmentSync, heard: bool) -> Flat | None:
+        """Those in no mean, when what has come is merged and the rest given up; None where there is no anchor.
+
+        x - z; or, where the others have heard what this worker has sent last, x less that.
+        """
         if sync.pending is not None and sync.pending.handle.is_there:
             self._merge(sync)
         elif sync.pending is not None:
-            sync.pending = None
-            self._active.abandoned(sync.fragment, sync.state, sync.kept)
+            self._give_up(sync)
         anchor = self._anchor(sync)
         if anchor is None or self.clock.synchronous:
             return None
+        start = anchor.tensor[: sync.fragment.numel]
+        if heard and sync.unheard is not None:
+            start = sync.unheard.x
+            sync.samples = sync.unheard.samples
+            if sync.compressed is not None:
+                sync.compressed.was_heard()
         own = sync.fragment.flat()
         sync.fragment.read(own)
-        own.tensor.sub_(anchor.tensor[: sync.fragment.numel])
+        own.tensor.sub_(start)
         # Values that are not finite are no steps.
         return own if bool(own.tensor.sum().abs() <= LIMITS[own.tensor.dtype]) else None
 
@@ -1034,8 +1057,7 @@ class Engine(Rounds):
         """Nothing that is in flight will come any more."""
         for sync in self.syncs:
             if sync.pending is not None:
-                sync.pending = None
-                self._active.abandoned(sync.fragment, sync.state, sync.kept)
+                self._give_up(sync)
         self.plan()
 
 

@@ -30,6 +30,7 @@ class PendingMean:
         due: the local step of the merge.
         lr: inner learning rates at the launch, per segment.
         identity: of the message; None where nothing was sent.
+        samples: of this worker at the launch before this one.
     """
 
     handle: Handle
@@ -37,6 +38,21 @@ class PendingMean:
     due: int
     lr: list[float]
     identity: Identity | None = None
+    samples: float = 0.0
+
+
+@final
+@dataclass(frozen=True)
+class Unheard:
+    """A launch whose mean was lost here, and that others may have got all the same.
+
+    Attributes:
+        x: [numel], what this worker held at the launch.
+        samples: of this worker then.
+    """
+
+    x: Tensor
+    samples: float
 
 
 @final
@@ -58,7 +74,8 @@ class FragmentSync:
         samples: of this worker when it launched last (see `Weights`).
         likeness: whether all workers send the same; None where that is settled, or not asked.
         merging: whether a mean is meeting state and parameters at this moment.
-        kept: a copy of what is in flight, for a rule that needs it when the mean is lost; else None.
+        kept: a copy of what is in flight, where a mean may be lost and the run go on; else None.
+        unheard: the launch whose mean was lost last, until another is merged; else None.
     """
 
     index: int
@@ -77,6 +94,7 @@ class FragmentSync:
     likeness: Likeness | None = None
     merging: bool = False
     kept: Flat | None = None
+    unheard: Unheard | None = None
 
     def __post_init__(self) -> None:
         """Note what messages call it, and how large they are without a codec."""
