@@ -282,6 +282,23 @@ def test_what_does_not_go_with_it_is_refused(address, options, message):
     workers.close()
 
 
+def inside_ddp(rank: int, address: str) -> str:
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    workers = Elastic(address, name="ab"[rank], start=2, timeout_s=20.0)
+    optimizer = distoptim.LocalSGD(model.parameters(), lr=0.1, tau=4, communicator=workers)
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"DistributedDataParallel .* \(Elastic\): .* model.module"
+    ):
+        optimizer.step()
+    optimizer.close()
+    return "refused"
+
+
+def test_ddp_around_the_model_is_refused(address):
+    assert run(inside_ddp, 2, address) == ["refused"] * 2
+
+
 def test_what_all_would_have_to_come_to_is_refused(address):
     model = torch.nn.Linear(2, 2)
     optimizer = distoptim.OverlapLocalSGD(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
-def averages_gradients(params: Sequence[Tensor], ranks: Sequence[int]) -> bool:
+def averages_gradients(params: Sequence[Tensor], ranks: Sequence[int] | None) -> bool:
     """Whether DDP has just averaged gradients of some of these over several of the ranks.
 
     To be asked after a backward pass. DDP leaves no mark on parameters, and trainers put it around a model
@@ -20,7 +20,7 @@ def averages_gradients(params: Sequence[Tensor], ranks: Sequence[int]) -> bool:
 
     Args:
         params: that are trained.
-        ranks: of different workers, among all; DDP over the ranks of one worker is no harm.
+        ranks: of different workers, among all; DDP over the ranks of one worker is no harm. None: any.
     """
     own = set(map(id, params))
     return any(
@@ -54,8 +54,9 @@ def _with_subclasses(cls: type) -> set[type]:
     return {cls}.union(*map(_with_subclasses, cls.__subclasses__()))
 
 
-def _averages(ddp: DistributedDataParallel, ranks: Sequence[int]) -> bool:
+def _averages(ddp: DistributedDataParallel, ranks: Sequence[int] | None) -> bool:
     # Not inside no_sync(); and a hook does with gradients what it likes.
     if not ddp.require_forward_param_sync or ddp._comm_hooks:  # noqa: SLF001  # no other way
         return False
-    return len(set(ranks) & set(dist.get_process_group_ranks(ddp.process_group))) > 1
+    found = set(dist.get_process_group_ranks(ddp.process_group))
+    return len(found if ranks is None else found & set(ranks)) > 1

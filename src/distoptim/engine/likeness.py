@@ -65,7 +65,17 @@ class Likeness:
 
 
 def look_for_ddp(params: Sequence[Tensor], communicator: Communicator) -> bool:
-    """Warn, after a local step, if DDP keeps the workers equal; whether it does."""
+    """Warn, after a local step, if DDP keeps the workers equal; whether it does.
+
+    Raises:
+        ValueError: beside workers that come and go, where it would stop at the first that is lost.
+    """
+    if communicator.elastic and averages_gradients(params, None):
+        raise ValueError(
+            "DistributedDataParallel is around the model, beside workers that come and go (Elastic): its ranks "
+            "wait for each other at every step, and for ever for one that is lost; allowed is the module "
+            "inside: model = model.module, and a worker of one process"
+        )
     # Others' workers may be no ranks of torch.distributed, but each a group with ranks of its own.
     if not isinstance(communicator, ProcessGroupCommunicator):
         return False
