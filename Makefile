@@ -8,7 +8,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # What is installed of the library; workers that come and go need torchft, which needs torch 2.7.
 EXTRAS ?= dev,elastic
 
-.PHONY: demo test lint pytest test-integrations chaos tables docs docs-serve package bench clean
+.PHONY: demo test lint pytest test-integrations chaos tables docs docs-serve docs-check package bench clean
 
 $(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,6 +52,11 @@ docs: build/pages
 
 docs-serve: build/pages
 	PYTHONPATH=. $(BIN)/zensical serve
+
+# Looks at the site in Chromium, which with node must be there, and keeps four pictures of it.
+docs-check: docs
+	cd docs/check && npm ci --silent --no-audit --no-fund
+	node docs/check/check.mjs build/site docs/pictures
 
 .PHONY: build/pages
 build/pages: $(VENV)/installed

@@ -29,7 +29,9 @@ def tracked() -> list[Path]:
 
 def command_line() -> str:
     """A page of all commands and options, from the definitions that `--help` is made of."""
-    return application().generate_docs()
+    page = application().generate_docs()
+    # Its own table of contents says no more than the list of commands below it.
+    return "# Command line\n\n" + page[page.index("**Commands**") :]
 
 
 def main() -> None:

@@ -1,0 +1,9 @@
+// What scrolls sideways is reached by the keyboard too.
+function reachable() {
+  for (const box of document.querySelectorAll(".md-typeset__scrollwrap, .formula")) {
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }
+}
+addEventListener("load", reachable);
+addEventListener("resize", reachable);
