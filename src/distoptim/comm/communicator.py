@@ -81,6 +81,7 @@ class Communicator(ABC):
             that none can be elsewhere.
         elastic: whether workers come and go.
         joins: whether this worker has still to take over what the others share.
+        now: the clock of this worker, in seconds; a simulator has its own.
     """
 
     rank: int
@@ -88,6 +89,8 @@ class Communicator(ABC):
     in_lockstep: bool = False
     elastic: bool = False
     joins: bool = False
+    # Not a method around it: asked twice at every local step.
+    now: Callable[[], float] = time.perf_counter
 
     def enter(self, facts: object, *, what: str) -> list[object]:
         """Find the other workers: everybody's facts, in rank order. Blocks.
@@ -122,10 +125,6 @@ class Communicator(ABC):
     def load_state_dict(self, saved: dict[str, Any]) -> bool:
         """Be as far as that file is; returns False where the other workers are further."""
         return True
-
-    def now(self) -> float:
-        """The clock of this worker, in seconds; by default time.perf_counter()."""
-        return time.perf_counter()
 
     def begin_round(self, due_in_s: float = 0.0) -> None:  # noqa: B027  # most have nothing to do
         """Settle who takes part in the mean that comes next; by default the same workers as before.

@@ -154,7 +154,9 @@ class WorkHandle(TimedHandle):
         self.work = None
         if work is not None:
             limit = time.perf_counter() + timeout_s
-            while not work.is_completed() and time.perf_counter() < limit and _go_on():
+            while _here.stages and not work.is_completed() and time.perf_counter() < limit:
+                if not _go_on():
+                    break
                 time.sleep(_LOOK_S)
             work.wait(timedelta(seconds=_left(limit)))
             if self._divisor != 1:
