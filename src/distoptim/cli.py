@@ -1,4 +1,4 @@
-"""`distoptim`: the subcommands plan and probe, and those that other distributions add.
+"""`distoptim`: the subcommands plan, probe and lighthouse, and those that other distributions add.
 
 A distribution adds one by an entry point of the group `distoptim.commands`, which names a function
 as cyclopts takes it; it is imported when it is called, or when the help lists it.

@@ -117,7 +117,7 @@ def nothing_begins(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "run_local", lambda *_: signal.SIGTERM)
     monkeypatch.setattr(train, "run_worker", lambda *_: signal.SIGTERM)
     monkeypatch.setattr(train.comparison, "compare", lambda *_: signal.SIGTERM)
-    monkeypatch.setattr(simulate.grid, "run_all", stop)
+    monkeypatch.setattr(simulate.simulated, "run_all", stop)
     monkeypatch.setattr(simulate, "_time", stop)
     monkeypatch.setattr(probe, "probe_under_torchrun", lambda *_, **__: None)
     (tmp_path / "file").write_text(json.dumps({"latency_s": 1e-3, "params": [], "workers": 2}))
