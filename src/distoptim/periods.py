@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from distoptim import checks
 
 Change = tuple[int, str]
+
+WEIGHTS = ("steps", "workers")
+"""What a payload of `EqualTime` may weigh."""
 
 
 class Period(ABC):
@@ -111,6 +115,36 @@ def period_of(tau: object) -> Period:
     if isinstance(tau, Mapping):
         return Schedule(tau)
     return Fixed(checks.integer("tau", tau, 1))
+
+
+def level_periods(periods: Iterable[object], tau: Tau) -> list[int]:
+    """The periods of levels, shortest first.
+
+    Raises:
+        ValueError: they do not divide each other and every tau that can be chosen, or that is not known
+            before.
+    """
+    taus = period_of(tau).choices
+    if taus is None:
+        raise ValueError(
+            f"levels= beside tau={tau!r}: it may choose a tau that the periods of levels do not "
+            "divide; allowed are an integer, Schedule, and PostLocal with one of them"
+        )
+    if min(taus) == 1:
+        raise ValueError(
+            f"levels= beside tau={tau!r}: all average after every local step; allowed is a tau above 1"
+        )
+    found = sorted(
+        checks.integer("period of levels", period, 1, min(taus) - 1) for period in periods
+    )
+    longest = [(found[-1], t) for t in sorted(taus) if found]
+    for period, longer in [*itertools.pairwise(found), *longest]:
+        if longer % period:
+            raise ValueError(
+                f"levels={found}, tau={tau}: {longer} is no multiple of {period}; allowed are periods "
+                "of which each divides the next, and the longest tau"
+            )
+    return found
 
 
 @dataclass(frozen=True)
@@ -399,7 +433,3 @@ class EqualTime(Period):
     def smallest(self) -> int:
         """One: of a worker whose local step takes longer than a round."""
         return 1
-
-
-WEIGHTS = ("steps", "workers")
-"""What a payload of `EqualTime` may weigh."""

@@ -13,8 +13,15 @@ from torch import Tensor
 from distoptim import checks
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm import Communicator, Handle
-from distoptim.engine.hierarchy import check_periods
-from distoptim.periods import AdaComm, EqualTime, HideCommunication, Period, PostLocal, Schedule
+from distoptim.periods import (
+    AdaComm,
+    EqualTime,
+    HideCommunication,
+    Period,
+    PostLocal,
+    Schedule,
+    level_periods,
+)
 from distoptim_experiments.config import (
     POWERSGD,
     ROUNDS_ONLY,
@@ -178,7 +185,7 @@ def _check_rounds(config: RunConfig) -> None:
 
 def _check_levels(config: RunConfig, sizes: Mapping[int, int]) -> None:
     smaller = 1
-    for period in check_periods(sizes, period_of(config)):
+    for period in level_periods(sizes, period_of(config)):
         size = checks.integer("group size of levels", sizes[period], 2)
         if size % smaller or config.workers % size or size == config.workers:
             raise ValueError(

@@ -250,6 +250,7 @@ class Engine(Rounds):
             # None if an earlier merge has just failed.
             if sync.pending is not None and sync.pending.due <= self.step:
                 self._merge(sync)
+        # Here, since the algorithm begins at the mean that has just been merged, launched at this step.
         if (
             self.clock.synchronous
             and self.syncs[0].launched == self.step >= self.clock.period.start
@@ -333,6 +334,7 @@ class Engine(Rounds):
         # On other devices the host does not know yet; see `_merge`.
         if fragment.device.type == "cpu" and not finite:
             self._quarantine(sync)
+            # Of what it was put back to, for `sent` below; nothing of it is sent (`Reducer.start`).
             rule.payload(fragment, sync.state, sync.buffer)
         if self.statistics is not None and sync.index == 0 and finite:
             start = fragment.numel + self._measured
@@ -791,6 +793,7 @@ class Engine(Rounds):
             CommunicationError: workers are in unlike calls, or have made unlike numbers of steps.
         """
         known = self.reducer.mismatched
+        # While the groups are there; what it finds is raised when they have been left.
         self._compare_steps()
         self.settle()
         failure = self.reducer.failure

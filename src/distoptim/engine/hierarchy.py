@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, final
 
-from distoptim import checks
 from distoptim.comm import (
     Communicator,
     ProcessGroup,
@@ -20,7 +18,7 @@ from distoptim.comm import (
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.engine.clock import Clock
 from distoptim.engine.engine import Engine, Inner, Rounds
-from distoptim.periods import Fixed, Tau, period_of
+from distoptim.periods import Fixed, Tau, level_periods
 from distoptim.rule import Average
 
 
@@ -148,36 +146,6 @@ class Hierarchy(Rounds):
             level.resume_at(step)
 
 
-def check_periods(periods: Iterable[object], tau: Tau) -> list[int]:
-    """The periods of levels, shortest first.
-
-    Raises:
-        ValueError: they do not divide each other and every tau that can be chosen, or that is not known
-            before.
-    """
-    taus = period_of(tau).choices
-    if taus is None:
-        raise ValueError(
-            f"levels= beside tau={tau!r}: it may choose a tau that the periods of levels do not "
-            "divide; allowed are an integer, Schedule, and PostLocal with one of them"
-        )
-    if min(taus) == 1:
-        raise ValueError(
-            f"levels= beside tau={tau!r}: all average after every local step; allowed is a tau above 1"
-        )
-    found = sorted(
-        checks.integer("period of levels", period, 1, min(taus) - 1) for period in periods
-    )
-    longest = [(found[-1], t) for t in sorted(taus) if found]
-    for period, longer in [*itertools.pairwise(found), *longest]:
-        if longer % period:
-            raise ValueError(
-                f"levels={found}, tau={tau}: {longer} is no multiple of {period}; allowed are periods "
-                "of which each divides the next, and the longest tau"
-            )
-    return found
-
-
 def check_levels(
     levels: Mapping[int, ProcessGroup] | None,
     mesh: WorkerMesh,
@@ -188,7 +156,7 @@ def check_levels(
     """The groups of the levels by period, shortest first.
 
     Raises:
-        ValueError: as `check_periods`; a group that is none, that this rank is not in, that has other
+        ValueError: as `level_periods`; a group that is none, that this rank is not in, that has other
             ranks than the workers, or that holds other shards of this rank's parameters.
     """
     if levels is None:
@@ -197,7 +165,7 @@ def check_levels(
         raise ValueError(f"levels={levels!r}: allowed is a mapping of periods to process groups")
     if not levels:
         return {}
-    periods = check_periods(levels, tau)
+    periods = level_periods(levels, tau)
     if isinstance(workers, SingleWorker):
         return {}
     if not isinstance(workers, ProcessGroupCommunicator):

@@ -123,6 +123,7 @@ class Reducer:
         for i, value in enumerate(extras):
             buffer[numel + i] = value
         if extras:
+            # By 0 or 1: who is left out of the mean has measured nothing either.
             buffer[numel : numel + len(extras)].mul_(buffer[-1])
         if weight != 1:
             buffer.mul_(weight)
