@@ -29,8 +29,8 @@ pytest.importorskip("torchft", reason="workers that come and go need distoptim[e
 address = elastic.address
 
 
-def same(*found: dict[str, Any]) -> dict[int, str]:
-    """By merge, what these workers held after those that all of them made; equal."""
+def same(*found: dict[str, Any]) -> dict[Any, str]:
+    """By merge and members, what these workers held after those that all of them made; equal."""
     first, *others = (one["held"] for one in found)
     for held in others:
         first = {count: first[count] for count in first.keys() & held.keys()}
@@ -89,18 +89,28 @@ def test_a_killed_worker_is_missed_and_comes_back(address, tmp_path, algorithm, 
 
 
 def leaves(rank: int, address: str) -> dict[str, Any]:
-    """c says goodbye."""
+    """c is told to end, and says goodbye."""
     worker = Worker("abc"[rank], address, "overlap-local-sgd")
-    while worker.optimizer.local_step < (5 * TAU if rank == 2 else 40 * TAU):
-        worker.step()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        while worker.optimizer.local_step < 40 * TAU:
+            worker.step()
+            if rank == 2 and worker.optimizer.local_step >= 5 * TAU:
+                os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        return worker.found()
     return worker.found()
 
 
-def test_no_mean_is_lost_with_who_says_goodbye(address):
-    found = run(leaves, 3, address, backend=None)
+def test_nobody_waits_for_who_says_goodbye_and_no_mean_is_lost():
+    """Whom the lighthouse counts among the living for longer than this test may take."""
+    server = lighthouse(0, heartbeat_s=3600.0, join_s=3600.0)
+    found = run(leaves, 3, elastic.at(server), backend=None, timeout_s=300)
+    server.shutdown()
     for one in found[:2]:
-        assert "c" not in one["members"]
-        assert one["lost"] <= one["catch_ups"]
+        assert one["members"] == ["a", "b"]
+        assert one["lost"] == 0
+        assert one["leaves"] == 1
     assert len(same(*found[:2])) >= 20
 
 
@@ -204,18 +214,103 @@ def test_one_that_is_cut_off_is_missed_and_catches_up(address, tmp_path):
     assert len(same(a, c)) >= 10
 
 
-def joins_with(rank: int, address: str, folder: Path) -> str:
-    """Another tau than the run's; the others go on."""
+STRANGERS: list[tuple[dict[str, Any], str]] = [
+    ({"tau": 5}, r"workers disagree on tau: rank 0 has 4, rank 1 has 5"),
+    ({"width": 9}, r"workers disagree on fragment 0: .*8, 6.*, rank 1 has .*9, 6"),
+]
+
+
+def halves(
+    rank: int,
+    addresses: list[str],
+    algorithm: str,
+    options: dict[str, Any],
+    least: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """c and d are cut off from a and b, and have a lighthouse of their own meanwhile."""
+    name = "abcd"[rank]
+    mine = ["a", "b"] if rank < 2 else ["c", "d"]
+    end = folder / "end"
+    worker = Worker(
+        name, addresses[rank > 1], algorithm, start=4, min_workers=least, options=options
+    )
+    apart = 0
+    while not end.exists() or worker.optimizer.local_step < int(end.read_text()):
+        before = len(worker.held)
+        worker.step()
+        if worker.optimizer.local_step >= 5 * TAU:
+            (folder / f"begun-{name}").touch()
+        if len(worker.held) > before and worker.workers.members == mine:
+            apart += 1
+            if apart == 5:
+                (folder / f"apart-{name}").touch()
+        mended = (folder / "mended").exists()
+        if rank == 0 and mended and len(worker.workers.members) == 4 and not end.exists():
+            write(end, worker.optimizer.local_step + 20 * TAU)
+    return {**worker.found(), "apart": apart}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("overlap-local-sgd", {}),
+        ("diloco", {"fragments": 3, "codec": "int8+ef", "adamw": True, "lr": 0.005}),
+    ],
+)
+def test_two_halves_of_a_network_never_merge_silently(address, tmp_path, algorithm, options, least):
+    """They go on apart, or wait where they are too few, meet again, and one half takes over what the other has."""
+    other = lighthouse(0)
+    wire = Wire(address)
+
+    def wait_for(pattern: str, count: int) -> None:
+        while len(list(tmp_path.glob(pattern))) < count:
+            time.sleep(0.01)
+
+    def cut_and_mend() -> None:
+        wait_for("begun-*", 4)
+        wire.lay(elastic.at(other))
+        if least == 1:
+            wait_for("apart-*", 4)
+        else:
+            time.sleep(4 * elastic.HEARTBEAT_S)
+        (tmp_path / "mended").touch()
+        wire.lay(address)
+
+    thread = threading.Thread(target=cut_and_mend, daemon=True)
+    thread.start()
+    places = [address, wire.address]
+    found = run(
+        halves, 4, places, algorithm, options, least, tmp_path, backend=None, timeout_s=400
+    )  # fmt: skip
+    thread.join()
+    other.shutdown()
+    for one in found:
+        assert one["members"] == ["a", "b", "c", "d"]
+        assert (one["apart"] >= 5) is (least == 1)
+    if least == 1:
+        # All of one half at least, and nobody has kept what it had made apart from those that were right.
+        assert all(one["catch_ups"] for one in found[:2]) or all(
+            one["catch_ups"] for one in found[2:]
+        )
+    assert len(same(*found)) >= 10
+
+
+def joins_with(
+    rank: int, address: str, algorithm: str, options: dict[str, Any], folder: Path
+) -> str:
+    """Another tau, and another model, than the run's; the others go on."""
     if rank == 2:
         while not (folder / "begun").exists():
             time.sleep(0.01)
-        with pytest.raises(
-            ValueError, match=r"workers disagree on tau: rank 0 has 4, rank 1 has 5"
-        ):
-            Worker("c", address, "overlap-local-sgd", tau=5)
+        for other, message in STRANGERS:
+            with pytest.raises(ValueError, match=message):
+                Worker("c", address, algorithm, options=options, **other)
         (folder / "refused").touch()
         return "refused"
-    worker = Worker("ab"[rank], address, "overlap-local-sgd", start=2)
+    worker = Worker("ab"[rank], address, algorithm, start=2, options=options)
     while not (folder / "refused").exists():
         worker.step()
         (folder / "begun").touch()
@@ -226,8 +321,19 @@ def joins_with(rank: int, address: str, folder: Path) -> str:
     return "went on"
 
 
-def test_a_newcomer_that_disagrees_is_refused_and_the_others_go_on(address, tmp_path):
-    found = run(joins_with, 3, address, tmp_path, backend=None)
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("overlap-local-sgd", {}),
+        pytest.param(
+            "diloco", {"fragments": 3, "codec": "int8+ef", "adamw": True}, marks=pytest.mark.soak
+        ),
+    ],
+)
+def test_a_newcomer_that_disagrees_is_refused_and_the_others_go_on(
+    address, tmp_path, algorithm, options
+):
+    found = run(joins_with, 3, address, algorithm, options, tmp_path, backend=None)
     assert found == ["went on", "went on", "refused"]
 
 

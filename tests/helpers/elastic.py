@@ -14,21 +14,27 @@ import pytest
 import torch
 
 from distoptim import ALGORITHMS, Elastic
+from distoptim.simulator import Cluster
 
 TAU = 4
 HEARTBEAT_S = 1.5
 
 
-def lighthouse(port: int) -> Any:
+def lighthouse(port: int, *, heartbeat_s: float = HEARTBEAT_S, join_s: float = 10.0) -> Any:
     from torchft.coordination import LighthouseServer
 
     return LighthouseServer(
         bind=f"127.0.0.1:{port}",
         min_replicas=1,
-        join_timeout_ms=10_000,
+        join_timeout_ms=int(1000 * join_s),
         quorum_tick_ms=20,
-        heartbeat_timeout_ms=int(1000 * HEARTBEAT_S),
+        heartbeat_timeout_ms=int(1000 * heartbeat_s),
     )
+
+
+def at(server: Any) -> str:
+    """Its address."""
+    return f"127.0.0.1:{server.address().rpartition(':')[2]}"
 
 
 def write(path: Path, value: int) -> None:
@@ -40,8 +46,54 @@ def write(path: Path, value: int) -> None:
 @pytest.fixture
 def address() -> Iterator[str]:
     server = lighthouse(0)
-    yield f"127.0.0.1:{server.address().rpartition(':')[2]}"
+    yield at(server)
     server.shutdown()
+
+
+def network(width: int = 8) -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, width), torch.nn.Tanh(), torch.nn.Linear(width, 3)
+    )
+
+
+def batch_loss(model: torch.nn.Module, generator: torch.Generator, size: int = 8) -> torch.Tensor:
+    x = torch.randn(size, 6, generator=generator)
+    return (model(x) - x[:, :3]).square().mean()
+
+
+@torch.no_grad()
+def loss_of(model: torch.nn.Module) -> float:
+    """On what no worker has trained on."""
+    return float(batch_loss(model, torch.Generator().manual_seed(0), 4096))
+
+
+def optimizer_of(params: Any, algorithm: str, options: dict[str, Any] | None, **fixed: Any) -> Any:
+    """With AdamW inside where the options say so."""
+    given = {"lr": 0.05, "tau": TAU, **fixed, **(options or {})}
+    if given.pop("adamw", False):
+        params = torch.optim.AdamW(params, lr=given.pop("lr"))
+    return ALGORITHMS[algorithm](params, **given)
+
+
+def undisturbed(algorithm: str, options: dict[str, Any], steps: int, seed: int) -> float:
+    """The test loss of three virtual workers of whom none is ever lost."""
+    generators = [torch.Generator().manual_seed(1000 * (seed + 1) + rank) for rank in range(3)]
+
+    def made() -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return network()
+
+    cluster = Cluster(
+        workers=3,
+        model=made,
+        optimizer=lambda params, communicator: optimizer_of(
+            params, algorithm, options, communicator=communicator
+        ),
+        threads=1,
+    )
+    for _ in range(steps):
+        cluster.step(lambda model, rank: batch_loss(model, generators[rank]))
+    return loss_of(cluster.mean_model())
 
 
 class Worker:
@@ -57,12 +109,11 @@ class Worker:
         start: int = 3,
         min_workers: int = 1,
         timeout_s: float = 20.0,
+        width: int = 8,
         options: dict[str, Any] | None = None,
     ) -> None:
         torch.manual_seed(ord(name))
-        self.model = torch.nn.Sequential(
-            torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
-        )
+        self.model = network(width)
         self.workers = Elastic(
             address,
             name=name,
@@ -71,21 +122,22 @@ class Worker:
             timeout_s=timeout_s,
             join_timeout_s=60.0,
         )
-        given = {"lr": 0.05, "tau": tau, **(options or {})}
-        params: Any = self.model.parameters()
-        if given.pop("adamw", False):
-            params = torch.optim.AdamW(params, lr=given.pop("lr"))
-        self.optimizer: Any = ALGORITHMS[algorithm](
-            params, **given, communicator=self.workers, module=self.model
+        self.optimizer = optimizer_of(
+            self.model.parameters(),
+            algorithm,
+            options,
+            tau=tau,
+            communicator=self.workers,
+            module=self.model,
         )
         self.began = self.optimizer.local_step
         self.generator = torch.Generator().manual_seed(ord(name))
-        self.held: dict[int, str] = {}
+        # By merge, and who was in the last mean: halves that go on apart for a while hold other things.
+        self.held: dict[Any, str] = {}
         self.steps = 0
 
     def step(self) -> None:
-        x = torch.randn(8, 6, generator=self.generator)
-        loss = (self.model(x) - x[:, :3]).square().mean()
+        loss = batch_loss(self.model, self.generator)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -93,7 +145,7 @@ class Worker:
         self.steps += 1
         self.optimizer.average(loss=loss)
         if self.merges() != before:
-            self.held[self.merges()] = self.holds()
+            self.held[self.merges(), tuple(self.workers.members)] = self.holds()
         time.sleep(0.01)
 
     def merges(self) -> Any:
@@ -126,11 +178,10 @@ class Worker:
 
 
 class Wire:
-    """Carries TCP connections to an address, until it is cut; what is under way breaks then."""
+    """Carries TCP connections to an address, until it is cut or laid elsewhere; what is under way breaks then."""
 
     def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._to = (host, int(port))
+        self._address = address
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.is_cut = False
@@ -139,7 +190,14 @@ class Wire:
 
     def cut(self) -> None:
         self.is_cut = True
-        for end in self._open:
+        self._break()
+
+    def lay(self, address: str) -> None:
+        self._address = address
+        self._break()
+
+    def _break(self) -> None:
+        for end in list(self._open):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
@@ -149,7 +207,8 @@ class Wire:
             if self.is_cut:
                 near.close()
                 continue
-            far = socket.create_connection(self._to)
+            host, _, port = self._address.rpartition(":")
+            far = socket.create_connection((host, int(port)))
             self._open += [near, far]
             for ends in ((near, far), (far, near)):
                 threading.Thread(target=self._carry, args=ends, daemon=True).start()
