@@ -41,8 +41,13 @@ class Mean:
 class State:
     """A rule's memory for one fragment; everything in it is checkpointed. Subclasses add fields.
 
-    A field is a `Flat`, a `torch.optim.Optimizer`, or plain data.
+    A field is a `Flat`, a `torch.optim.Optimizer`, or plain data: None, a bool, a number, text, or a list
+    of these.
     """
+
+    def unfit(self, fragment: Fragment, saved: Mapping[str, Any]) -> str | None:
+        """Why saved values, each by itself of the right kind, cannot be loaded here; None: they can."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from hypothesis import given, settings
 from torch.utils._pytree import tree_leaves
 
-from distoptim import ALGORITHMS, DiLoCo, LocalSGD, OverlapLocalSGD
+from distoptim import ALGORITHMS, AveragingOptimizer, DiLoCo, LocalSGD, OverlapLocalSGD, Rule, State
 from distoptim.engine import checkpoint
+from distoptim.fragments import Flat
 from distoptim.periods import AdaComm, PostLocal
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
@@ -33,7 +35,53 @@ def around_adamw(params: Any, **options: Any) -> Any:
     return OverlapLocalSGD(torch.optim.AdamW(params, lr=0.01), **options)
 
 
+@dataclass
+class Memory(State):
+    """Of every kind that a rule's memory may be."""
+
+    anchor: Flat
+    outer: torch.optim.Optimizer
+    latest: float | None = None
+    least: float = math.inf
+    below: int = 0
+    last: str = ""
+    all: list[float] | None = None
+
+    def unfit(self, fragment: Any, saved: Any) -> str | None:
+        return None if isinstance(saved["all"], list | None) else "all: allowed is a list"
+
+
+@dataclass(frozen=True)
+class Remember(Rule):
+    def start(self, fragment: Any) -> State:
+        anchor = fragment.flat()
+        fragment.read(anchor)
+        return Memory(anchor, ADAM([torch.nn.Parameter(anchor.tensor)]))
+
+    def merge(self, fragment: Any, state: Any, mean: Any) -> None:
+        state.latest = float(mean.flat.tensor[0])
+        state.least = min(state.least, state.latest)
+        state.below -= 1
+        state.last = f"mean {-state.below}"
+        state.all = [*(state.all or []), state.latest]
+        (z,) = state.outer.param_groups[0]["params"]
+        z.grad = z.detach() - mean.flat.tensor[: fragment.numel]
+        state.outer.step()
+        fragment.write(state.anchor)
+
+    def shared(self, state: Any) -> Any:
+        return {"anchor": state.anchor, "outer": state.outer}
+
+
+class Remembering(AveragingOptimizer):
+    """Written elsewhere."""
+
+    def __init__(self, params: Any, *, tau: Any, **options: Any) -> None:
+        super().__init__(params, rule=Remember(), tau=tau, delay=0, **options)
+
+
 MAKES: dict[str, Callable[..., Any]] = {
+    "remembering": partial(Remembering, lr=0.1, tau=TAU, fragments=2),
     **{name: partial(make, **toy.OPTIONS, tau=TAU) for name, make in ALGORITHMS.items()},
     **{
         f"{name} codec fragments3": partial(
@@ -158,6 +206,21 @@ def test_what_no_checksum_guards_is_refused_or_trains_on(name: str) -> None:
                 # Huge values have overflowed.
                 workers = trained(name)
     assert refused > 20
+
+
+def test_what_a_rule_from_elsewhere_remembers_comes_back() -> None:
+    workers = trained("remembering")
+    saved = copy.deepcopy([optimizer.state_dict() for optimizer in workers.optimizers])
+    new = Lockstep(MAKES["remembering"], [toy.start(torch.float32)] * 2)
+    for params, theirs in zip(new.params, workers.params, strict=True):
+        torch._foreach_copy_([p.data for p in params], theirs)
+    for optimizer, state in zip(new.optimizers, saved, strict=True):
+        optimizer.load_state_dict(state)
+    for mine, theirs in zip(new.views(), workers.views(), strict=True):
+        assert [view.own for view in mine.fragments] == [view.own for view in theirs.fragments]
+    workers.run(TAU, toy.gradient)
+    new.run(TAU, toy.gradient)
+    assert torch.equal(new.x(), workers.x())
 
 
 def test_a_flipped_byte_of_a_file_is_seen() -> None:

@@ -35,6 +35,21 @@ class Anchored(State):
     outer: torch.optim.Optimizer | None = None
     lr: list[float] | None = None
 
+    def unfit(self, fragment: Fragment, saved: Mapping[str, Any]) -> str | None:
+        """The learning rates are one per segment, and there is memory of the step that had them."""
+        lr = saved["lr"]
+        if lr is None:
+            return None
+        count = len(fragment.segments)
+        numbers = isinstance(lr, list | tuple) and all(isinstance(x, int | float) for x in lr)
+        if not numbers or len(lr) != count:
+            return f"lr is {lr!r}: allowed is a list of {count} numbers"
+        if self.outer is not None and not saved["outer"]["state"]:
+            return (
+                "outer remembers nothing: allowed is the memory of a step that was made, as lr says"
+            )
+        return None
+
 
 @dataclass
 class Carried(Anchored):

@@ -215,26 +215,37 @@ def _check_state(sync: FragmentSync, saved: Saved) -> None:
         elif isinstance(value, torch.optim.Optimizer):
             _check_memory(value, saved[name]["state"], value.param_groups)
         else:
-            _check_data(value, saved[name], segments=len(sync.fragment.segments))
-    outer = getattr(sync.state, "outer", None)
-    if outer is not None and saved["lr"].value is not None and not saved["outer"]["state"].value:
-        saved["outer"]["state"].refuse("the memory of a step that was made, as its lr says")
+            _check_data(value, saved[name])
+    why = sync.state.unfit(sync.fragment, {name: value.value for name, value in saved.items()})
+    if why is not None:
+        raise ValueError(f"checkpoint: {saved.name}: {why}")
 
 
-def _check_data(mine: object, saved: Saved, *, segments: int) -> None:
-    """Plain data of a rule: of the kind that it has now; lists are of one number per segment."""
+def _check_data(mine: object, saved: Saved) -> None:
+    """Plain data of a rule: of the kind that it has now, if it has some."""
     if mine is None or isinstance(mine, list):
-        if saved.value is not None:
-            for value in saved.parts(segments):
-                value.number()
+        _check_plain(saved)
     elif isinstance(mine, bool):
         saved.flag()
     elif isinstance(mine, int):
-        saved.integer(0)
+        saved.integer(-_MOST)
     elif isinstance(mine, float):
-        saved.number()
+        # An infinite one is none by accident where there is one now.
+        if not _is_number(saved.value) or saved.value != mine:
+            saved.number()
     elif not isinstance(saved.value, type(mine)):
         saved.refuse(f"a {type(mine).__name__}")
+
+
+def _check_plain(saved: Saved) -> None:
+    """Of any kind that plain data may be."""
+    if isinstance(saved.value, list | tuple):
+        for value in saved.parts():
+            _check_plain(value)
+    elif _is_number(saved.value):
+        saved.number()
+    elif not isinstance(saved.value, bool | str | None):
+        saved.refuse("None, True, False, a finite number, text, or a list of these")
 
 
 def _check_pending(sync: FragmentSync, saved: Saved, step: int, longest: int) -> None:
