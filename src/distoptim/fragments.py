@@ -56,8 +56,10 @@ class Fragment:
         groups: for each parameter, the index of its param group (ascending).
         part: which part of how many it is of; part k of n starts floor(k tau / n) local steps late.
         copies: of the parameters in the inner optimizer's state; they travel behind them.
+        offload: whether buffers are in host memory, wherever the parameters are.
 
     Attributes:
+        device: of the buffers.
         numel: elements of all that travels.
         params_numel: of the parameters, which come first.
     """
@@ -69,11 +71,14 @@ class Fragment:
         groups: Sequence[int],
         part: tuple[int, int] = (0, 1),
         copies: StateCopies | None = None,
+        offload: bool = False,
     ) -> None:
         self.params = list(params)
         self._copies = copies if copies is not None and copies.names else None
         self.part = part
-        self.device = self.params[0].device
+        self.device = torch.device("cpu") if offload else self.params[0].device
+        # So that the device reads and writes it itself.
+        self._pinned = self.device != self.params[0].device
         self.dtype = _WORK_DTYPE[self.params[0].dtype]
         self._mesh = mesh.WorkerMesh(self.params)
         self.sharded = any(mesh.is_sharded(p) for p in self.params)
@@ -82,7 +87,9 @@ class Fragment:
         each = 1 + (len(self._copies.names) if self._copies else 0)
         local = self.local()[: len(self.params)]
         # Copies are of any dtype that is averaged in this one.
-        self.same_dtype = each == 1 and all(x.dtype == self.dtype for x in local)
+        same_dtype = each == 1 and all(x.dtype == self.dtype for x in local)
+        # All at once; not where a device would need another copy of all for it.
+        self._foreach = same_dtype and not offload
         self.params_numel = sum(x.numel() for x in local)
         self.numel = each * self.params_numel
         self._shapes = each * [(x.shape, _dense_stride(x)) for x in local]
@@ -107,7 +114,8 @@ class Fragment:
 
     def finite_everywhere(self, finite: Tensor) -> Tensor:
         """Whether a flag is true on all ranks that are one worker together; collective among them."""
-        return self._mesh.everywhere(finite)
+        # What joins these ranks may not reach host memory.
+        return self._mesh.everywhere(finite.to(self.params[0].device)).to(finite.device)
 
     def offset_at(self, tau: int) -> int:
         """Local steps by which its rounds are shifted, in [0, tau)."""
@@ -115,7 +123,9 @@ class Fragment:
 
     def flat(self, *, extra: int = 0) -> Flat:
         """Allocate a zeroed flat buffer, with `extra` elements behind the parameters'."""
-        tensor = torch.zeros(self.numel + extra, dtype=self.dtype, device=self.device)
+        tensor = torch.zeros(
+            self.numel + extra, dtype=self.dtype, device=self.device, pin_memory=self._pinned
+        )
         views = []
         start = 0
         for shape, stride in self._shapes:
@@ -133,23 +143,23 @@ class Fragment:
 
     def add(self, value: Flat, *, weight: float = 1.0) -> None:
         """x <- x + weight value."""
-        if self.same_dtype:
+        if self._foreach:
             torch._foreach_add_(self.local(), value.views, alpha=weight)
         else:
             for whole in zip(self.local(), value.views, strict=True):
                 for x, v in chunked(*whole):
-                    x.add_(v, alpha=weight)
+                    x.add_(v.to(x.device), alpha=weight)
 
     def pull(self, towards: Flat, weight: float) -> None:
         """x <- (1 - weight) x + weight towards."""
-        if self.same_dtype:
+        if self._foreach:
             # Backwards: z's end was written last and is still in the cache; then x's start is, for
             # who reads it next.
             torch._foreach_lerp_(self.local()[::-1], towards.views[::-1], weight)
         else:
             for whole in zip(self.local(), towards.views, strict=True):
                 for x, z in chunked(*whole):
-                    x.copy_(x.to(z.dtype).lerp_(z, weight))
+                    x.copy_(x.to(z.dtype).lerp_(z.to(x.device), weight))
 
     def signature(self) -> str:
         """What must agree on all workers and with a checkpoint: dtype, shapes, memory order, copies."""
@@ -360,6 +370,8 @@ def build(
     groups: Sequence[int],
     parts: Partition,
     copies: StateCopies | None = None,
+    *,
+    offload: bool = False,
 ) -> list[Fragment]:
     """One fragment per part, device and working dtype."""
     out = []
@@ -374,6 +386,7 @@ def build(
                     groups=[groups[i] for i in members],
                     part=(k, len(parts)),
                     copies=copies,
+                    offload=offload,
                 )
             )
     return out

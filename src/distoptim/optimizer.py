@@ -128,6 +128,9 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         streams: connections at once over which a message goes in parts, 1 to 64, or "auto" (default):
             as many as round trip and size are worth. For long fat links, of which one connection of
             gloo uses a part; each costs files and threads.
+        offload: True: anchors, outer state and messages are in host memory (pinned, beside a GPU), which
+            leaves a GPU's memory to the model and lets `codec=` go with it; launch and merge then wait for copies
+            between the two. Equal numbers, and nothing else, for parameters on CPUs.
         module: the model that is trained, or several. Its buffers and frozen parameters get rank 0's
             values at the start, as its other parameters do, and what is changed or added in it later
             is noticed. Without it that holds for the parameters handed over.
@@ -191,6 +194,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         if self._communicator.elastic:
             membership.check_elastic(settings, self._rule, self._fragments())
         try:
+            settings.check_offload(self._communicator)
             groups = check_levels(settings.levels, mesh, self._communicator, tau=tau)
             self._watch = Watch(inner, members, settings.modules)
         except (ValueError, TypeError) as error:
@@ -252,7 +256,8 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
 
     def _fragments(self) -> list[Fragment]:
         """Made anew at each call."""
-        return build(*self._members, self._parts, self._state_copies)
+        offload = self._settings.offload
+        return build(*self._members, self._parts, self._state_copies, offload=offload)
 
     @torch.no_grad()
     def _build(self) -> None:

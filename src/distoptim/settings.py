@@ -52,6 +52,7 @@ class Options(TypedDict, total=False):
     reset_inner: bool
     codec: Coding | str | None
     streams: int | str
+    offload: bool
     module: torch.nn.Module | Sequence[torch.nn.Module] | None
     sync_module: bool
 
@@ -84,6 +85,7 @@ class SyncSettings:
     reset_inner: bool = False
     codec: Coding | str | None = None
     streams: int | str = AUTO
+    offload: bool = False
     module: torch.nn.Module | Sequence[torch.nn.Module] | None = None
     sync_module: bool = True
 
@@ -107,6 +109,7 @@ class SyncSettings:
                 "not told; allowed is average(loss=loss) after each step, or another tau"
             )
         checks.flag("reset_inner", self.reset_inner)
+        checks.flag("offload", self.offload)
         checks.flag("sync_module", self.sync_module)
         if check_streams(self.streams) != AUTO and self.communicator is not None:
             raise ValueError(
@@ -196,6 +199,18 @@ class SyncSettings:
         if self.communicator is not None:
             return self.communicator
         return connect(self.averaging_group(), self.timeout_s, streams=self.streams)
+
+    def check_offload(self, communicator: Communicator) -> None:
+        """Whether messages can be where they are to be.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if self.offload and not communicator.carries_host_memory:
+            raise ValueError(
+                "offload=True beside nccl alone, which carries no host memory; allowed is gloo too: "
+                "init_process_group('cpu:gloo,cuda:nccl')"
+            )
 
     def inner_optimizer(self, params: Params) -> torch.optim.Optimizer:
         """The optimizer that was given, or an SGD over the parameters.

@@ -6,11 +6,12 @@ Workers share it.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from distoptim import ALGORITHMS, QuarantineWarning
+from distoptim import ALGORITHMS, OverlapLocalSGD, QuarantineWarning
 from distoptim.comm import ProcessGroupCommunicator, SingleWorker
 from distoptim.testing.processes import run
 from tests.helpers import toy
@@ -60,6 +61,37 @@ def _parity(rank):
 @pytest.mark.parametrize(("backend", "workers"), [("nccl", 1), ("gloo", 2)])
 def test_gpu_equals_cpu(backend, workers):
     assert all(run(_parity, workers, backend=backend))
+
+
+def _offloaded(rank):
+    communicator = ProcessGroupCommunicator()
+    for name, make in toy.spread().items():
+        on_gpu, _ = trajectory(rank, partial(make, offload=True), "cuda", communicator)
+        on_cpu, _ = trajectory(rank, make, "cpu", communicator)
+        torch.testing.assert_close(
+            on_gpu, on_cpu, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    coded = []
+    for device in ("cuda", "cpu"):
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 3000, device=device))]
+        optimizer = OverlapLocalSGD(
+            params, lr=0.5, tau=2, codec="int8", offload=True, communicator=communicator
+        )
+        (sync,) = optimizer.engine.syncs
+        assert sync.buffer.tensor.is_pinned() == (device == "cuda")
+        for _ in range(5):
+            params[0].grad = torch.full((3000,), 0.125 * rank, device=device)
+            optimizer.step()
+            optimizer.average()
+        optimizer.flush()
+        coded.append(params[0].detach().cpu())
+    torch.testing.assert_close(coded[0], coded[1], rtol=0, atol=1e-6)
+    communicator.close()
+    return True
+
+
+def test_anchors_in_host_memory_and_codes():
+    assert all(run(_offloaded, 2))
 
 
 def _quarantine(rank):

@@ -103,6 +103,7 @@ COMMON = {
     "codec": st.one_of(st.sampled_from(["int8", "2bit+ef", "int8+ef+ef", "+ef", Int8()]), ODD),
     "module": st.one_of(st.sampled_from([torch.nn.Linear(1, 1), torch.nn.ReLU]), ODD),
     "sync_module": FLAG,
+    "offload": FLAG,
     "levels": ODD,
     "device_mesh": ODD,
     "streams": st.one_of(TAU, st.just("auto")),

@@ -92,6 +92,11 @@ class Communicator(ABC):
     # Not a method around it: asked twice at every local step.
     now: Callable[[], float] = time.perf_counter
 
+    @property
+    def carries_host_memory(self) -> bool:
+        """Whether buffers may be in host memory; by default yes."""
+        return True
+
     def enter(self, facts: object, *, what: str) -> list[object]:
         """Find the other workers: everybody's facts, in rank order. Blocks.
 

@@ -35,7 +35,8 @@ def check_codable(codec: Coding, dtype: torch.dtype, device: torch.device) -> No
     if dtype != torch.float32 or device.type != "cpu":
         raise ValueError(
             f"codec={codec!r}: parameters are averaged in {dtype} on {device}; allowed is float32 on "
-            "the CPU, and half precision or complex64, which are averaged in it"
+            "the CPU, and half precision or complex64, which are averaged in it; for parameters on a GPU "
+            "with offload=True"
         )
 
 

@@ -183,6 +183,11 @@ class ProcessGroupCommunicator(Communicator):
         """The members' ranks among all."""
         return list(range(self.size)) if self._ranks is None else self._ranks
 
+    @property
+    def carries_host_memory(self) -> bool:
+        """Not over nccl alone."""
+        return "cpu" in self._backends
+
     def begin_round(self, due_in_s: float = 0.0) -> None:
         """Let the next means wait for late workers until they are due, and `timeout_s` from there.
 

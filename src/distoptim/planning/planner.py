@@ -525,7 +525,7 @@ def _reason(best: Prediction, predictions: Sequence[Prediction], inner: str | No
                 if plain
                 else "no tau hides it without a codec"
             )
-            + "; codecs are for float32 on CPUs (docs/compression.md)"
+            + "; codecs are for float32, on GPUs with offload=True (docs/compression.md)"
         )
     return "; ".join(told)
 
