@@ -12,8 +12,8 @@ from typing import Any, final
 
 import torch.distributed as dist
 
-# Of which torch's stubs know little.
-_c10d: Any = dist
+# Of whose types torch's stubs do not know.
+_TorchStore: Any = dist.Store
 
 
 @final
@@ -134,7 +134,7 @@ class Rendezvous:
 
 
 @final
-class _Entry(_c10d.Store):  # type: ignore[misc]  # a class without types
+class _Entry(_TorchStore):  # type: ignore[misc]  # a class without types
     """A rendezvous as the store of one group."""
 
     def __init__(self, rendezvous: Rendezvous, group: str) -> None:
