@@ -13,7 +13,7 @@ from typing import Any, final
 import torch.distributed as dist
 
 # Of whose types torch's stubs do not know.
-_TorchStore: Any = dist.Store
+_TorchStore: Any = dist.Store  # type: ignore[attr-defined]  # public, not marked so
 
 
 @final
