@@ -28,7 +28,7 @@ class Period(ABC):
             of "loss", "lr", "step_s" (computing a local step), "communication_s" (all means of a
             round) and "steps" (local steps in the round).
         start: local step until which the workers average after every local step.
-        remembers: what it keeps in memory, all of it or nothing; empty: whatever it likes.
+        remembers: the numbers that it keeps in memory, from 0 on, all of them or none; empty: any it likes.
         round_s: seconds of computation in a round, in which each worker makes as many local steps as
             it can; None: rounds are of tau local steps, on all workers.
         weigh: what a payload of a round of `round_s` weighs (see `EqualTime`).
@@ -74,7 +74,7 @@ class Period(ABC):
             tau: of the round that ends.
             means: the workers' means of `measures`, as sent at the start of the round merged last;
                 or empty.
-            memory: what it wants to remember; part of the checkpoint.
+            memory: numbers that it wants to remember; part of the checkpoint.
         """
         return tau, "fixed"
 

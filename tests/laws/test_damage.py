@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from distoptim import ALGORITHMS, AveragingOptimizer, DiLoCo, LocalSGD, OverlapLocalSGD, Rule, State
 from distoptim.engine import checkpoint
 from distoptim.fragments import Flat
-from distoptim.periods import AdaComm, PostLocal
+from distoptim.periods import AdaComm, Period, PostLocal
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
 from tests.helpers.share import ALL, share
@@ -80,7 +80,21 @@ class Remembering(AveragingOptimizer):
         super().__init__(params, rule=Remember(), tau=tau, delay=0, **options)
 
 
+@dataclass(frozen=True)
+class Counting(Period):
+    """Written elsewhere, too."""
+
+    smallest = TAU
+
+    def choose(self, step: int, tau: int, means: Any, memory: dict[str, float]) -> tuple[int, str]:
+        memory["left"] = memory.get("left", 0) - 1
+        memory["least"] = math.inf
+        memory["any"] = True
+        return tau, "counted"
+
+
 MAKES: dict[str, Callable[..., Any]] = {
+    "counting": partial(LocalSGD, lr=0.1, tau=Counting()),
     "remembering": partial(Remembering, lr=0.1, tau=TAU, fragments=2),
     **{name: partial(make, **toy.OPTIONS, tau=TAU) for name, make in ALGORITHMS.items()},
     **{

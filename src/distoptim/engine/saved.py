@@ -180,8 +180,12 @@ def _check_clock(engine: Engine, clock: Saved) -> int:
         for name in period.remembers:
             clock["memory"][name].number()
     for value in remembered.values():
-        # What is counted is an integer, what is measured a float.
-        value.integer(0) if isinstance(value.value, int) else value.number()
+        if not period.remembers:
+            # Of a period from elsewhere, which may remember that nothing was yet as an infinite number.
+            _any_number(value)
+        else:
+            # What is counted is an integer, what is measured a float.
+            value.integer(0) if isinstance(value.value, int) else value.number()
     for name, value in clock["means"].items():
         if same and name not in period.measures:
             value.refuse(f"nothing; what is measured is {period.measures}")
@@ -468,6 +472,11 @@ def _same(what: str, theirs: object, mine: object) -> None:
 def _optional(saved: Saved) -> None:
     if saved.value is not None:
         saved.number(0)
+
+
+def _any_number(saved: Saved) -> None:
+    if not isinstance(saved.value, int | float):
+        saved.refuse("a number")
 
 
 def _any_float(saved: Saved) -> None:
