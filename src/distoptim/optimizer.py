@@ -47,8 +47,8 @@ class _ToldToAll(type):
         except Exception as error:
             if not hasattr(optimizer, "_communicator"):
                 _tell_others(error, WorkerMesh(list(_tensors(args))), options)
-            elif not isinstance(error, (ValueError, TypeError)):
-                # The former are raised on all; of anything else, such as no memory, others hear so.
+            else:
+                # If it is raised here alone (no memory, a rule of the user's), others hear of it so.
                 optimizer._communicator.close()  # noqa: SLF001  # of the class that is made here
             raise
         return optimizer
@@ -71,13 +71,19 @@ def _tensors(params: Any) -> Iterator[Tensor]:
 def _tell_others(error: Exception, mesh: WorkerMesh, options: dict[str, Any]) -> None:
     """Refuse to take part, as far as the others can be found from mesh and options."""
     names = ("communicator", "group", "device_mesh", "timeout_s")
-    try:
-        settings = SyncSettings(tau=1, **{name: options[name] for name in names if name in options})
-        alone = settings.workers() == 1
-    except (ValueError, TypeError):
-        return
-    if not alone or mesh.is_shared:
+    # One of these may be what is wrong; then the others are looked for among all.
+    given = {n: options[n] for n in names if n in options and _workers({n: options[n]})}
+    if mesh.is_shared or _workers(given) > 1:
+        settings = SyncSettings(tau=1, **given)
         membership.refuse(settings.connect, error, mesh)
+
+
+def _workers(options: dict[str, Any]) -> int:
+    """How many there are by these; 0 where they are refused."""
+    try:
+        return SyncSettings(tau=1, **options).workers()
+    except (ValueError, TypeError):
+        return 0
 
 
 class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
@@ -296,26 +302,23 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
     # ---- a training loop's calls ------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One local step of the inner optimizer; returns the closure's loss, if there is one."""
-        if self.engine.evaluating:
-            with self.engine.telling():
-                self.engine.check_local()
-        args = () if closure is None else (closure,)
-        for pre in self._optimizer_step_pre_hooks.values():
-            pre(self, args, {})
-        self._master_weights.follow()
-        loss = self._inner_step(closure)
-        try:
+        """One local step of the inner optimizer; returns the closure's loss, if there is one.
+
+        Whatever it raises, also out of closure and hooks, the other workers are told.
+        """
+        with self.engine.telling():
+            self.engine.check_local()
+            args = () if closure is None else (closure,)
+            for pre in self._optimizer_step_pre_hooks.values():
+                pre(self, args, {})
+            self._master_weights.follow()
+            loss = self._inner_step(closure)
             self._master_weights.look()
-        except ValueError as error:
-            self.engine.tell(error)
-            raise
-        for post in self._optimizer_step_post_hooks.values():
-            post(self, args, {})
-        if not self._has_stepped:
-            self._look_for_ddp()
-        if self._settings.average_in_step:
-            with self.engine.telling():
+            for post in self._optimizer_step_post_hooks.values():
+                post(self, args, {})
+            if not self._has_stepped:
+                self._look_for_ddp()
+            if self._settings.average_in_step:
                 self.engine.weights.report(None)
                 self._rounds.tick()
         return loss
@@ -385,11 +388,11 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
                 unfrozen, replaced, converted, moved or resized. The others are told (CommunicationError).
             RuntimeError: `average_in_step` is set; inside `averaged()`.
         """
-        if self._settings.average_in_step:
-            raise RuntimeError("average_in_step=True: step() averages already")
         engine = self.engine
         # As `telling`, written out on the path of every round.
         try:
+            if self._settings.average_in_step:
+                raise RuntimeError("average_in_step=True: step() averages already")
             if samples is not None or engine.weights.counted is not False:
                 engine.weights.report(samples)
             if loss is not None:
@@ -447,8 +450,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         Raises:
             ValueError: as `averaged`.
         """
-        with self.engine.telling():
-            evaluation.consolidate([self.engine], module)
+        evaluation.consolidate([self.engine], module)
 
     def average_module(self, module: torch.nn.Module) -> None:
         """The workers' mean of any other module, in place: of a moving average of the weights.
@@ -464,8 +466,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             ValueError: this optimizer trains its parameters, or something in it differs that is not
                 averaged; on all workers.
         """
-        with self.engine.telling():
-            evaluation.average_module(self.engine, module)
+        evaluation.average_module(self.engine, module)
 
     def consensus_distance(self) -> float:
         """Root mean square over the workers of |x_i - mean x|, the Euclidean norm.
@@ -539,18 +540,19 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         run is bit-equal to one that never stopped. With a codec and more than two workers the others
         must come to this or to their next `average()` too, for the second stage of a coded mean.
         """
-        for pre in self._optimizer_state_dict_pre_hooks.values():
-            pre(self)
-        rounds = {
-            **checkpoint.save(self._rounds),
-            "parameters": _fingerprint(self._fragments()),
-            "shard": WorkerMesh(self._members[0]).coordinates,
-        }
-        state = {**self.inner.state_dict(), checkpoint.KEY: rounds}
-        for post in self._optimizer_state_dict_post_hooks.values():
-            state = post(self, state) or state
-        # Last, since a hook may change what is saved.
-        return checkpoint.sealed(state) if checkpoint.KEY in state else state
+        with self.engine.telling():
+            for pre in self._optimizer_state_dict_pre_hooks.values():
+                pre(self)
+            rounds = {
+                **checkpoint.save(self._rounds),
+                "parameters": _fingerprint(self._fragments()),
+                "shard": WorkerMesh(self._members[0]).coordinates,
+            }
+            state = {**self.inner.state_dict(), checkpoint.KEY: rounds}
+            for post in self._optimizer_state_dict_post_hooks.values():
+                state = post(self, state) or state
+            # Last, since a hook may change what is saved.
+            return checkpoint.sealed(state) if checkpoint.KEY in state else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()`, after the model was loaded. A plain optimizer's starts a new run.
@@ -571,8 +573,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         try:
             state, ours = self._read(state_dict)
             refusal = None
-        except ValueError as error:
-            # Not yet: the others would wait for this worker.
+        except Exception as error:  # noqa: BLE001  # of hooks, too; raised once all have heard
             state = {}
             ours = None
             refusal = error
@@ -583,17 +584,18 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
             ours = membership.catch_up(self.engine, ours, refusal)
         elif refusal is not None:
             raise refusal
-        self.inner.load_state_dict(state)
-        # Before the rounds may move x.
-        self._master_weights.restore(state)
-        if ours is None:
-            self._build()
-        elif self._communicator.elastic:
-            membership.go_on(self.engine, ours)
-        else:
-            self._rounds.load_state_dict(ours)
-        for post in self._optimizer_load_state_dict_post_hooks.values():
-            post(self)
+        with self.engine.telling():
+            self.inner.load_state_dict(state)
+            # Before the rounds may move x.
+            self._master_weights.restore(state)
+            if ours is None:
+                self._build()
+            elif self._communicator.elastic:
+                membership.go_on(self.engine, ours)
+            else:
+                self._rounds.load_state_dict(ours)
+            for post in self._optimizer_load_state_dict_post_hooks.values():
+                post(self)
 
     def _read(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The inner optimizer's state and the rounds, if there are any, all of which fits.

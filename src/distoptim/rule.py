@@ -68,6 +68,13 @@ class Rule(ABC):
                 out[name] = value
         return out
 
+    @property
+    def follows_lr(self) -> bool:
+        """Whether what is shared follows the inner learning rates (`Mean.lr`), which then must be equal on all
+        workers at every launch; no unless overridden.
+        """
+        return False
+
     def start(self, fragment: Fragment) -> State:
         """The state before the first step; all workers hold equal parameters then."""
         return State()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distoptim import ALGORITHMS, CommunicationError, LocalSGD, OverlapLocalSGD, StreamingDiLoCo
+from distoptim import (
+    ALGORITHMS,
+    AveragingOptimizer,
+    CommunicationError,
+    LocalSGD,
+    OverlapLocalSGD,
+    Rule,
+    StreamingDiLoCo,
+)
 from distoptim.periods import PostLocal
 from distoptim.testing.lockstep import Lockstep
 from distoptim.testing.processes import run
@@ -55,35 +64,123 @@ def _joining(rank: int) -> float:
     return float(parameter.detach())
 
 
-def _unfreeze(optimizer: Any, params: list[torch.nn.Parameter], frozen: torch.nn.Parameter) -> None:
-    frozen.requires_grad_(True)
+# What each does to all workers between step() and average(), of which one is the victim.
+Act = Callable[[Any, list[torch.nn.Parameter], torch.nn.Parameter, bool], object]
 
 
-def _reshape(optimizer: Any, params: list[torch.nn.Parameter], frozen: torch.nn.Parameter) -> None:
-    params[0].data = params[0].data.double()
+def _unfreeze(_: Any, params: list[Tensor], frozen: torch.nn.Parameter, victim: bool) -> None:
+    frozen.requires_grad_(victim)
 
 
-def _count(optimizer: Any, params: list[torch.nn.Parameter], frozen: torch.nn.Parameter) -> None:
-    optimizer.average(samples=3)
+def _convert(_: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
+    if victim:
+        params[0].data = params[0].data.double()
 
 
-def _another_module(
-    optimizer: Any, params: list[torch.nn.Parameter], frozen: torch.nn.Parameter
-) -> None:
-    optimizer.averaged(torch.nn.Linear(2, 2)).__enter__()
+def _raise(*_: object) -> None:
+    raise ArithmeticError("of the user's own")
 
 
-REFUSED: dict[str, tuple[Any, str]] = {
-    "unfrozen": (_unfreeze, "was unfrozen after the optimizer was made"),
-    "converted": (_reshape, "when the optimizer was made and is torch.float64"),
-    "samples": (_count, "average.. with samples= after steps without"),
-    "another module": (_another_module, "averaged.Linear.: none of its parameters"),
+def _hook(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
+    if victim:
+        optimizer.register_step_post_hook(_raise)
+        optimizer.step()
+
+
+def _evaluate(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
+    """Train in the block, which others have left."""
+    with optimizer.averaged():
+        if victim:
+            optimizer.step()
+
+
+def _load(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
+    saved = optimizer.state_dict()
+    if victim:
+        optimizer.register_load_state_dict_pre_hook(_raise)
+    optimizer.load_state_dict(saved)
+
+
+def _reload(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
+    saved = optimizer.state_dict()
+    if victim:
+        optimizer.register_load_state_dict_post_hook(_raise)
+    optimizer.load_state_dict(saved)
+
+
+@dataclass(frozen=True)
+class _Fragile(Rule):
+    """Local SGD whose second merge from now on fails, where there is something in `merges`."""
+
+    merges: list[int] = field(default_factory=list)
+
+    def merge(self, fragment: Any, state: Any, mean: Any) -> None:
+        fragment.write(mean.flat)
+        if self.merges:
+            self.merges[0] -= 1
+            if not self.merges[0]:
+                _raise()
+
+
+def _break(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
+    if victim:
+        optimizer.engine.rule.merges.append(2)
+
+
+def _flush(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
+    _break(optimizer, params, frozen, victim)
+    optimizer.flush()
+
+
+PLAIN = partial(OverlapLocalSGD, lr=0.1, tau=TAU, timeout_s=TIMEOUT_S)
+CODED = partial(
+    ALGORITHMS["diloco"], lr=0.1, tau=TAU, fragments=3, codec="int8", timeout_s=TIMEOUT_S
+)
+OWN = "ArithmeticError: of the user's own"
+REFUSED: dict[str, tuple[Act, list[Any], str]] = {
+    "unfrozen": (_unfreeze, [PLAIN, CODED], "ValueError: .* was unfrozen after the optimizer was"),
+    "converted": (
+        _convert,
+        [CODED],
+        "ValueError: .*when the optimizer was made and is torch.float64",
+    ),
+    "samples": (
+        lambda o, p, f, victim: victim and o.average(samples=3),
+        [PLAIN, CODED],
+        "ValueError: average.. with samples= after steps without",
+    ),
+    "another module": (
+        lambda o, p, f, victim: victim and o.averaged(torch.nn.Linear(2, 2)).__enter__(),
+        [PLAIN, CODED],
+        "ValueError: averaged.Linear.: none of its parameters",
+    ),
+    "no module": (
+        lambda o, p, f, victim: o.average_module(None if victim else torch.nn.Linear(2, 2)),
+        [PLAIN],
+        "ValueError: None: allowed is a torch.nn.Module",
+    ),
+    "hook": (_hook, [PLAIN], OWN),
+    "closure": (lambda o, p, f, victim: victim and o.step(_raise), [CODED], OWN),
+    "evaluation": (_evaluate, [PLAIN], "RuntimeError: inside averaged.. parameters are"),
+    "merge": (_break, ["fragile"], OWN),
+    "merge in flush()": (_flush, ["fragile"], OWN),
+    "hook after loading": (_reload, [CODED], OWN),
 }
 
 
-def _train(rank: int, victim: int, make: Any, act: Any, start: Sequence[Tensor] = ()) -> str:
+def _train(rank: int, victim: int, make: Any, act: Act, start: Sequence[Tensor] = ()) -> str:
     params = [torch.nn.Parameter(p.clone()) for p in start or toy.start(torch.float32)]
     frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+    if make == "fragile":
+        make = partial(
+            AveragingOptimizer,
+            rule=_Fragile(),
+            lr=0.1,
+            tau=TAU,
+            delay=0,
+            fragments=3,
+            timeout_s=TIMEOUT_S,
+        )
     optimizer = make([*params, frozen])
     error = ""
     try:
@@ -91,10 +188,10 @@ def _train(rank: int, victim: int, make: Any, act: Any, start: Sequence[Tensor] 
             for p in params:
                 p.grad = p.detach() + rank
             optimizer.step()
-            if (rank, step) == (victim, 6):
-                act(optimizer, params, frozen)
+            if step == 6:
+                act(optimizer, params, frozen, rank == victim)
             optimizer.average()
-    except (CommunicationError, ValueError) as failure:
+    except (CommunicationError, ValueError, ArithmeticError, RuntimeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     optimizer.close()
     return error
@@ -106,36 +203,31 @@ def _refused(rank: int) -> dict[tuple[str, str], str]:
     params = [p for module in modules for p in module.parameters()]
     with pytest.raises(ValueError, match=r"workers disagree on order of modules: rank 0 has .0, 2"):
         LocalSGD(params, lr=0.1, tau=2, module=modules if rank != 1 else modules[::-1])
-    makers = {
-        "plain": partial(OverlapLocalSGD, lr=0.1, tau=TAU, timeout_s=TIMEOUT_S),
-        "coded, 3 fragments": partial(
-            ALGORITHMS["diloco"], lr=0.1, tau=TAU, fragments=3, codec="int8", timeout_s=TIMEOUT_S
-        ),
+    told = {
+        (what, i): _train(rank, 1, make, act)
+        for what, (act, makers, _) in REFUSED.items()
+        for i, make in enumerate(makers)
     }
-    return {
-        (what, how): _train(rank, 1, make, act)
-        for what, (act, _) in REFUSED.items()
-        for how, make in makers.items()
-    }
+    return told | {("hook before loading", 0): _train(rank, 1, CODED, _load)}
 
 
 def test_an_error_of_one_worker_is_told_to_the_others() -> None:
     for rank, found in enumerate(run(_refused, 3, timeout_s=BOUND_S)):
+        # Loading compares before anything is changed: all go on as they were.
+        loading = found.pop(("hook before loading", 0))
+        assert loading == (OWN if rank == 1 else f"ValueError: rank 1 cannot load its state: {OWN}")
         for (what, how), text in found.items():
-            own = (
-                "ValueError: "
-                if rank == 1
-                else rf"CommunicationError: rank {rank}: rank 1 cannot go on: ValueError: .*"
-            )
-            assert re.match(own + ".*" + REFUSED[what][1], text, re.DOTALL), (what, how, rank, text)
+            others = rf"CommunicationError: rank {rank}: rank 1 cannot go on: "
+            expected = ("" if rank == 1 else others) + REFUSED[what][2]
+            assert re.match(expected, text, re.DOTALL), (what, how, rank, text)
 
 
-ALONE: dict[str, Any] = {
-    "averaged()": lambda o, *_: o.averaged().__enter__(),
-    "flush()": lambda o, *_: o.flush(),
-    "consensus_distance()": lambda o, *_: o.consensus_distance(),
-    "load_state_dict()": lambda o, *_: o.load_state_dict(o.state_dict()),
-    "close()": lambda o, *_: o.close(),
+ALONE: dict[str, Act] = {
+    "averaged()": lambda o, p, f, victim: victim and o.averaged().__enter__(),
+    "flush()": lambda o, p, f, victim: victim and o.flush(),
+    "consensus_distance()": lambda o, p, f, victim: victim and o.consensus_distance(),
+    "load_state_dict()": lambda o, p, f, victim: victim and o.load_state_dict(o.state_dict()),
+    "close()": lambda o, p, f, victim: victim and o.close(),
 }
 
 

@@ -222,6 +222,11 @@ def _unfrozen_on_one(rank):
     _train(module, optimizer, rank)
 
 
+def _other_rates(rank):
+    module = _model()
+    _train(module, distoptim.SlowMo(module.parameters(), lr=0.1 / (1 + rank), tau=2), rank)
+
+
 def _no_state(rank):
     _made(_model()).load_state_dict(None)
 
@@ -274,6 +279,7 @@ FAULTS: list[Callable[[int], object]] = [
     _unlike_ends,
     _samples_on_one,
     _unfrozen_on_one,
+    _other_rates,
     _no_state,
     _others_residual,
     _others_shard,

@@ -129,17 +129,18 @@ def test_a_signal_ends_the_wait_for_a_peer(tmp_path):
     host, family = (
         ("::1", socket.AF_INET6) if socket.has_dualstack_ipv6() else ("127.0.0.1", socket.AF_INET)
     )
-    context = forking()
-    ports = [free_port(), 0]
+
+    def start(rank, port):
+        url = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        process = forking().Process(target=be_a_rank, args=(tmp_path, url, rank), daemon=True)
+        process.start()
+        return process
+
     with socket.create_server((host, 0), family=family) as silent:
-        ports[1] = silent.getsockname()[1]
-        ranks = []
-        for rank, port in enumerate(ports):
-            url = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-            ranks.append(context.Process(target=be_a_rank, args=(tmp_path, url, rank), daemon=True))
-            ranks[-1].start()
         silent.settimeout(PATIENCE_S)
-        with silent.accept()[0], until(lambda: answered(host, ports[0])):
+        port = free_port()
+        ranks = [start(0, port), start(1, silent.getsockname()[1])]
+        with silent.accept()[0], until(lambda: answered(host, port)):
             for process, signum in zip(ranks, (signal.SIGINT, signal.SIGTERM), strict=True):
                 os.kill(process.pid, signum)
                 process.join(PATIENCE_S)

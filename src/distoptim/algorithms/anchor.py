@@ -28,7 +28,7 @@ class Anchored(State):
     Attributes:
         anchor: z, bit-equal on all workers.
         outer: the outer optimizer; None where the step needs no memory.
-        lr: inner learning rates, per segment, of the round merged last.
+        lr: inner learning rates, per segment, of the round merged last; None where nothing follows them.
     """
 
     anchor: Flat
@@ -88,6 +88,11 @@ def base_of(state: State) -> Flat:
 class OuterStep(ABC):
     """How the anchor moves to the mean."""
 
+    @property
+    def follows_lr(self) -> bool:
+        """As `Rule.follows_lr`."""
+        return False
+
     @abstractmethod
     def optimizer(self, anchors: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
         """The optimizer of one fragment's anchors, one per segment; None if none is needed."""
@@ -122,6 +127,11 @@ class OuterSGD(OuterStep):
     nesterov: bool = False
     rescale: bool = False
 
+    @property
+    def follows_lr(self) -> bool:
+        """Where a momentum is rescaled."""
+        return self.rescale and self.momentum > 0
+
     def optimizer(self, anchors: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
         """torch's SGD; without momentum the step needs no memory."""
         if not self.momentum:
@@ -154,7 +164,8 @@ class OuterSGD(OuterStep):
         state.outer.step()
         for z in anchors:
             z.grad = None
-        state.lr = list(mean.lr)
+        if self.rescale:
+            state.lr = list(mean.lr)
 
 
 @final
@@ -196,7 +207,6 @@ class OuterOptimizer(OuterStep):
         state.outer.step()
         for z in anchors:
             z.grad = None
-        state.lr = list(mean.lr)
 
 
 def _tried(factory: OuterFactory) -> str:
@@ -240,6 +250,11 @@ class Pull(Rule):
     outer: OuterStep
     alpha: float
 
+    @property
+    def follows_lr(self) -> bool:
+        """As the outer step does."""
+        return self.outer.follows_lr
+
     def start(self, fragment: Fragment) -> State:
         """The start as anchor, momentum 0."""
         return Anchored(*self.outer.start(fragment))
@@ -270,6 +285,11 @@ class Carry(Rule):
     """
 
     outer: OuterStep
+
+    @property
+    def follows_lr(self) -> bool:
+        """As the outer step does."""
+        return self.outer.follows_lr
 
     def start(self, fragment: Fragment) -> State:
         """The start as anchor, and as what was sent."""

@@ -52,6 +52,11 @@ class HeavyBall(Rule):
     momentum: MovedMomentum
     coded: bool
 
+    @property
+    def follows_lr(self) -> bool:
+        """By the ratio of two."""
+        return True
+
     def start(self, fragment: Fragment) -> State:
         """The start as z; what was sent less z is 0."""
         anchor = start_anchor(fragment)

@@ -147,8 +147,9 @@ class Engine(Rounds):
         self.evaluating = False
         # Of groups of neighbours, smallest first, whose means come before this one's.
         self.levels: Sequence[Engine] = ()
-        # How many messages had been sent when this worker was last between two calls.
-        self._between = 0
+        # Whose messages are still to come in this call, before those of launches; whether uncoded.
+        self._coming: list[FragmentSync] = []
+        self._uncoded = False
         self.watch = watch
         self._inner = inner
         self._may_be_empty = may_be_empty
@@ -302,6 +303,8 @@ class Engine(Rounds):
                 weight = weights.weight(step=self.step, since=since, samples=sync.samples)
             if sync.extra:
                 extras = self._measure()
+            # Before it is sent: what is wrong with it can be told in the place of this message.
+            lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
             # As `_identity`, written out on the path of every round.
             identity = identify(
                 kind,
@@ -310,12 +313,13 @@ class Engine(Rounds):
                 self.step,
                 weighing,
                 alike=not self.clock.timed,
+                lr=lr if self._follows_lr else (),
             )
             self.communicator.begin_round(self.clock.delay * self.counters.step_s)
             handle = self.reducer.start(sync, finite, weight, extras, identity)
         self.counters.overhead_s += time.perf_counter() - start
         self.counters.bytes += sync.nbytes
-        self._take_off(sync, handle, finite, launched=self.step, identity=identity)
+        self._take_off(sync, handle, finite, lr, launched=self.step, identity=identity)
 
     def _weight_of_time(self, sync: FragmentSync) -> float:
         return self.weights.weight_of_time(
@@ -350,11 +354,11 @@ class Engine(Rounds):
         sync: FragmentSync,
         handle: Handle,
         finite: Tensor,
+        lr: list[float],
         *,
         launched: int,
         identity: Identity | None = None,
     ) -> None:
-        lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
         due = launched + self.clock.delay
         sync.pending = PendingMean(handle, finite, due, lr, identity, sync.samples)
         sync.launched = launched
@@ -449,50 +453,55 @@ class Engine(Rounds):
         if left[:1] != order[:1] and not self.communicator.elastic:
             # The first message must be as long as what a worker that is elsewhere sends next.
             self.reducer.meet(order[0], self._identity(Kind.FLUSH, order[0].index))
-        for sync in left:
-            self._launch(sync, Kind.FLUSH)
-            while not self._merge(sync):
-                self._launch(sync, Kind.FLUSH)
         for sync in self.syncs:
             sync.schedule(self.step, self.clock.tau)
+        self._expect_messages(left)
+        for sync in left:
+            self._launch(sync, Kind.FLUSH)
+            self._coming.remove(sync)
+            while not self._merge(sync):
+                self._launch(sync, Kind.FLUSH)
         self._begin_time()
         self.plan()
-        self.note_between()
 
-    def note_between(self) -> None:
-        """Note that the next message of all workers is that of the next launch."""
-        self._between = self.reducer.messages
+    def _expect_messages(self, syncs: Sequence[FragmentSync], *, uncoded: bool = False) -> None:
+        """Note in what order all workers send messages that are not those of the next launches."""
+        self._coming = list(syncs)
+        self._uncoded = uncoded
 
     def tell(self, error: Exception | str) -> None:
         """Tell the others, who would wait for this worker, why it does not go on; for a minute at most.
 
-        In the place of its next mean, so not where a call was left in the middle of its messages. Where all
-        have the same error, all can go on.
+        In the place of its next mean, also where a call was left in the middle of several. Where all have
+        an error, all can go on.
 
         Args:
             error: of this worker; or a whole sentence, which says whose.
         """
         reducer = self.reducer
+        coming = self._coming
+        self._coming = []
         among_others = not (self.communicator.in_lockstep or self.communicator.elastic)
-        if not among_others or reducer.failure is not None or reducer.messages != self._between:
+        if not among_others or reducer.failure is not None:
             return
         cause = error
         if isinstance(error, Exception):
             me = self.communicator.ranks[self.communicator.rank]
             cause = f"rank {me} cannot go on: {type(error).__name__}: {error}"
             logger.warning("%s; for up to %g s the other workers are told", cause, _END_S)
-        # Those that others still come to at this local step: at a launch all levels have had theirs.
-        if not self.clock.synchronous and not self.waits:
+        # Those that others come to first: at a launch all levels have had theirs.
+        launches = coming or min(sync.next_launch for sync in self.syncs) <= self.step
+        if not self.clock.synchronous and not launches:
             for level in self.levels:
                 if level.step == self.step or level.waits:
                     level.tell(str(cause))
         try:
             self._settle_now()
-            first = self._next_first()[0]
+            first = (coming or self._next_first())[0]
             identity = replace(self._identity(Kind.ERROR, first.index), cause=str(cause))
             limit_s = min(reducer.timeout_s, _END_S)
-            reducer.meet(first, identity, limit_s=limit_s)
-            self.note_between()
+            uncoded = bool(coming) and self._uncoded
+            reducer.meet(first, identity, limit_s=limit_s, uncoded=uncoded)
         except CommunicationError as silence:
             if not reducer.mismatched:
                 logger.warning("the other workers could not be told of this error: %s", silence)
@@ -591,10 +600,11 @@ class Engine(Rounds):
         yield
         counted = weights.samples is not None
         made = weights.total - samples if counted else self.step - step
-        weights.left_at = self.step
-        while not self._ended:
-            (tick or self.tick)()
-        self._end_join(made)
+        with self.telling():
+            weights.left_at = self.step
+            while not self._ended:
+                (tick or self.tick)()
+            self._end_join(made)
 
     def _end_join(self, weight: float) -> None:
         """Drop what is in flight of workers that have all run out of data; x <- weighted mean."""
@@ -636,7 +646,6 @@ class Engine(Rounds):
         self._settle_now()
         first = self._next_first()[0]
         self.reducer.meet(first, self._identity(kind, first.index), limit_s=limit_s)
-        self.note_between()
 
     def means(self, kind: Kind, *, weight: float = 1.0, may_be_empty: bool = False) -> list[Flat]:
         """The workers' means of all fragments' values now, in new buffers; blocking and collective.
@@ -657,17 +666,17 @@ class Engine(Rounds):
         else:
             # These means come uncoded; to begin with, one of the form that others would send.
             self.meet(kind)
-        found = {
-            sync.index: self.reducer.mean_of(
+        self._expect_messages(order, uncoded=True)
+        found = {}
+        for sync in order:
+            found[sync.index] = self.reducer.mean_of(
                 sync.fragment,
                 self._identity(kind, sync.index),
                 extra=sync.extra,
                 weight=weight,
                 may_be_empty=may_be_empty,
             )
-            for sync in order
-        }
-        self.note_between()
+            self._coming.remove(sync)
         return [found[sync.index] for sync in self.syncs]
 
     def _copied_anchors(self) -> list[Flat]:
@@ -684,9 +693,7 @@ class Engine(Rounds):
 
     def mean_of(self, fragment: Fragment, kind: Kind) -> Flat:
         """The same for another fragment, after `means`."""
-        mean = self.reducer.mean_of(fragment, self._identity(kind, len(self.syncs)))
-        self.note_between()
-        return mean
+        return self.reducer.mean_of(fragment, self._identity(kind, len(self.syncs)))
 
     def _next_first(self) -> list[FragmentSync]:
         """The fragments in the order of their next launches, which is the same on all workers.
@@ -819,6 +826,8 @@ class Engine(Rounds):
     def _activate(self) -> None:
         """In the synchronous phase x <- mean, beside the rule's state."""
         self._active = Average(carry=False) if self.clock.synchronous else self.rule
+        # Where workers come and go, who is behind takes the others' rates.
+        self._follows_lr = self._active.follows_lr and not self.communicator.elastic
 
     def _code(self) -> None:
         """Make the coded means.
@@ -841,7 +850,9 @@ class Engine(Rounds):
             if clock.delay == clock.tau:
                 finite = self._form(sync)
                 handle = Handle(sync.buffer.tensor)
-                self._take_off(sync, handle, finite, launched=sync.next_launch - clock.tau)
+                launched = sync.next_launch - clock.tau
+                lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
+                self._take_off(sync, handle, finite, lr, launched=launched)
         self._begin_time()
         self.plan()
 
@@ -1111,5 +1122,3 @@ def _launched_together(engines: Sequence[Engine]) -> None:
             engine.merge_due()
             engine.plan()
         engine.counters.ticked_at = engine.communicator.now()
-        # As `note_between`, written out on the path of every round.
-        engine._between = engine.reducer.messages  # noqa: SLF001

@@ -27,12 +27,12 @@ def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Itera
     """
     with engines[0].telling():
         means, statistics = _means(engines, module)
-    # Tensors made in inference mode can be written in it alone.
-    mode = any(x.is_inference() for x in statistics)
-    with torch.inference_mode(mode), torch.no_grad():
-        local = [[x.clone() for x in fragment.local()] for fragment, _ in means]
-        for fragment, mean in means:
-            fragment.write(mean)
+        # Tensors made in inference mode can be written in it alone.
+        mode = any(x.is_inference() for x in statistics)
+        with torch.inference_mode(mode), torch.no_grad():
+            local = [[x.clone() for x in fragment.local()] for fragment, _ in means]
+            for fragment, mean in means:
+                fragment.write(mean)
     # A block inside a block ends as one.
     before = [engine.evaluating for engine in engines]
     for engine in engines:
@@ -54,8 +54,8 @@ def _means(
     engines: Sequence[Engine], module: torch.nn.Module | None
 ) -> tuple[list[tuple[Fragment, Flat]], list[Tensor]]:
     """The means of parameters and statistics, and the statistics; collective."""
-    _reshard(module)
     parts = _parts(engines, module)
+    said = _said(engines, parts)
     kind = Kind.AVERAGED_MODULE if parts.compared else Kind.AVERAGED
     # First, since it finds workers that are elsewhere.
     means = [
@@ -63,7 +63,7 @@ def _means(
         for engine in engines
         for sync, mean in zip(engine.syncs, engine.means(kind), strict=True)
     ]
-    statistics, more = _statistics(engines, parts, Kind.AVERAGED)
+    statistics, more = _statistics(engines, parts, said, Kind.AVERAGED)
     return means + more, statistics
 
 
@@ -74,19 +74,21 @@ def consolidate(engines: Sequence[Engine], module: torch.nn.Module | None) -> No
     Raises:
         ValueError: as `averaged`.
     """
-    for engine in engines:
-        engine.check_local()
-    parts = _parts(engines, module)
-    kind = Kind.CONSOLIDATE_MODULE if parts.compared else Kind.CONSOLIDATE
-    means = [engine.means(kind) for engine in engines]
-    statistics, more = _statistics(engines, parts, Kind.CONSOLIDATE)
-    for engine, own in zip(engines, means, strict=True):
-        engine.adopt(own)
-    with torch.inference_mode(any(x.is_inference() for x in statistics)), torch.no_grad():
-        for fragment, mean in more:
-            fragment.write(mean)
-    spectral_norm.recompute_weights(module)
-    _reshard(module)
+    with engines[0].telling():
+        for engine in engines:
+            engine.check_local()
+        parts = _parts(engines, module)
+        said = _said(engines, parts)
+        kind = Kind.CONSOLIDATE_MODULE if parts.compared else Kind.CONSOLIDATE
+        means = [engine.means(kind) for engine in engines]
+        statistics, more = _statistics(engines, parts, said, Kind.CONSOLIDATE)
+        for engine, own in zip(engines, means, strict=True):
+            engine.adopt(own)
+        with torch.inference_mode(any(x.is_inference() for x in statistics)):
+            for fragment, mean in more:
+                fragment.write(mean)
+        spectral_norm.recompute_weights(module)
+        _reshard(module)
 
 
 @torch.no_grad()
@@ -97,7 +99,20 @@ def average_module(engine: Engine, module: torch.nn.Module) -> None:
         ValueError: the engine trains it, or something in it differs between workers that is neither a
             parameter nor a statistic nor a worker's own.
     """
+    with engine.telling():
+        parts = _copied(engine, module)
+        said = _said([engine], parts)
+        engine.meet(Kind.MODULE)
+        _, means = _statistics([engine], parts, said, Kind.MODULE)
+        for fragment, mean in means:
+            fragment.write(mean)
+        spectral_norm.recompute_weights(module)
+
+
+def _copied(engine: Engine, module: torch.nn.Module) -> Parts:
+    """What is in a module that the engine does not train; its parameters are averaged."""
     _refuse_elastic(engine, Kind.MODULE)
+    _check_kind(module)
     own = {id(p) for p in _params([engine])}
     kind = type(module).__name__
     if any(id(p) in own for p in module.parameters()):
@@ -110,21 +125,16 @@ def average_module(engine: Engine, module: torch.nn.Module) -> None:
     params = {n: p for n, p in module.named_parameters() if not unfit(p)}
     averaged_too = {n: t for n, t in {**parts.equal, **parts.trained}.items() if n in params}
     equal = {n: t for n, t in parts.equal.items() if n not in params}
-    parts = Parts({**parts.statistics, **averaged_too}, equal)
-    engine.meet(Kind.MODULE)
-    _, means = _statistics([engine], parts, Kind.MODULE)
-    for fragment, mean in means:
-        fragment.write(mean)
-    spectral_norm.recompute_weights(module)
+    return Parts({**parts.statistics, **averaged_too}, equal)
 
 
 def _statistics(
-    engines: Sequence[Engine], parts: Parts, kind: Kind
+    engines: Sequence[Engine], parts: Parts, said: dict[str, str], kind: Kind
 ) -> tuple[list[Tensor], list[tuple[Fragment, Flat]]]:
     """What of a module is averaged beside the parameters, and its means; collective."""
     elastic = engines[0].communicator.elastic
     if not elastic:
-        _compare(engines, parts, kind)
+        _compare(engines, said, kind)
     tensors = list(parts.statistics.values())
     if not tensors:
         return [], []
@@ -134,6 +144,11 @@ def _statistics(
         known = [engine.statistics for engine in engines if engine.statistics is not None]
         return tensors, [pair for each in known for pair in each.means(fragments)]
     return tensors, [(fragment, engines[0].mean_of(fragment, kind)) for fragment in fragments]
+
+
+def _check_kind(module: object) -> None:
+    if not isinstance(module, torch.nn.Module):
+        raise ValueError(f"{str(module)[:60]}: allowed is a torch.nn.Module")
 
 
 def _refuse_elastic(engine: Engine, kind: Kind) -> None:
@@ -149,9 +164,13 @@ def _params(engines: Sequence[Engine]) -> list[Tensor]:
 
 
 def _parts(engines: Sequence[Engine], module: torch.nn.Module | None) -> Parts:
-    """What is in the module beside the engines' parameters; whether it is theirs in whole."""
+    """What is in the module beside the engines' parameters; whether it is theirs in whole, as it was."""
+    for engine in engines:
+        engine.watch.check()
     if module is None:
         return Parts()
+    _check_kind(module)
+    _reshard(module)
     own = {id(p) for p in _params(engines)}
     theirs = list(module.parameters())
     if theirs and not any(id(p) in own for p in theirs):
@@ -173,14 +192,21 @@ def _parts(engines: Sequence[Engine], module: torch.nn.Module | None) -> Parts:
     return parts
 
 
-def _compare(engines: Sequence[Engine], parts: Parts, kind: Kind) -> None:
-    """Whether what is to be equal is, and statistics have equal shapes; collective."""
+def _said(engines: Sequence[Engine], parts: Parts) -> dict[str, str]:
+    """What workers compare of a module, by name; made before the first message, since it may be refused."""
     communicator = engines[0].communicator
-    if communicator.size == 1 or not parts.compared:
+    if communicator.size == 1 or communicator.elastic:
+        return {}
+    said = {name: module_state.look(t) for name, t in parts.statistics.items()}
+    return said | {name: module_state.digest(t) for name, t in parts.equal.items()}
+
+
+def _compare(engines: Sequence[Engine], own: dict[str, str], kind: Kind) -> None:
+    """Whether what is to be equal is, and statistics have equal shapes; collective."""
+    if not own:
         return
+    communicator = engines[0].communicator
     call = kind.call
-    own = {name: module_state.look(t) for name, t in parts.statistics.items()}
-    own |= {name: module_state.digest(t) for name, t in parts.equal.items()}
     # Ranks that are one worker find the same difference, or one would go on alone.
     with engines[0].reducer.beside():
         ranks = WorkerMesh(_params(engines)).all_gather_json(own, what=call)

@@ -10,6 +10,7 @@ Digits go up to 63, so that sums of squares over 4,096 workers are exact in floa
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -78,6 +79,7 @@ class Identity:
 
     Attributes:
         code: [SIZE], digits and their squares.
+        lr: learning rates that all workers must have.
         cause: of an error, what all are told.
     """
 
@@ -86,6 +88,7 @@ class Identity:
     step: int
     weighing: Weighing
     code: Tensor
+    lr: Sequence[float] = ()
     cause: str = ""
 
     def __str__(self) -> str:
@@ -112,7 +115,14 @@ class Identity:
 
 
 def identify(
-    kind: Kind, fragment: int, message: int, step: int, weighing: Weighing, *, alike: bool = True
+    kind: Kind,
+    fragment: int,
+    message: int,
+    step: int,
+    weighing: Weighing,
+    *,
+    alike: bool = True,
+    lr: Sequence[float] = (),
 ) -> Identity:
     """The identity of a message.
 
@@ -123,13 +133,15 @@ def identify(
         step: the local step that all workers have made when they send it.
         weighing: of this worker's payloads.
         alike: whether they have; else it is this worker's, and for messages to people alone.
+        lr: learning rates that must be equal, too; they move the numbers of message and step.
     """
     digits: list[int] = []
-    values = (kind, fragment, message, alike * step, weighing)
+    moved = zlib.crc32(repr(lr).encode()) if lr else 0
+    values = (kind, fragment, message + moved, alike * step + moved // _BASE**2, weighing)
     for value, length in zip(values, _LENGTHS, strict=True):
         digits += [value // _BASE**i % _BASE for i in range(length)]
     code = torch.tensor([*digits, *(d * d for d in digits)])
-    return Identity(kind, fragment, step, weighing, code)
+    return Identity(kind, fragment, step, weighing, code, lr)
 
 
 def index_of(code: Sequence[float]) -> int:

@@ -316,7 +316,7 @@ def refuse(connect: Callable[[], Communicator], error: Exception, mesh: WorkerMe
 
 @torch.no_grad()
 def catch_up(
-    engine: Engine, saved: dict[str, Any] | None, refusal: ValueError | None = None
+    engine: Engine, saved: dict[str, Any] | None, refusal: Exception | None = None
 ) -> dict[str, Any] | None:
     """What this worker is to resume from, so that all resume from the same round.
 
@@ -339,7 +339,7 @@ def catch_up(
     of_rank = {
         "number": communicator.ranks[communicator.rank],
         "position": position,
-        "refusal": None if refusal is None else str(refusal),
+        "refusal": None if refusal is None else _text(refusal),
     }
     own = {
         "rank": communicator.rank,
@@ -393,13 +393,18 @@ def go_on(engine: Engine, saved: dict[str, Any]) -> None:
 
 
 def _refuse_together(
-    refusals: Sequence[object], ranks: Sequence[int], own: ValueError | None
+    refusals: Sequence[object], ranks: Sequence[int], own: Exception | None
 ) -> None:
     if own is not None:
         raise own
     for rank, text in zip(ranks, refusals, strict=False):
         if text is not None:
             raise ValueError(f"rank {rank} cannot load its state: {text}")
+
+
+def _text(error: Exception) -> str:
+    """Of a ValueError, which says all, its message; of others also what kind of error it is."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _own_file(saved: dict[str, Any], workers: Sequence[Facts]) -> dict[str, Any]:

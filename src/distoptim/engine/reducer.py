@@ -190,7 +190,14 @@ class Reducer:
         _normalise(flat.tensor, handle.tails(1), name, may_be_empty)
         return flat
 
-    def meet(self, sync: FragmentSync, identity: Identity, *, limit_s: float | None = None) -> None:
+    def meet(
+        self,
+        sync: FragmentSync,
+        identity: Identity,
+        *,
+        limit_s: float | None = None,
+        uncoded: bool = False,
+    ) -> None:
         """See that all workers are in the same call, by a message of a round's form without payload.
 
         Whoever is elsewhere sends the next fragment's mean of its round: of the same length, so the two
@@ -200,6 +207,7 @@ class Reducer:
             sync: the fragment that would be launched next.
             identity: of the message.
             limit_s: how long to wait for the others; by default the timeout.
+            uncoded: in the form of `mean_of`, which has no codec.
 
         Raises:
             CommunicationError: on all workers, if they are not.
@@ -210,7 +218,7 @@ class Reducer:
         empty = torch.zeros_like(sync.buffer.tensor)
         empty[-1 - SIZE : -1] = identity.code
         name = str(identity)
-        if sync.compressed is None:
+        if sync.compressed is None or uncoded:
             handle = self._send(self.communicator.all_reduce, empty, name)
         else:
             tail = empty[sync.fragment.numel :]
@@ -294,16 +302,23 @@ class Reducer:
             return unlike_calls(elsewhere)
         try:
             answers = self.communicator.all_gather_json(
-                [str(identity), identity.cause], what="where the workers are"
+                [str(identity), identity.cause, list(identity.lr)], what="where the workers are"
             )
         except RuntimeError as error:
             return unlike_calls(f"{elsewhere} ({error})")
-        told = cast("list[tuple[str, str]]", answers)
-        causes = dict.fromkeys(cause for _, cause in told if cause)
+        told = cast("list[tuple[str, str, list[float]]]", answers)
+        causes = dict.fromkeys(cause for _, cause, _ in told if cause)
         if causes:
             return "; ".join(causes)
-        places = zip(self.communicator.ranks, told, strict=True)
-        return unlike_calls(", ".join(f"rank {r} in {place}" for r, (place, _) in places))
+        ranks = self.communicator.ranks
+        if all(place == str(identity) for place, *_ in told):
+            rates = ", ".join(f"rank {r} has {lr}" for r, (*_, lr) in zip(ranks, told, strict=True))
+            return (
+                f"workers have other learning rates, which this algorithm's momentum follows: {rates} in {identity}; "
+                "allowed are equal ones at every launch"
+            )
+        places = zip(ranks, told, strict=True)
+        return unlike_calls(", ".join(f"rank {r} in {place}" for r, (place, *_) in places))
 
     def _fail(self, name: str, seconds: float, error: Exception) -> NoReturn:
         """Give up communication for good, keeping parameters and state."""

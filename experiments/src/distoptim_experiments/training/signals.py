@@ -6,10 +6,13 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from concurrent.futures import Future
 from types import FrameType
 from typing import TypeVar, final
 
+# Between looks whether a signal has come.
+_LOOK_S = 0.1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 T = TypeVar("T")
 
@@ -47,10 +50,11 @@ class StopSignals:
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
         """Within the block a signal raises `Stopped`: there is nothing to save yet."""
-        if self.received:
-            raise Stopped(self.received)
         self._raises = True
         try:
+            # After that: one that comes in between would be noted, and end nothing.
+            if self.received:
+                raise Stopped(self.received)
             yield
         finally:
             self._raises = False
@@ -77,4 +81,8 @@ def interruptible(wait: Callable[[], T]) -> T:
 
     # A daemon: nobody can end the wait of one that has been left alone.
     threading.Thread(target=answer, daemon=True).start()
+    # Again and again: Python does not run the handler of a signal that comes between its last instruction and
+    # the beginning of a wait, until the wait is over.
+    while not futures.wait([future], timeout=_LOOK_S).done:
+        pass
     return future.result()
