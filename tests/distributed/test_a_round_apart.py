@@ -32,8 +32,8 @@ def _saved(optimizer, params):
 def _memory(optimizer):
     """What all workers must share: anchors, outer states, the references of codes."""
     view = inspect(optimizer)
-    coders = [part.coded for part in view.fragments if part.coded is not None]
-    return view.shared() + [coder.reference.clone() for coder in coders]
+    coded_means = [part.coded for part in view.fragments if part.coded is not None]
+    return view.shared() + [coded_mean.reference.clone() for coded_mean in coded_means]
 
 
 def _apart(rank, name):

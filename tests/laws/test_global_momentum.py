@@ -182,9 +182,13 @@ def test_consensus_is_a_fixed_point_and_permuted_workers_permute_it():
 
 def owed(cluster):
     """What the codes of means have lost and not sent yet, of all parts; 0 where there are none."""
-    coders = [view.fragments[0].coded for view in cluster.views()]
-    assert all(coder.residual is None for coder in coders)
-    parts = [coder.mean_residual for coder in coders if coder.mean_residual is not None]
+    coded_means = [view.fragments[0].coded for view in cluster.views()]
+    assert all(coded_mean.residual is None for coded_mean in coded_means)
+    parts = [
+        coded_mean.mean_residual
+        for coded_mean in coded_means
+        if coded_mean.mean_residual is not None
+    ]
     return torch.cat(parts).double() if parts else 0.0
 
 

@@ -45,7 +45,7 @@ def sent_per_mean(name: str | None, m: int, numel: int = NUMEL) -> float:
     return (m - 1) * (4 * (SIZE + 1) + (whole if codec.gathered else min(whole, 2 * share)))
 
 
-def coders_of(run: Lockstep) -> list[Any]:
+def coded_means_of(run: Lockstep) -> list[Any]:
     """Rank -> the coded mean of its first fragment."""
     return [view.fragments[0].coded for view in run.views()]
 
@@ -85,7 +85,7 @@ def test_bytes_on_the_wire(monkeypatch: pytest.MonkeyPatch, name: str, m: int) -
 
 def test_a_lone_worker_counts_its_messages_as_one_of_two() -> None:
     make = partial(distoptim.LocalSGD, lr=0.05, tau=1, codec="int8")
-    alone, both = (coders_of(Lockstep(make, [START] * m))[0].nbytes for m in (1, 2))
+    alone, both = (coded_means_of(Lockstep(make, [START] * m))[0].nbytes for m in (1, 2))
     assert alone == both
 
 
@@ -107,11 +107,11 @@ def test_large_models_send_as_many_bytes_as_their_all_reduce_would_with_so_many_
         run = Lockstep(
             partial(distoptim.LocalSGD, lr=0.1, tau=1, codec=name), [[torch.zeros(numel)]] * m
         )
-        coder = coders_of(run)[0]
+        coded_mean = coded_means_of(run)[0]
         # What all gather from all grows with their number.
-        times = m / 2 if coder.codec.gathered else 1
-        assert coder.nbytes == pytest.approx(times * bits / 8 * numel, rel=1e-2)
-        assert coder.nbytes * 2 * (m - 1) / m == pytest.approx(sent_per_mean(name, m, numel))
+        times = m / 2 if coded_mean.codec.gathered else 1
+        assert coded_mean.nbytes == pytest.approx(times * bits / 8 * numel, rel=1e-2)
+        assert coded_mean.nbytes * 2 * (m - 1) / m == pytest.approx(sent_per_mean(name, m, numel))
 
 
 @pytest.mark.parametrize("numel", [300, 9 * BLOCK - 100])
@@ -123,7 +123,7 @@ def test_parts_may_be_empty(numel: int) -> None:
     run = Lockstep(
         partial(distoptim.LocalSGD, lr=0.1, tau=1, codec="int8"), [[torch.zeros(numel)]] * 8
     )
-    assert coders_of(run)[0].two_stages == (numel > 300)
+    assert coded_means_of(run)[0].two_stages == (numel > 300)
     target = numbers(numel)
     x = run.run(40, lambda rank, params: [params[0] - target - (rank - 3.5)])[-1]
     assert all(torch.equal(x[0], other) for other in x)
@@ -135,28 +135,28 @@ def test_parts_may_be_empty(numel: int) -> None:
 def test_two_stages_lose_nothing_in_the_sum(name: str, weight: float) -> None:
     """Sum of means + what the parts' owners keep + mean of what the workers keep = sum of the payloads' means."""
     run = cluster(distoptim.LocalSGD, tau=1, codec=f"{name}+ef")
-    coders = coders_of(run)
+    coded_means = coded_means_of(run)
     given, got = torch.zeros(NUMEL), torch.zeros(NUMEL)
     for i in range(20):
-        buffers = [torch.zeros(NUMEL + coders[0].extra) for _ in coders]
-        for j, (coder, buffer) in enumerate(zip(coders, buffers, strict=True)):
+        buffers = [torch.zeros(NUMEL + coded_means[0].extra) for _ in coded_means]
+        for j, (coded_mean, buffer) in enumerate(zip(coded_means, buffers, strict=True)):
             d = numbers(NUMEL, 10 * i + j)
-            buffer[:NUMEL] = (coder.reference + d) * weight
+            buffer[:NUMEL] = (coded_mean.reference + d) * weight
             buffer[-1] = weight
-            given += d / len(coders)
-        handles = [c.start(b) for c, b in zip(coders, buffers, strict=True)]
+            given += d / len(coded_means)
+        handles = [c.start(b) for c, b in zip(coded_means, buffers, strict=True)]
         for handle in handles:
             handle.poll()
         for handle in handles:
             handle.wait(1.0)
         assert all(torch.equal(buffers[0], b) for b in buffers)
         assert buffers[0][-1] == weight
-        got += buffers[0][:NUMEL] / weight - coders[0].reference
-    kept = torch.cat([c.mean_residual for c in coders]) + sum(c.residual for c in coders) / len(
-        coders
-    )
+        got += buffers[0][:NUMEL] / weight - coded_means[0].reference
+    kept = torch.cat([c.mean_residual for c in coded_means]) + sum(
+        c.residual for c in coded_means
+    ) / len(coded_means)
     torch.testing.assert_close(got + kept, given, rtol=0, atol=1e-4)
-    assert all(c.mean_residual.abs().max() > 0.01 for c in coders)
+    assert all(c.mean_residual.abs().max() > 0.01 for c in coded_means)
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.95, 0.5])
@@ -164,13 +164,13 @@ def test_residuals_of_sparse_codes_decay(decay: float) -> None:
     """SparseLoCo's loop: a = decay e + d, q = code(a), e = a - q, and the mean of everybody's q."""
     codec = TopK(4)
     run = cluster(distoptim.LocalSGD, size=3, tau=1, codec=ErrorFeedback(codec, decay=decay))
-    coders = coders_of(run)
-    assert not coders[0].two_stages
-    kept = [torch.zeros(NUMEL) for _ in coders]
+    coded_means = coded_means_of(run)
+    assert not coded_means[0].two_stages
+    kept = [torch.zeros(NUMEL) for _ in coded_means]
     for i in range(5):
-        expected = coders[0].reference.clone()
+        expected = coded_means[0].reference.clone()
         buffers = []
-        for j, coder in enumerate(coders):
+        for j, coded_mean in enumerate(coded_means):
             d = numbers(NUMEL, 10 * i + j)
             whole = decay * kept[j] + d
             code = torch.zeros(codec.nbytes(NUMEL), dtype=torch.uint8)
@@ -178,14 +178,14 @@ def test_residuals_of_sparse_codes_decay(decay: float) -> None:
             codec.add_decoded(code, expected, weight=1 / 3)
             kept[j] = whole
             codec.add_decoded(code, kept[j], weight=-1.0)
-            buffers.append(torch.ones(NUMEL + coder.extra))
-            buffers[-1][:NUMEL] = coder.reference + d
-        for handle in [c.start(b) for c, b in zip(coders, buffers, strict=True)]:
+            buffers.append(torch.ones(NUMEL + coded_mean.extra))
+            buffers[-1][:NUMEL] = coded_mean.reference + d
+        for handle in [c.start(b) for c, b in zip(coded_means, buffers, strict=True)]:
             handle.wait(1.0)
-        for coder, buffer, e in zip(coders, buffers, kept, strict=True):
+        for coded_mean, buffer, e in zip(coded_means, buffers, kept, strict=True):
             torch.testing.assert_close(buffer[:NUMEL], expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(coder.residual, e, rtol=1e-4, atol=1e-4)
-            coder.merging(buffer)
+            torch.testing.assert_close(coded_mean.residual, e, rtol=1e-4, atol=1e-4)
+            coded_mean.merging(buffer)
 
 
 def test_samples_as_weights_scale_out() -> None:

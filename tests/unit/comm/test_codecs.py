@@ -237,18 +237,18 @@ def test_means_at_every_step_bear_one_bit() -> None:
 @pytest.mark.parametrize("name", ["e3m0", "2bit", "1bit"])
 def test_error_feedback_loses_nothing_in_the_sum(name: str) -> None:
     run = cluster(distoptim.LocalSGD, size=1, tau=1, codec=f"{name}+ef")
-    coder = inspect(run.optimizers[0]).fragments[0].coded
-    given, got = torch.zeros(coder.numel), torch.zeros(coder.numel)
-    buffer = torch.zeros(coder.numel + coder.extra)
+    coded_mean = inspect(run.optimizers[0]).fragments[0].coded
+    given, got = torch.zeros(coded_mean.numel), torch.zeros(coded_mean.numel)
+    buffer = torch.zeros(coded_mean.numel + coded_mean.extra)
     for i in range(20):
-        d = numbers(coder.numel, i)
-        buffer[: coder.numel] = coder.reference + d
+        d = numbers(coded_mean.numel, i)
+        buffer[: coded_mean.numel] = coded_mean.reference + d
         buffer[-1] = 1.0
-        coder.start(buffer).wait(1.0)
+        coded_mean.start(buffer).wait(1.0)
         given += d
-        got += buffer[: coder.numel] - coder.reference
-    torch.testing.assert_close(got + coder.residual, given, rtol=0, atol=2e-5)
-    assert coder.residual.abs().max() > 0.01
+        got += buffer[: coded_mean.numel] - coded_mean.reference
+    torch.testing.assert_close(got + coded_mean.residual, given, rtol=0, atol=2e-5)
+    assert coded_mean.residual.abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["int8", "2bit+ef"])
