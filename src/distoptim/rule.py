@@ -108,7 +108,11 @@ class Rule(ABC):
         """
 
     def shared(self, state: State) -> Mapping[str, Any]:
-        """The fields of the state that are equal on all workers, by name; an anchor is "anchor"."""
+        """The fields of the state that are equal on all workers, by name.
+
+        An anchor is "anchor". Of "lr" alone nobody sees whether it is: workers may have learning rates of
+        their own.
+        """
         return {}
 
     def fallback(self, state: State) -> Flat | None:

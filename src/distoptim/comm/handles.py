@@ -69,7 +69,7 @@ class Handle:
         """Do what can be done without waiting; comes with every local step."""
 
     def wait(self, timeout_s: float) -> None:
-        """Block until the result is in the buffer.
+        """Block until the result is in the buffer; notes `waited_s`, and `finished_at` if it is known.
 
         Raises:
             RuntimeError: on failure, or after `timeout_s`.
