@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +81,7 @@ class Communicator(ABC):
             that none can be elsewhere.
         elastic: whether workers come and go.
         joins: whether this worker has still to take over what the others share.
+        name: of a worker that comes and goes.
         now: the clock of this worker, in seconds; a simulator has its own.
     """
 
@@ -89,6 +90,7 @@ class Communicator(ABC):
     in_lockstep: bool = False
     elastic: bool = False
     joins: bool = False
+    name: str = ""
     # Not a method around it: asked twice at every local step.
     now: Callable[[], float] = time.perf_counter
 
@@ -118,6 +120,11 @@ class Communicator(ABC):
     def stages(self) -> Stages:
         """The order in which two-stage means go on; one for all that travel over this communicator."""
         return Stages()
+
+    @property
+    def events(self) -> Sequence[Any]:
+        """What has happened to the members so far (`distoptim.comm.roll.Event`), where they come and go."""
+        return ()
 
     def tally(self) -> dict[str, float]:
         """What is to be counted beside means, by name; by default nothing."""

@@ -138,7 +138,8 @@ class Engine(Rounds):
         self.communicator = communicator
         by = None if clock.period.round_s is None else clock.period.weigh
         self.weights = Weights(by) if weights is None else weights
-        self.counters = Counters() if counters is None else counters
+        self._counts_steps = counters is None
+        self.counters = counters or Counters(virtual=communicator.in_lockstep)
         self.reducer = Reducer(
             communicator, timeout_s=timeout_s, codec=codec, abandon=self._abandon
         )
@@ -190,7 +191,9 @@ class Engine(Rounds):
             self.check_local()
         if self.reducer.failure is not None:
             raise self.reducer.failure
-        self.counters.tick(self.communicator.now())
+        # Levels have the same counters.
+        if self._counts_steps:
+            self.counters.tick(self.communicator.now())
         self.step += 1
         for pending in self._pending:
             pending.handle.poll()
@@ -317,8 +320,7 @@ class Engine(Rounds):
             )
             self.communicator.begin_round(self.clock.delay * self.counters.step_s)
             handle = self.reducer.start(sync, finite, weight, extras, identity)
-        self.counters.overhead_s += time.perf_counter() - start
-        self.counters.bytes += sync.nbytes
+        self.counters.launched(sync.index, sync.nbytes, time.perf_counter() - start)
         self._take_off(sync, handle, finite, lr, launched=self.step, identity=identity)
 
     def _weight_of_time(self, sync: FragmentSync) -> float:
@@ -380,7 +382,7 @@ class Engine(Rounds):
             self._lose(sync)
             return False
         handle = pending.handle
-        self.counters.waited(handle)
+        self.counters.waited(handle, sync.index)
         if handle.caught_up is not None:
             self._catch_up(sync, handle, samples=pending.samples)
             return True
@@ -417,7 +419,7 @@ class Engine(Rounds):
             sync.unheard = None
             if self._inner.reset_at_merge and not self.clock.synchronous:
                 self._inner.forget(sync.fragment.params)
-        self.counters.merged(self.step - sync.launched, time.perf_counter() - start)
+        self.counters.merged(self.step - sync.launched, sync.index, time.perf_counter() - start)
         return True
 
     def _hear(self, beside: Tensor) -> None:
@@ -933,7 +935,7 @@ class Engine(Rounds):
         self._give_up(sync)
         # What is in the buffer is nobody's mean, to which a worker could go back.
         sync.fragment.read(sync.buffer)
-        self.counters.lost += 1
+        self.counters.lose(sync.index)
 
     def _give_up(self, sync: FragmentSync) -> None:
         """Be as if the last launch had not been; the next one weighs as many samples as are in it."""
@@ -983,7 +985,7 @@ class Engine(Rounds):
                 each.launched = self.step
                 each.next_launch = self.step + self.clock.tau
             self._take_over(each, given.state["fragments"][each.index], steps, joins=joins)
-        self.counters.catch_ups += 1
+        self.counters.catch_up()
         self.plan()
         # What others launch meanwhile is launched as of the step at which they do; what is due now, by
         # whoever has come here.

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from distoptim.comm import Handle
+from distoptim.engine.history import KEPT
 
 
 @dataclass
 class Counters:
-    """Running totals of this worker; seconds, bytes, local steps."""
+    """Running totals of this worker; seconds, bytes, local steps.
 
+    Attributes:
+        virtual: whether the clock is a simulator's, on which merging takes no time.
+        ticked_at: when the last `average()` was over, or began, if nothing was due in it.
+        until: up to when it is known what this worker did.
+        spans: what it did last, each the fields of a `history.Span`.
+        follow: called with them at every local step; None: nobody writes them.
+    """
+
+    virtual: bool = False
     exposed_s: float = 0.0
     hidden_s: float = 0.0
     overhead_s: float = 0.0
@@ -25,17 +38,34 @@ class Counters:
     ticks: int = 0
     step_s: float = 0.0
     unread: list[Handle] = field(default_factory=list)
+    until: float = 0.0
+    spans: deque[tuple[Any, ...]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    follow: Callable[[Sequence[tuple[Any, ...]]], None] | None = None
 
     def tick(self, now: float) -> None:
         """Note the time of a local step."""
+        begun = self.ticked_at
         self.ticked_at = now
+        self.until = now
         if self.started_at is None:
-            self.started_at = self.ticked_at
+            self.started_at = now
             return
         self.ticks += 1
         self.step_s = (now - self.started_at) / self.ticks
+        # A plain tuple, since this comes with every local step.
+        self.spans.append(("step", begun, now, self.ticks, -1))
+        if self.follow is not None:
+            self.follow(self.spans)
 
-    def waited(self, handle: Handle) -> None:
+    def launched(self, fragment: int, nbytes: int, seconds: float) -> None:
+        """Count a launch."""
+        self.overhead_s += seconds
+        self.bytes += nbytes
+        end = self.until if self.virtual else self.until + seconds
+        self.spans.append(("launch", self.until, end, self.ticks, fragment))
+        self.until = end
+
+    def waited(self, handle: Handle, fragment: int = -1) -> None:
         """Count a handle that has been waited for; a GPU's wait is known only some time later."""
         if handle.waited_s is None:
             self.unread.append(handle)
@@ -45,12 +75,31 @@ class Counters:
         if handle.finished_at is not None:
             hidden = handle.finished_at - handle.launched_at - handle.waited_s
             self.hidden_s += max(0.0, hidden)
+            flight = ("flight", handle.launched_at, handle.finished_at, self.ticks, fragment)
+            self.spans.append(flight)
+        if handle.waited_s:
+            end = self.until + handle.waited_s
+            self.spans.append(("wait", self.until, end, self.ticks, fragment))
+            self.until = end
 
-    def merged(self, staleness: int, seconds: float) -> None:
+    def merged(self, staleness: int, fragment: int, seconds: float) -> None:
         """Count a merge."""
         self.syncs += 1
         self.staleness += staleness
         self.overhead_s += seconds
+        end = self.until if self.virtual else self.until + seconds
+        self.spans.append(("merge", self.until, end, self.ticks, fragment))
+        self.until = end
+
+    def lose(self, fragment: int) -> None:
+        """Count a mean that will never come."""
+        self.lost += 1
+        self.spans.append(("lost", self.until, self.until, self.ticks, fragment))
+
+    def catch_up(self) -> None:
+        """Count that this worker took over what the others share."""
+        self.catch_ups += 1
+        self.spans.append(("catch up", self.until, self.until, self.ticks, -1))
 
     def collect(self) -> float:
         """Add up the waits that are known by now; returns their sum."""

@@ -303,8 +303,11 @@ def _average(gradients: Sequence[Sequence[Tensor]]) -> None:
 
 def _counters(optimizer: AveragingOptimizer) -> dict[str, Any]:
     optimizer.engine.counters.collect()
+    not_kept = ("unread", "spans", "follow", "virtual")
     return {
-        name: value for name, value in vars(optimizer.engine.counters).items() if name != "unread"
+        name: value
+        for name, value in vars(optimizer.engine.counters).items()
+        if name not in not_kept
     }
 
 
