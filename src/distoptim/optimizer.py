@@ -156,6 +156,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
 
     inner: torch.optim.Optimizer
     engine: Engine
+    _recording: Recording | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let tooltips show every argument instead of `**options`."""
@@ -199,7 +200,6 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         self.inner = inner
         self._settings = settings
         self._parts = parts
-        self._recording: Recording | None = None
         self._communicator = settings.connect()
         if self._communicator.elastic:
             membership.check_elastic(settings, self._rule, self._fragments())
@@ -718,7 +718,6 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=_ToldToAll):
         rounds = state.pop("saved")
         super().__init__([{"params": []}], state["inner"].defaults)
         self.__dict__.update(state)
-        self._recording = None
         self._watch = Watch(self.inner, self._members[0], self._settings.modules)
         self._build()
         self._master_weights.look()
