@@ -268,6 +268,30 @@ def measure(
     }
 
 
+TITLES = {
+    "go on": "survivors' next mean, s",
+    "all again": "all three in a mean, s",
+    "lost": "steps that survivors make again",
+    "victim": "steps lost of the killed",
+}
+
+
+def tried(kind: str, report: Report) -> dict[str, float] | None:
+    """One kill; None where the survivors have given up."""
+    try:
+        found = once(kind)
+    except (RuntimeError, TimeoutError) as error:
+        report.note(f"{kind}: {error}")
+        return None
+    report.note(f"{kind}: {', '.join(f'{key} {value:.1f}' for key, value in found.items())}")
+    return found
+
+
+def told(values: list[float]) -> str:
+    """The median and the range, of sorted ones."""
+    return f"{statistics.median(values):.1f} ({values[0]:.1f} to {values[-1]:.1f})"
+
+
 def main(repeats: int) -> Report:
     """Print the table."""
     # It would print every question of every worker.
@@ -275,17 +299,12 @@ def main(repeats: int) -> Report:
     report = Report("recovery")
     rows = []
     for kind in KINDS:
-        runs = [once(kind) for _ in range(repeats)]
+        runs = [run for run in (tried(kind, report) for _ in range(repeats)) if run]
         row: dict[str, Any] = {"workers": kind}
-        for key, title in (
-            ("go on", "survivors' next mean, s"),
-            ("all again", "all three in a mean, s"),
-            ("lost", "steps that survivors make again"),
-            ("victim", "steps lost of the killed"),
-        ):
+        for key, title in TITLES.items():
             values = sorted(run[key] for run in runs)
-            middle = statistics.median(values)
-            row[title] = f"{middle:.1f} ({values[0]:.1f} to {values[-1]:.1f})"
+            row[title] = told(values) if values else "-"
+        row["gave up"] = repeats - len(runs)
         rows.append(row)
     report.table(f"one of {WORKERS} killed, {repeats} times each: median and range", rows)
     report.finish()

@@ -60,7 +60,8 @@ def install(folder: Path, wheels: Iterable[Path], wanted: str) -> Path:
     (site,) = folder.glob("lib/python*/site-packages")
     pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install"]
     options = ["--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, *options, *wheels], env=bare(), check=True, timeout=300)
+    if wheels := list(wheels):
+        subprocess.run([*pip, *options, *wheels], env=bare(), check=True, timeout=300)
     for package in needed(wanted, [str(site), *sys.path]):
         for file in package.files or ():
             top = site / file.parts[0]

@@ -9,12 +9,16 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 
 import pytest
 
+from distoptim.testing.processes import free_port
 from tests.helpers import distributions
 
 pytestmark = pytest.mark.package
+# For whatever processes have to do, on a machine that does much else.
+WAIT_S = 900.0
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,73 @@ def test_command_line_without_and_with_the_experiments(built, tmp_path):
     assert "train" in said
     # Grids are files of the package, so this one finds them.
     output(commands / "distoptim", "reproduce", "stragglers", "--dry-run", cwd=tmp_path)
+
+
+class ThreeWorkers:
+    """That come and go, and their lighthouse, by an environment's commands."""
+
+    def __init__(self, commands, folder):
+        self.address = f"127.0.0.1:{free_port()}"
+        self.folder = folder
+        self.processes = {}
+        self._command = commands / "distoptim"
+
+    def start(self, name, *arguments):
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [self._command, *arguments],
+                cwd=self.folder,
+                env=distributions.bare(),
+                stdout=log,
+                stderr=log,
+            )
+
+    def train(self, name):
+        self.start(
+            name,
+            *("train", "--elastic", self.address, "--name", name, "--start", "3"),
+            *("--folder", "run", "--data", "synthetic", "--steps", "1500", "--tau", "5"),
+            *("--slowdown", "exponential", "--slowdown-ms", "20", "--evaluate-every", "1500"),
+        )
+
+    def wait_for(self, name, what, worker):
+        """Until it is in the record of that one."""
+        file = self.folder / "run" / name / "record.jsonl"
+        deadline = time.monotonic() + WAIT_S
+        while not file.exists() or f'"what":"{what}","worker":"{worker}"' not in file.read_text():
+            assert time.monotonic() < deadline, self.said()
+            assert self.processes[name].poll() is None, self.said()
+            time.sleep(0.1)
+
+    def said(self):
+        return "\n".join(path.read_text() for path in self.folder.glob("*.log"))
+
+
+def test_workers_come_and_go_by_the_installed_commands(built, tmp_path):
+    """One is killed, and comes back by the same line."""
+    pytest.importorskip("torchft", reason="workers that come and go need distoptim[elastic]")
+    wheels = [wheel(built, "distoptim"), wheel(built, "distoptim_experiments")]
+    commands = distributions.install(tmp_path / "env", wheels, "distoptim[elastic]")
+    distributions.install(tmp_path / "env", [], "distoptim-experiments")
+    workers = ThreeWorkers(commands, tmp_path)
+    workers.start(
+        "lighthouse", "lighthouse", "--bind", workers.address, "--heartbeat-timeout-s", "3"
+    )
+    try:
+        for name in "abc":
+            workers.train(name)
+        workers.wait_for("a", "begins", "a")
+        workers.processes["c"].kill()
+        workers.processes["c"].wait()
+        workers.wait_for("a", "lost", "c")
+        workers.train("c")
+        workers.wait_for("c", "joined", "c")
+        assert [workers.processes[name].wait(WAIT_S) for name in "abc"] == [0, 0, 0]
+        workers.processes["lighthouse"].terminate()
+        assert workers.processes["lighthouse"].wait(WAIT_S) == 0
+    finally:
+        for process in workers.processes.values():
+            process.kill()
 
 
 def test_sdist_has_its_tests_and_their_helpers(built, tmp_path):
