@@ -5,7 +5,10 @@ A local step sleeps, so that the load of the machine matters little; messages ar
 links (RTT in ms:Mbit/s:parameters, behind commas) each is a table. With more workers than cores the
 figures are bound by the processor, and marked so.
 
-Run: python -m benchmarks.predicted [--links 20:100:820352] [--workers 2] [--codecs e3m0] [--streams auto]
+On a machine that is busy with other things the probe finds these, too; `--known` predicts for the step and
+the link as they are set.
+
+Run: python -m benchmarks.predicted [--known] [--links 20:100:820352] [--workers 2] [--codecs e3m0] [--streams auto]
     [--step-ms 60] [--inner adamw]
 """
 
@@ -97,6 +100,17 @@ def probed(line: DelayLine, out: Path) -> dict[str, Any]:
     return found
 
 
+def known(rtt_ms: float, mbit_s: float, params: int, given: argparse.Namespace) -> dict[str, Any]:
+    """What a probe would find where nothing else takes time."""
+    return {
+        "step_s": given.step_ms / 1e3,
+        "params": params,
+        "workers": given.workers,
+        "latency_s": rtt_ms / 1e3,
+        "bandwidth_gbit_s": mbit_s / 1e3,
+    }
+
+
 def planned(found: dict[str, Any], given: argparse.Namespace) -> tuple[Plan, list[Setting]]:
     """What the plan recommends, and what it says of the settings."""
     link = Link(found["latency_s"], found["bandwidth_gbit_s"])
@@ -135,12 +149,14 @@ def table(rtt_ms: float, mbit_s: float, params: int, given: argparse.Namespace) 
         TemporaryDirectory() as folder,
         DelayLine(given.workers, rtt_s=rtt_ms / 1e3, gbit_s=mbit_s / 1e3) as line,
     ):
-        found = probed(line, Path(folder, "probe.json"))
+        found = known(rtt_ms, mbit_s, params, given)
+        if not given.known:
+            found = probed(line, Path(folder, "probe.json"))
         made, settings = planned(found, given)
         bound = ", bound by the processor" if given.workers > (os.cpu_count() or 1) else ""
         print(
             f"\nRTT {rtt_ms:g} ms, {mbit_s:g} Mbit/s, {4 * params / 1e6:.3g} MB, {given.workers} workers{bound}; "
-            f"the probe: a step of {1e3 * found['step_s']:.1f} ms, {1e3 * found['latency_s']:.1f} ms, "
+            f"{'known' if given.known else 'the probe'}: a step of {1e3 * found['step_s']:.1f} ms, {1e3 * found['latency_s']:.1f} ms, "
             f"{1e3 * found['bandwidth_gbit_s']:.0f} Mbit/s\n\n    {made.line}\n"
         )
         told = json.dumps([{**vars(p), "streams": streams} for p, streams in settings])
@@ -162,6 +178,7 @@ def main() -> None:
     """Print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--links", default="20:100:820352")
+    parser.add_argument("--known", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--codecs", default="e3m0")
     parser.add_argument("--streams", default="auto")
