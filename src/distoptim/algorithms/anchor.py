@@ -85,6 +85,14 @@ def base_of(state: State) -> Flat:
     return state.base
 
 
+def carry_over(fragment: Fragment, state: Carried) -> None:
+    """x <- z + (x - base)."""
+    base = base_of(state)
+    # In place of the base, which the next launch replaces.
+    torch.sub(state.anchor.tensor, base.tensor, out=base.tensor)
+    fragment.add(base)
+
+
 class OuterStep(ABC):
     """How the anchor moves to the mean."""
 
@@ -312,10 +320,7 @@ class Carry(Rule):
         """z <- outer step; x <- z + (x - base)."""
         assert isinstance(state, Carried)
         self.outer.step(fragment, state, mean)
-        base = base_of(state)
-        # In place of the base, which the next launch replaces.
-        torch.sub(state.anchor.tensor, base.tensor, out=base.tensor)
-        fragment.add(base)
+        carry_over(fragment, state)
 
     def shared(self, state: State) -> Mapping[str, Any]:
         """All but the base."""

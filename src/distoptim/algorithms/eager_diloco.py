@@ -14,6 +14,7 @@ from distoptim.algorithms.anchor import (
     Carried,
     OuterSGD,
     base_of,
+    carry_over,
     shared_fields,
     start_base,
 )
@@ -98,10 +99,7 @@ class Restart(Rule):
         """z <- outer step; x <- z + (x - base)."""
         assert isinstance(state, Carried)
         self.outer.step(fragment, state, mean)
-        base = base_of(state)
-        # In place of the base, which the next launch replaces.
-        torch.sub(state.anchor.tensor, base.tensor, out=base.tensor)
-        fragment.add(base)
+        carry_over(fragment, state)
 
     def abandoned(self, fragment: Fragment, state: State, sent: Flat | None) -> None:
         """x <- sent + (x - base), and the own momentum as before: u <- (u - g)/beta."""
