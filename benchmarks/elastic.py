@@ -1,4 +1,4 @@
-"""What workers that come and go cost while nobody does: pairs of segments, with them and with fixed ones.
+"""P10: what workers that come and go cost while nobody does: pairs of segments, with them and with fixed ones.
 
 Two workers hold both optimizers and train with one after the other, so that the machine's noise hits both alike.
 Exposed time is by `optimizer.stats()`, in ms a round.

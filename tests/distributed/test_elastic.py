@@ -17,10 +17,12 @@ import torch
 import distoptim
 from distoptim import CommunicationError, Elastic
 from distoptim.comm.elastic import MeanThread
+from distoptim.comm.generation import Generation
+from distoptim.comm.lighthouse import Lighthouse
 from distoptim.periods import AdaComm, EqualTime, PostLocal
 from distoptim.testing.processes import free_port, run
 from tests.helpers import elastic
-from tests.helpers.elastic import TAU, Wire, Worker, lighthouse, write
+from tests.helpers.elastic import TAU, Wire, Worker, lighthouse, stop_for, write
 
 # Read when torchft is imported, which prints every question of every worker without it.
 os.environ.setdefault("RUST_LOG", "warn")
@@ -71,6 +73,7 @@ def killed_and_back(
     ],
 )
 def test_a_killed_worker_is_missed_and_comes_back(address, tmp_path, algorithm, options):
+    """P2, P4: at most what is in flight is lost, and who comes is in the rounds that begin then."""
     found = run(
         killed_and_back, 4, address, algorithm, options, tmp_path,
         backend=None, expect_exit={2: -9},
@@ -129,15 +132,8 @@ def stands_still(rank: int, address: str, folder: Path) -> dict[str, Any]:
     return worker.found()
 
 
-def stop_for(seconds: float) -> None:
-    if os.fork() == 0:
-        time.sleep(seconds)
-        os.kill(os.getppid(), signal.SIGCONT)
-        os._exit(0)
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
 def test_who_stands_still_is_left_behind_and_catches_up(address, tmp_path):
+    """P6."""
     a, b, c = run(stands_still, 3, address, tmp_path, backend=None)
     assert b["catch_ups"] >= 1
     assert a["members"] == b["members"] == c["members"] == ["a", "b", "c"]
@@ -156,6 +152,7 @@ def goes_on(rank: int, address: str, folder: Path) -> dict[str, Any]:
 
 
 def test_all_wait_for_a_lighthouse_that_is_away_and_go_on(tmp_path):
+    """P7."""
     port = free_port()
     first = lighthouse(port)
 
@@ -261,7 +258,7 @@ def halves(
     ],
 )
 def test_two_halves_of_a_network_never_merge_silently(address, tmp_path, algorithm, options, least):
-    """They go on apart, or wait where they are too few, meet again, and one half takes over what the other has."""
+    """P3: they go on apart, or wait where they are too few, meet again, and one half takes over what the other has."""
     other = lighthouse(0)
     wire = Wire(address)
 
@@ -333,6 +330,7 @@ def joins_with(
 def test_a_newcomer_that_disagrees_is_refused_and_the_others_go_on(
     address, tmp_path, algorithm, options
 ):
+    """P9."""
     found = run(joins_with, 3, address, algorithm, options, tmp_path, backend=None)
     assert found == ["went on", "went on", "refused"]
 
@@ -363,6 +361,7 @@ def test_a_death_before_the_run_has_begun_is_said(address, monkeypatch):
 
 
 def test_too_few_are_said_after_a_while(address):
+    """P8: nobody begins anew silently."""
     workers = Elastic(address, name="a", start=2, join_timeout_s=0.5)
     with pytest.raises(
         CommunicationError, match=r"no run to join, and 1 of 2 workers, within 0.5 s"
@@ -428,6 +427,33 @@ def test_what_all_would_have_to_come_to_is_refused(address):
     assert optimizer.local_step == 9
     optimizer.close()
     optimizer.close()
+
+
+def test_while_nobody_comes_or_goes_a_mean_is_one_question(address, monkeypatch):
+    """P10, of which `benchmarks.elastic` measures the time: no new group, and nothing asked twice."""
+    asked = []
+    ask = Lighthouse.ask
+    groups = []
+    begin = Generation.__init__
+
+    def counted(self, said, limit_s):
+        asked.append(said.phase)
+        return ask(self, said, limit_s)
+
+    def made(self, *args, **options):
+        groups.append(self)
+        begin(self, *args, **options)
+
+    monkeypatch.setattr(Lighthouse, "ask", counted)
+    monkeypatch.setattr(Generation, "__init__", made)
+    worker = Worker("a", address, "overlap-local-sgd", start=1)
+    for _ in range(5 * TAU):
+        worker.step()
+    # The start, known to all, is the first.
+    assert worker.found()["syncs"] == 5
+    # The fifth was launched too.
+    assert asked.count("round") == 5
+    assert len(groups) == 1
 
 
 def test_the_script_of_the_docs_runs(address, tmp_path, monkeypatch):

@@ -85,6 +85,7 @@ def walk(
 def test_a_death_costs_the_others_no_more_than_a_heartbeat(
     address, tmp_path, algorithm, dying, point, after
 ):
+    """P1: also while one joins, or gives to one that does."""
     dead = 0 if dying == "a" else 2
     found = run(
         walk, 3, address, algorithm, dying, point, after, tmp_path,

@@ -66,6 +66,7 @@ def all_restarted(rank: int, address: str, algorithm: str, options: Any, folder:
     ],
 )
 def test_all_that_restart_begin_where_the_furthest_was(address, tmp_path, algorithm, options):
+    """P3: those of another history take over that of the furthest."""
     found = run(all_restarted, 4, address, algorithm, options, tmp_path, backend=None)
     a, b, c, d = found
     # Whoever was less far has caught up, and nobody has gone back behind the furthest file.
@@ -151,6 +152,7 @@ def after_the_end(rank: int, address: str, folder: Path) -> Any:
 
 
 def test_who_comes_after_the_end_is_told_and_who_leaves_has_not_ended_the_run(address, tmp_path):
+    """P8: a run that has ended says so."""
     found = run(after_the_end, 4, address, tmp_path, backend=None)
     b = found[1]
     assert b["leaves"] == 1
@@ -173,6 +175,7 @@ def below_the_least(rank: int, address: str, folder: Path) -> Any:
 
 
 def test_too_few_wait_until_others_come(address, tmp_path):
+    """P5."""
     a, _, c = run(below_the_least, 3, address, tmp_path, backend=None)
     assert a["members"] == c["members"] == ["a", "c"]
     common = a["held"].keys() & c["held"].keys()

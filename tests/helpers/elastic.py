@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import threading
 import time
@@ -94,6 +96,15 @@ def undisturbed(algorithm: str, options: dict[str, Any], steps: int, seed: int) 
     for _ in range(steps):
         cluster.step(lambda model, rank: batch_loss(model, generators[rank]))
     return loss_of(cluster.mean_model())
+
+
+def stop_for(seconds: float) -> None:
+    """This process, with all its threads."""
+    if os.fork() == 0:
+        time.sleep(seconds)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class Worker:

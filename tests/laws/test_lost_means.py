@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from distoptim import LocalSGD
 from distoptim import rule as rules
 from distoptim.algorithms.anchor import Pull
 from distoptim.algorithms.easgd import Spring
@@ -83,6 +84,25 @@ def test_a_round_without_a_mean_is_none(name):
     lost = walk(workers, ROUNDS + 1, {1: 1.0, second: 0.5, second + toy.TAU: later})
     expected = walk(cluster(name, None), ROUNDS, {1: 1.0, second: 0.5 + later})
     torch.testing.assert_close(lost, expected, rtol=0, atol=1e-9)
+
+
+def test_the_mean_after_a_lost_one_weighs_the_samples_of_both():
+    sent = []
+
+    class Weighed(losing(1)):
+        def all_reduce(self, buffer):
+            sent.append(float(buffer[-1]))
+            return super().all_reduce(buffer)
+
+    workers = Lockstep(
+        lambda params, **options: LocalSGD(params, lr=0.1, tau=2, **options),
+        [toy.start()] * 2,
+        communicator=Weighed,
+    )
+    for _ in range(8):
+        workers.step(toy.gradient, samples=[1, 3])
+    # Rounds of two steps, of which the second is lost.
+    assert sent == [2, 6, 2, 6, 4, 12, 2, 6]
 
 
 def shared(sync, rule):
