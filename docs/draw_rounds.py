@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import distoptim
-from distoptim.comm import Handle, ProcessGroupCommunicator, emulate
+from distoptim.comm import emulate
 
 STEP_S = 0.05
 TAU = 4
@@ -32,45 +32,26 @@ WAIT = "#D55E00"
 FLIGHT = "#F0B040"
 
 
-class Recorder(ProcessGroupCommunicator):
-    """Keeps the handles, for their clocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.handles: list[Handle] = []
-
-    def all_reduce(self, buffer: torch.Tensor) -> Handle:
-        self.handles.append(super().all_reduce(buffer))
-        return self.handles[-1]
-
-
 def measure(method: Any) -> dict[str, list[tuple[float, float]]]:
     """Intervals of computation, waiting and communication in seconds, after the warm-up."""
     p = torch.nn.Parameter(torch.zeros(1000))
-    recorder = Recorder()
-    optimizer = method([p], lr=0.1, tau=TAU, communicator=recorder)
-    compute = []
-    waits = []
+    optimizer = method([p], lr=0.1, tau=TAU)
     for _ in range((WARMUP + ROUNDS) * TAU):
         start = time.perf_counter()
         while time.perf_counter() - start < STEP_S:
             torch.mm(torch.ones(64, 64), torch.ones(64, 64))
-            for handle in recorder.handles[-1:]:
-                handle.poll()
-        p.grad = torch.ones(1000)
+            optimizer.engine.poll()
+        p.grad = torch.full((1000,), float(dist.get_rank()))
         optimizer.step()
-        middle = time.perf_counter()
         optimizer.average()
-        compute.append((start, middle))
-        waits.append((middle, time.perf_counter()))
-    flights = [
-        (h.launched_at, h.finished_at) for h in recorder.handles if h.finished_at is not None
-    ]
+    spans = optimizer.history()
     optimizer.close()
-    zero = compute[WARMUP * TAU][0]
-    kinds = {"compute": compute, "wait": waits, "flight": flights}
+    zero = next(s.end_s for s in spans if s.name == "step" and s.step == WARMUP * TAU - 1)
     return {
-        kind: [(a - zero, b - zero) for a, b in seen if b > zero] for kind, seen in kinds.items()
+        kind: [
+            (s.start_s - zero, s.end_s - zero) for s in spans if s.name == kind and s.end_s > zero
+        ]
+        for kind in ("step", "wait", "flight")
     }
 
 
@@ -91,9 +72,9 @@ def draw(seen: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> N
     figure, axes = plt.subplots(len(seen), 1, figsize=(9.5, 3.7), sharex=True, layout="constrained")
     for axis, (name, kinds) in zip(axes, seen.items(), strict=True):
         for (a, b), color, lane in (
-            [(i, COMPUTE, 1) for i in kinds["compute"]]
+            [(i, COMPUTE, 1) for i in kinds["step"]]
             + [(i, WAIT, 1) for i in kinds["wait"]]
-            + [(i, FLIGHT, 0) for i in kinds["pending"]]
+            + [(i, FLIGHT, 0) for i in kinds["flight"]]
         ):
             left = max(a, 0.0)
             axis.barh(
@@ -105,14 +86,14 @@ def draw(seen: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> N
                 edgecolor="white",
                 linewidth=1,
             )
-        done = max(b for _, b in kinds["wait"]) * 1e3
+        done = last(kinds) * 1e3
         axis.set_title(
             f"{name}: {ROUNDS} rounds of {TAU} local steps in {done:.0f} ms",
             loc="left",
             fontsize=11,
         )
         axis.set_yticks([1, 0], ["processor", "link"])
-        axis.set_xlim(0, max(b for k in seen.values() for _, b in k["wait"]) * 1e3 * 1.01)
+        axis.set_xlim(0, max(map(last, seen.values())) * 1e3 * 1.01)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     axes[-1].set_xlabel("milliseconds")
@@ -125,6 +106,11 @@ def draw(seen: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> N
         frameon=False,
     )
     figure.savefig(path, facecolor="white", dpi=130)
+
+
+def last(kinds: dict[str, list[tuple[float, float]]]) -> float:
+    """When the worker was done."""
+    return max(end for kind in ("step", "wait") for _, end in kinds[kind])
 
 
 def main() -> None:

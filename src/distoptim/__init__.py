@@ -22,6 +22,7 @@ from distoptim.algorithms import (
 )
 from distoptim.comm import CommunicationError, Elastic
 from distoptim.engine.engine import QuarantineWarning
+from distoptim.engine.history import Span
 from distoptim.inner_state import copies
 from distoptim.module_state import local, statistics
 from distoptim.optimizer import AveragingOptimizer, averaged, consolidate
@@ -49,6 +50,7 @@ __all__ = [
     "QuarantineWarning",
     "Rule",
     "SlowMo",
+    "Span",
     "State",
     "StreamingDiLoCo",
     "__version__",

@@ -79,6 +79,7 @@ SHELL = {
     "torchrun --nproc-per-node=4 examples/islands.py fsdp2": f"torchrun --nproc-per-node=4 {ROOT}/examples/islands.py ddp",
     "torchrun --nproc-per-node=4 -m distoptim train --island-size 2": f"torchrun --nproc-per-node=4 -m distoptim train --island-size 2 {SMALL}",
     "distoptim plan --probe probe.json": "distoptim plan --probe probe.json",
+    "distoptim timeline run": f"distoptim simulate --methods local-sgd --taus 2 --timeline --folder run {SMALL}",
 }
 AT_ROOT = ("make ", "grep ", "test ", f"{PYTHON} -m pre_commit")
 # Pages whose blocks need several processes, or one after another, and have tests of their own.

@@ -305,6 +305,13 @@ class RunConfig(Settings):
         ),
         Option(RESULTS, unset="an epoch"),
     ] = None
+    timeline: Annotated[
+        bool,
+        Field(
+            description="Write what each worker does when, for `distoptim timeline`; not of ddp."
+        ),
+        Option(RESULTS),
+    ] = False
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

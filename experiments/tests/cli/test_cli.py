@@ -105,6 +105,7 @@ def test_the_help_of_every_command_lists_all_its_options(invoke):
         "report",
         "reproduce",
         "simulate",
+        "timeline",
         "train",
     ]
     for command in commands():

@@ -10,7 +10,7 @@ from typing import Any
 from distoptim_experiments.report.figure import COLOURS, MARKERS
 
 GREY = "#7f7f7f"
-_WIDTH = 11.0
+WIDTH = 11.0
 _LINES: Any = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
 _STYLE: Any = {
     "font.size": 10,
@@ -88,7 +88,13 @@ def heights(axes: Any) -> None:
 
 
 def png(
-    fill: Callable[[Any], None], rows: int, columns: int, *, height: float, share: bool = False
+    fill: Callable[[Any], None],
+    rows: int,
+    columns: int,
+    *,
+    height: float,
+    width: float | None = None,
+    share: bool = False,
 ) -> bytes:
     """A PNG of panels.
 
@@ -96,6 +102,7 @@ def png(
         fill: draws into the axes, [rows][columns].
         rows, columns: how many panels.
         height: of a row, in inches.
+        width: of all, in inches; None: as the columns need.
         share: all panels have the same axes.
     """
     import matplotlib
@@ -107,7 +114,7 @@ def png(
         figure, axes = plt.subplots(
             rows,
             columns,
-            figsize=(min(_WIDTH, 4.0 + 3.5 * columns), 0.5 + height * rows),
+            figsize=(width or min(WIDTH, 4.0 + 3.5 * columns), 0.5 + height * rows),
             layout="constrained",
             squeeze=False,
             sharex=share,

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from distoptim.optimizer import AveragingOptimizer
 from distoptim_experiments import records
 from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training.evaluation import diverged, mean_loss
 from distoptim_experiments.training.workers import Workers
 
 Observer = Callable[[records.Line], None]
+TIMELINE = "timeline"
+"""Below a run's folder: what each worker did when."""
 
 
 class Run:
@@ -76,6 +79,10 @@ class Run:
         parameters.
         """
         self._introduce()
+        for optimizer in self.workers.optimizers if self._config.timeline else ():
+            # Others, of DDP, know nothing of rounds.
+            if isinstance(optimizer, AveragingOptimizer):
+                optimizer.record(self.folder / TIMELINE)
         self.workers.begin()
         try:
             signum = self._steps()

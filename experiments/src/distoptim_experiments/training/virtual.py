@@ -235,7 +235,10 @@ class Virtual(Workers):
             batches.load_state_dict(saved)
 
     def close(self) -> None:
-        """Nothing is left to leave."""
+        """End the files that the optimizers write."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, AveragingOptimizer):
+                optimizer.close()
 
 
 def _low_rank(config: RunConfig) -> LowRankMean | None:
