@@ -295,7 +295,31 @@ def stragglers() -> str:
     return rows(["method", "tau", "none", "exponential", "Pareto"], *made)
 
 
+CHURN = {
+    "nobody": 0.0,
+    "one every 20 rounds": 16.0,
+    "one every 5 rounds": 4.0,
+    "one every 2 rounds": 1.6,
+}
+
+
+def churn() -> str:
+    """Test accuracy by how often one of 16 workers is lost."""
+    made = [
+        [
+            label,
+            *(
+                spread(runs("churn", label, lose_every_s=every).test_accuracy, 2, 100)
+                for every in CHURN.values()
+            ),
+        ]
+        for label in ("Local SGD", "Overlap-Local-SGD", "OverlapBMUF")
+    ]
+    return rows(["method", *CHURN], *made)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "churn": churn,
     "small, IID": small_iid,
     "small, label skew": small_skewed,
     "beyond, all rules": rules,

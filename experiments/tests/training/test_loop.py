@@ -10,7 +10,7 @@ from distoptim_experiments.training.loop import Run
 from distoptim_experiments.training.problem import Problem
 from distoptim_experiments.training.processes import Processes
 from distoptim_experiments.training.signals import StopSignals
-from distoptim_experiments.training.virtual import Virtual
+from distoptim_experiments.training.virtual import Virtual, check_virtual
 from distoptim_experiments.training.world import World
 
 from distoptim.comm import Link, emulate
@@ -232,3 +232,33 @@ def test_workers_of_one_kind_do_not_go_on_from_a_checkpoint_of_the_other(tmp_pat
         virtual.run(config, Machines(), tmp_path / "real", threads=1)
     with pytest.raises(ValueError, match="workers=3: the checkpoint is of another number"):
         virtual.run(config.replace(workers=3), Machines(), tmp_path / "virtual", threads=1)
+
+
+def test_virtual_workers_that_come_and_go_resume_bit_equal():
+    """Also what those that are there have been dealt of the training set."""
+    config = SMALL.replace(model="mlp", workers=3, tau=2, algorithm="overlap-local-sgd")
+    machines = Machines(step_ms=100.0, lose_every_s=0.5, away_s=0.45, heartbeat_s=0.0)
+
+    def made():
+        return Virtual(Problem(config), machines, threads=1)
+
+    def walk(workers, first, last):
+        for step in range(first, last):
+            workers.step(step)
+        return workers
+
+    whole = walk(made(), 0, 16)
+    again = made()
+    again.load_state_dict(walk(made(), 0, 9).state_dict(), own=True)
+    walk(again, 9, 16)
+    there = whole.cluster.present
+    assert [line.what for line in whole.events()][:3] == ["lost", "back", "lost"]
+    assert again.cluster.present == there
+    for worker in there:
+        ours = whole.cluster.models[worker].parameters()
+        assert all(map(torch.equal, ours, again.cluster.models[worker].parameters()))
+
+
+def test_gradients_are_not_averaged_among_machines_that_come_and_go():
+    with pytest.raises(ValueError, match=r"ddp on machines that come and go .*: allowed is a meth"):
+        check_virtual(RunConfig(algorithm="ddp", tau=1), Machines(lose_every_s=1.0))
