@@ -101,7 +101,7 @@ def watch(
 )
 def test_ten_that_are_killed_come_back(address, tmp_path, algorithm, options):
     killed = run(
-        watch, 3, address, algorithm, options, 0, tmp_path, backend=None, timeout_s=400
+        watch, 3, address, algorithm, options, 0, tmp_path, backend=None, timeout_s=900
     )  # fmt: skip
     lines = {
         name: [json.loads(x) for x in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
