@@ -156,11 +156,12 @@ def parts_of(modules: Sequence[torch.nn.Module], own: Collection[int]) -> Parts:
 
 
 def look(tensor: Tensor) -> str:
-    """Type and shape, for comparisons."""
+    """Type and shape, for comparisons; of what is not dense, or of a class of its own, also that."""
     if is_lazy(tensor):
         return "not initialised"
-    shard = shard_of(tensor)
-    return f"{str(shard.dtype).removeprefix('torch.')}{list(shard.shape)}"
+    shard = shard_of(tensor).detach()
+    kind = "" if _is_plain(shard) else f" {shard.layout} {type(shard).__name__}"
+    return f"{shard.dtype}{list(shard.shape)}{kind}".replace("torch.", "")
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from distoptim import (
     Rule,
     StreamingDiLoCo,
 )
+from distoptim.comm.codecs import Codec, Int8
 from distoptim.periods import PostLocal
 from distoptim.testing.lockstep import Lockstep
 from distoptim.testing.processes import run
@@ -132,6 +133,39 @@ def _flush(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -
     optimizer.flush()
 
 
+@dataclass(frozen=True)
+class _Brittle(Codec):
+    """Of 8 bits; fails at one of the next codes, where there is something in `codes`."""
+
+    codes: list[int] = field(default_factory=list, repr=False)
+
+    def nbytes(self, numel: int) -> int:
+        return Int8().nbytes(numel)
+
+    def encode(self, x: Tensor, code: Tensor) -> None:
+        if self.codes:
+            self.codes[0] -= 1
+            if not self.codes[0]:
+                _raise()
+        Int8().encode(x, code)
+
+    def add_decoded(self, code: Tensor, out: Tensor, *, weight: float = 1.0) -> None:
+        Int8().add_decoded(code, out, weight=weight)
+
+
+# With delay 0 nothing is in flight, and three parts are coded before the mean of the own one is.
+BRITTLE = _Brittle()
+BRITTLE_ONES = partial(LocalSGD, lr=0.1, tau=TAU, codec=BRITTLE, timeout_s=TIMEOUT_S)
+
+
+def _crack(at: int) -> Act:
+    def act(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
+        if victim:
+            BRITTLE.codes[:] = [at]
+
+    return act
+
+
 PLAIN = partial(OverlapLocalSGD, lr=0.1, tau=TAU, timeout_s=TIMEOUT_S)
 CODED = partial(
     ALGORITHMS["diloco"], lr=0.1, tau=TAU, fragments=3, codec="int8", timeout_s=TIMEOUT_S
@@ -162,6 +196,7 @@ REFUSED: dict[str, tuple[Act, list[Any], str]] = {
     "hook": (_hook, [PLAIN], OWN),
     "closure": (lambda o, p, f, victim: victim and o.step(_raise), [CODED], OWN),
     "evaluation": (_evaluate, [PLAIN], "RuntimeError: inside averaged.. parameters are"),
+    "codec": (_crack(1), [], OWN),
     "merge": (_break, ["fragile"], OWN),
     "merge in flush()": (_flush, ["fragile"], OWN),
     "hook after loading": (_reload, [CODED], OWN),
@@ -208,7 +243,10 @@ def _refused(rank: int) -> dict[tuple[str, str], str]:
         for what, (act, makers, _) in REFUSED.items()
         for i, make in enumerate(makers)
     }
-    return told | {("hook before loading", 0): _train(rank, 1, CODED, _load)}
+    told["hook before loading", 0] = _train(rank, 1, CODED, _load)
+    told["codec", 0] = _train(rank, 1, BRITTLE_ONES, _crack(1), coded.START)
+    told["codec of a mean", 0] = _train(rank, 1, BRITTLE_ONES, _crack(4), coded.START)
+    return told
 
 
 def test_an_error_of_one_worker_is_told_to_the_others() -> None:
@@ -216,6 +254,11 @@ def test_an_error_of_one_worker_is_told_to_the_others() -> None:
         # Loading compares before anything is changed: all go on as they were.
         loading = found.pop(("hook before loading", 0))
         assert loading == (OWN if rank == 1 else f"ValueError: rank 1 cannot load its state: {OWN}")
+        # The others are in the second stage, of which there is none to tell in; but they do not wait.
+        coding = found.pop(("codec of a mean", 0))
+        cause = OWN if rank == 1 else "Connection closed"
+        assert re.match(rf"CommunicationError: rank {rank}: mean of fragment 0 failed .*", coding)
+        assert cause in coding, coding
         for (what, how), text in found.items():
             others = rf"CommunicationError: rank {rank}: rank 1 cannot go on: "
             expected = ("" if rank == 1 else others) + REFUSED[what][2]

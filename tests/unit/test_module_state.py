@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 import distoptim
-from distoptim.module_state import differences, digest, parts_of
+from distoptim.module_state import differences, digest, look, parts_of
 from distoptim.spectral_norm import normalised, recompute_weights
 
 
@@ -132,6 +132,8 @@ def test_digests_are_equal_for_equal_tensors_of_any_kind_and_differ_otherwise():
     assert {n: digest(t) for n, t in first.items()} == {n: digest(t) for n, t in again.items()}
     assert len({digest(t) for t in first.values()}) == len(first)
     assert digest(torch.eye(3).to_sparse()) != digest((2 * torch.eye(3)).to_sparse())
+    # As soon as they are compared: who holds which could not be made equal.
+    assert look(torch.eye(3).to_sparse()) != look(torch.eye(3))
     assert digest(torch.ones(2)) != digest(torch.ones(2, dtype=torch.float64))
     assert digest(torch.ones(2, 3)) != digest(torch.ones(3, 2))
     # Values, not memory order.

@@ -216,6 +216,11 @@ class Stages:
         self._starting = True
         try:
             self.queue[0].go_on(timeout_s)
+        except RuntimeError:
+            raise
+        except Exception as error:
+            # Of a codec; it belongs to this mean, not to whatever is waited for at the moment.
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
         finally:
             self._starting = False
         self.queue.popleft()

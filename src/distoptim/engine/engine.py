@@ -148,9 +148,7 @@ class Engine(Rounds):
         self.evaluating = False
         # Of groups of neighbours, smallest first, whose means come before this one's.
         self.levels: Sequence[Engine] = ()
-        # Whose messages are still to come in this call, before those of launches; whether uncoded.
-        self._coming: list[FragmentSync] = []
-        self._uncoded = False
+        self._expect_messages([])
         self.watch = watch
         self._inner = inner
         self._may_be_empty = may_be_empty
@@ -469,7 +467,7 @@ class Engine(Rounds):
         self.plan()
 
     def _expect_messages(self, syncs: Sequence[FragmentSync], *, uncoded: bool = False) -> None:
-        """Note in what order all workers send messages that are not those of the next launches."""
+        """Note whose messages are still to come in this call, in order, before those of the next launches."""
         self._coming = list(syncs)
         self._uncoded = uncoded
 
