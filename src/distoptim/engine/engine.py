@@ -170,9 +170,8 @@ class Engine(Rounds):
             )
             for index, fragment in enumerate(fragments)
         ]
-        if communicator.elastic:
-            for sync in self.syncs:
-                sync.kept = sync.fragment.flat(extra=1)
+        for sync in self.syncs if communicator.elastic else ():
+            sync.kept = sync.fragment.flat(extra=1)
         self._code()
         clock.expect(sum(communicator.mean_s(sync.nbytes) for sync in self.syncs))
         # The first use of it imports a module of torch, for which the first launch is not to wait.
