@@ -174,9 +174,7 @@ class Engine(Rounds):
             sync.kept = sync.fragment.flat(extra=1)
         self._code()
         clock.expect(sum(communicator.mean_s(sync.nbytes) for sync in self.syncs))
-        # The first use of it imports a module of torch, for which the first launch is not to wait.
-        with record_function("distoptim::begin"):
-            self._begin()
+        self._begin()
 
     # ---- the round, from top to bottom ------------------------------------------------------------
 
@@ -845,17 +843,21 @@ class Engine(Rounds):
 
     def _begin(self) -> None:
         """Begin the algorithm's first round, from parameters that all workers share."""
-        clock = self.clock
-        for sync in self.syncs:
-            sync.schedule(self.step, clock.tau)
-            if clock.delay == clock.tau:
-                finite = self._form(sync)
-                handle = Handle(sync.buffer.tensor)
-                launched = sync.next_launch - clock.tau
-                lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
-                self._take_off(sync, handle, finite, lr, launched=launched)
+        # The first use of it imports a module of torch, for which the first launch is not to wait.
+        with record_function("distoptim::begin"):
+            for sync in self.syncs:
+                sync.schedule(self.step, self.clock.tau)
+                if self.clock.delay == self.clock.tau:
+                    self._begin_in_flight(sync)
         self._begin_time()
         self.plan()
+
+    def _begin_in_flight(self, sync: FragmentSync) -> None:
+        """As if a mean of the parameters, which all workers share, had been launched a round ago."""
+        finite = self._form(sync)
+        lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
+        launched = sync.next_launch - self.clock.tau
+        self._take_off(sync, Handle(sync.buffer.tensor), finite, lr, launched=launched)
 
     def _begin_time(self) -> None:
         if self.clock.timed:
