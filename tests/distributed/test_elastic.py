@@ -211,6 +211,36 @@ def test_one_that_is_cut_off_is_missed_and_catches_up(address, tmp_path):
     assert len(same(a, c)) >= 10
 
 
+def misses_an_answer(rank: int, address: str, folder: Path) -> dict[str, Any]:
+    """c does not get an answer of the lighthouse in which the others are told of it."""
+    if rank == 2:
+        ask = Lighthouse.ask
+
+        def missed(self, said, limit_s):
+            found = ask(self, said, limit_s)
+            if said.phase == "round" and said.count == 4 and not (folder / "missed").exists():
+                (folder / "missed").touch()
+                return None
+            return found
+
+        Lighthouse.ask = missed
+    worker = Worker("abc"[rank], address, "diloco", timeout_s=2.0, options={"fragments": 3})
+    while worker.optimizer.local_step < 12 * TAU:
+        worker.step()
+    return worker.found()
+
+
+@pytest.mark.soak
+def test_who_is_in_a_launch_that_the_others_have_given_up_gives_it_up(address, tmp_path):
+    """P6: they have waited for it, and are one launch further with no mean more."""
+    found = run(misses_an_answer, 3, address, tmp_path, backend=None, timeout_s=120)
+    assert (tmp_path / "missed").exists()
+    for one in found:
+        assert one["members"] == ["a", "b", "c"]
+        assert one["lost"] >= 1
+    assert len(same(*found)) >= 10
+
+
 STRANGERS: list[tuple[dict[str, Any], str]] = [
     ({"tau": 5}, r"workers disagree on tau: rank 0 has 4, rank 1 has 5"),
     ({"width": 9}, r"workers disagree on fragment 0: .*8, 6.*, rank 1 has .*9, 6"),

@@ -306,12 +306,20 @@ class MeanThread:
         return first.said.history, first.said.count
 
     def _members(self, position: dict[str, Any]) -> tuple[list[Asked], list[Asked]]:
-        """Who takes part in the next mean, by name, and who leaves; waits until there are enough."""
+        """Who takes part in the next mean, by name, and who leaves; waits until there are enough.
+
+        Raises:
+            MeanLost: the others have given this launch up, of which this worker had not heard.
+        """
         too_few_until = None
         while not self._over.is_set():
             before = self._lighthouse.quorum
             there = self.ask("round", position, self._timeout_s) or []
-            members = sorted((w for w in there if w.said.phase == "round"), key=lambda w: w.name)
+            launched = sorted((w for w in there if w.said.phase == "round"), key=lambda w: w.name)
+            late = _late(launched)
+            if any(w.life == self._lighthouse.life for w in late):
+                raise MeanLost(f"{self._roll.name}: the others are a launch further")
+            members = [w for w in launched if w not in late]
             leaving = {w.name: w for w in there if w.said.phase in ("leave", "end")}
             self._roll.goodbyes.update(leaving)
             missing = set(self._roll.names) - {w.name for w in members} - leaving.keys()
@@ -397,6 +405,13 @@ def hear_of_the_end(roll: Roll, there: Any) -> None:
                 f"{roll.name}: the run has ended, after {other.said.count} means, as {other.name} says; "
                 "to begin another one wait until all of it have closed"
             )
+
+
+def _late(workers: Sequence[Asked]) -> list[Asked]:
+    """Of those of the longest history, whose last launch is one that others have given up."""
+    leading = furthest(workers)
+    sent = [w.said.position["messages"] for w in leading]
+    return [w for w, number in zip(leading, sent, strict=True) if number < max(sent)]
 
 
 def _check_positions(leading: Sequence[Asked]) -> None:
