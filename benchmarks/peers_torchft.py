@@ -18,7 +18,7 @@ TIMEOUT = timedelta(seconds=60)
 VARIANTS: dict[str, dict[str, Any]] = {
     "torchft DiLoCo": {},
     "torchft DiLoCo, bucketized": {"use_bucketization": True},
-    "torchft streaming DiLoCo, 4 fragments": {"fragments": 4, "fragment_sync_delay": 1},
+    "torchft streaming DiLoCo, 2 fragments": {"fragments": 2, "fragment_sync_delay": 3},
 }
 """Options of torchft's class, and in how many fragments."""
 
