@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -155,6 +156,14 @@ class SyncSettings:
     def coding(self) -> Coding | None:
         """The codec, as an object."""
         return find_codec(self.codec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncSettings:
+        """A copied optimizer averages over the same groups."""
+        for shared in (self.group, self.device_mesh, *(self.levels or {}).values()):
+            memo[id(shared)] = shared
+        copied = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def workers(self) -> int:
         """How many workers there will be.

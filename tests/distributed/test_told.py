@@ -16,6 +16,7 @@ from torch import Tensor
 from distoptim import (
     ALGORITHMS,
     AveragingOptimizer,
+    CoCoDSGD,
     CommunicationError,
     LocalSGD,
     OverlapLocalSGD,
@@ -126,6 +127,12 @@ class _Fragile(Rule):
 def _break(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
     if victim:
         optimizer.engine.rule.merges.append(2)
+
+
+def _spoil(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
+    """At whatever the next merge does with parameters."""
+    if victim:
+        optimizer.engine.syncs[0].fragment.add = _raise
 
 
 def _flush(optimizer: Any, params: list[Tensor], frozen: Tensor, victim: bool) -> None:
@@ -280,6 +287,8 @@ LEVELS: dict[str, tuple[Any, list[str]]] = {
     "coded": (partial(StreamingDiLoCo, tau=6, fragments=3, codec="int8"), ["flush()", "close()"]),
     # While the workers average after every step, nobody comes to the groups.
     "post-local": (partial(LocalSGD, tau=PostLocal(start=8, tau=TAU)), ["flush()"]),
+    # Which others meet in their groups before they wait for the mean in whose place they are told.
+    "delayed": (partial(CoCoDSGD, tau=6, codec="int8"), ["merge"]),
 }
 # Local steps of each worker, after which it ends.
 ENDS = {"one has more": [6, 5, 5, 5], "a pair has more": [6, 6, 5, 5]}
@@ -294,7 +303,7 @@ def in_levels() -> list[Any]:
 def _in_levels(rank: int) -> tuple[dict[Any, str], dict[Any, str], list[Tensor]]:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     options: Any = {"lr": 0.1, "levels": {2: pairs[rank // 2]}, "timeout_s": TIMEOUT_S}
-    acts = {**ALONE, "unfrozen": _unfreeze}
+    acts = {**ALONE, "unfrozen": _unfreeze, "merge": _spoil}
     alone = {
         (what, how): _train(rank, 1, partial(make, **options), acts[what], coded.START)
         for how, (make, whats) in LEVELS.items()
@@ -340,9 +349,10 @@ def test_a_worker_alone_is_told_over_the_groups_of_neighbours(in_levels: list[An
     """Those of other groups, who wait for all, hear what neighbours have found out."""
     for rank, (alone, *_) in enumerate(in_levels):
         for (what, how), text in alone.items():
-            if what == "unfrozen":
-                assert "was unfrozen after" in text, (rank, text)
-                assert rank == 1 or "rank 1 cannot go on: ValueError" in text
+            if what in ("unfrozen", "merge"):
+                error = "ValueError: .*was unfrozen after" if what == "unfrozen" else OWN
+                cause = error if rank == 1 else f"rank 1 cannot go on: {error}"
+                assert re.search(cause, text), (rank, what, text)
             else:
                 where = (
                     r"rank 0 in average.., the mean of fragment \d, at local step .*, rank 1 in "

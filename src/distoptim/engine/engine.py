@@ -252,10 +252,7 @@ class Engine(Rounds):
             if sync.pending is not None and sync.pending.due <= self.step:
                 self._merge(sync)
         # Here, since the algorithm begins at the mean that has just been merged, launched at this step.
-        if (
-            self.clock.synchronous
-            and self.syncs[0].launched == self.step >= self.clock.period.start
-        ):
+        if self.clock.synchronous and self._synchronous_phase_is_over:
             self._end_synchronous_phase()
 
     @torch.no_grad()
@@ -488,12 +485,9 @@ class Engine(Rounds):
             me = self.communicator.ranks[self.communicator.rank]
             cause = f"rank {me} cannot go on: {type(error).__name__}: {error}"
             logger.warning("%s; for up to %g s the other workers are told", cause, _END_S)
-        # Those that others come to first: at a launch all levels have had theirs.
-        launches = coming or min(sync.next_launch for sync in self.syncs) <= self.step
-        if not self.clock.synchronous and not launches:
-            for level in self.levels:
-                if level.step == self.step or level.waits:
-                    level.tell(str(cause))
+        # Elsewhere in such a call all levels are behind the others.
+        if not coming:
+            self._tell_levels(str(cause))
         try:
             self._settle_now()
             first = (coming or self._next_first())[0]
@@ -504,6 +498,16 @@ class Engine(Rounds):
         except CommunicationError as silence:
             if not reducer.mismatched:
                 logger.warning("the other workers could not be told of this error: %s", silence)
+
+    def _tell_levels(self, cause: str) -> None:
+        """In the groups of neighbours to which others come before they wait for the next mean over all."""
+        over = self._synchronous_phase_is_over
+        if self.clock.synchronous and not over:
+            return
+        waits_at = min(sync.next_launch for sync in self.syncs) + self.clock.delay
+        for level in self.levels:
+            if over or min(sync.next_launch for sync in level.syncs) <= waits_at:
+                level.tell(cause)
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
@@ -869,6 +873,12 @@ class Engine(Rounds):
     def _computed_s(self) -> float:
         """Seconds that this worker has not waited for communication."""
         return self.communicator.now() - self.counters.collect()
+
+    @property
+    def _synchronous_phase_is_over(self) -> bool:
+        """Whether its last mean has been launched."""
+        clock = self.clock
+        return clock.synchronous and self.syncs[0].launched == self.step >= clock.period.start
 
     def _end_synchronous_phase(self) -> None:
         self.clock.synchronise(False)
