@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -341,6 +342,7 @@ def _save(rank: int, make: Any, *, saves: bool) -> Tensor:
         optimizer.average()
         if saves and rank == 0:
             optimizer.state_dict()
+            copy.deepcopy(optimizer)
     optimizer.close()
     return torch.cat([p.detach().flatten() for p in params])
 

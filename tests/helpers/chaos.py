@@ -111,7 +111,7 @@ def draw(seed: int) -> Case:
         at = rng.choice(["construction", at, at, "flush", "close"])
     elif fault in DISAGREEMENTS:
         at = "construction"
-    # gloo takes up to five timeouts for a group of which a member dies while it connects.
+    # Who waits for a member that has died while it connected waits for two timeouts.
     dies = fault in ("kill", "terminate", "exception")
     waits = fault == "stand still" or (dies and at == "construction")
     levels = workers == 4 and tau % 2 == 0 and tau > 2 and rng.random() < 0.5

@@ -129,7 +129,7 @@ class ProcessGroupCommunicator(Communicator):
 
     Raises:
         CommunicationError: not all members made theirs in time; where one dies in the moment in which it
-            connects, gloo takes up to five timeouts to see it.
+            connects, within two timeouts.
         ValueError: `streams` outside its range.
     """
 

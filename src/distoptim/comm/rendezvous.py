@@ -6,8 +6,9 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from datetime import timedelta
+from functools import partial
 from typing import Any, final
 
 import torch.distributed as dist
@@ -53,13 +54,20 @@ class Rendezvous:
             makers: by name, what makes a group that finds its peers in the store it is given.
 
         Raises:
-            RuntimeError: not all workers came in time, or a group could not be made.
+            RuntimeError: not all workers came in time, or a group could not be made. After two timeouts at
+                most: one for the others to come, one for gloo to connect, which where a peer dies meanwhile
+                would take up to five.
         """
         if not makers:
             return {}
         self._open = len(makers)
-        with ThreadPoolExecutor(len(makers)) as pool:
-            made = {name: pool.submit(self._one, name, make) for name, make in makers.items()}
+        made = {name: _begun(partial(self._one, name, make)) for name, make in makers.items()}
+        limit_s = 2 * self._timeout.total_seconds()
+        over, late = futures.wait(made.values(), limit_s, futures.FIRST_EXCEPTION)
+        for future in over:
+            future.result()
+        if late:
+            raise RuntimeError(f"connections are not there after {limit_s:g} s")
         return {name: future.result() for name, future in made.items()}
 
     def _one(self, name: str, make: Callable[[Any], Any]) -> Any:
@@ -154,3 +162,17 @@ class _Entry(_TorchStore):  # type: ignore[misc]  # a class without types
         """Blocks."""
         for key in keys:
             self.get(key)
+
+
+def _begun(call: Callable[[], Any]) -> futures.Future[Any]:
+    """A call in a daemon thread, whose end the program need not wait for."""
+    future: futures.Future[Any] = futures.Future()
+
+    def answer() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  # raised where it is waited for
+            future.set_exception(error)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return future

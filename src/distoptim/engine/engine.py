@@ -310,7 +310,8 @@ class Engine(Rounds):
                 self.step,
                 weighing,
                 alike=not self.clock.timed,
-                lr=lr if self._follows_lr else (),
+                # One for all says nothing of how param groups are cut, which may differ.
+                lr=lr[: None if len(set(lr)) > 1 else 1] if self._follows_lr else (),
             )
             self.communicator.begin_round(self.clock.delay * self.counters.step_s)
             handle = self.reducer.start(sync, finite, weight, extras, identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -65,3 +66,14 @@ def test_who_has_not_come_is_named_and_the_program_s_store_keeps_its_timeout():
     with pytest.raises(RuntimeError, match=r"ranks \[5\] have not come"):
         rendezvous.make({"a": group(0, 1), "b": group(0, 1)})
     assert store.timeout == timedelta(seconds=77)
+
+
+def test_a_connection_that_does_not_end_is_left_alone():
+    """As gloo's to a peer that has died after it told its address."""
+    forever = threading.Event()
+    rendezvous = Rendezvous(dist.HashStore(), 0, RANKS[:1], timedelta(seconds=0.1))
+    try:
+        with pytest.raises(RuntimeError, match=r"connections are not there after 0\.2 s"):
+            rendezvous.make({"a": lambda _: forever.wait(), "b": lambda _: None})
+    finally:
+        forever.set()
