@@ -1,7 +1,7 @@
 """How long until training begins, and what the first launch costs: beside torch's DDP, over links of
 several round trips. Linux, root: over `benchmarks.delay_line`.
 
-Run: python -m benchmarks.starting [--rtt-ms 1,20,50] [--mb 0.04,4] [--mbit-s 1000]
+Run: python -m benchmarks.starting [--rtt-ms 1,20,50] [--mb 0.04,4] [--mbit-s 1000] [--repeats 5]
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from benchmarks.delay_line import DelayLine
 PIECES = 8
 TAU = 2
 ROUNDS = 5
-REPEATS = 5
 
 
 class Model(nn.Module):
@@ -107,13 +106,13 @@ def measured(line: DelayLine, kind: str, mb: float, rtt_s: float) -> list[float]
     return found
 
 
-def row(rtt_s: float, mb: float, gbit_s: float) -> None:
+def row(rtt_s: float, mb: float, gbit_s: float, repeats: int) -> None:
     """One line of the table: the fastest of programs that have just begun, each kind in turn.
 
     What other programs take of the processor only adds to it.
     """
     with DelayLine(2, rtt_s=rtt_s, gbit_s=gbit_s) as line:
-        runs = [{kind: measured(line, kind, mb, rtt_s) for kind in KINDS} for _ in range(REPEATS)]
+        runs = [{kind: measured(line, kind, mb, rtt_s) for kind in KINDS} for _ in range(repeats)]
     seconds = [min(run[kind][0] for run in runs) for kind in KINDS]
     more = (seconds[-1] - seconds[0]) / rtt_s
     launch = [min(column) for column in zip(*(run["ours"][1:] for run in runs), strict=True)]
@@ -130,6 +129,7 @@ def main() -> None:
     parser.add_argument("--rtt-ms", default="1,20,50")
     parser.add_argument("--mb", default="0.04,4")
     parser.add_argument("--mbit-s", type=float, default=1000.0)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--worker", choices=list(KINDS), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker is not None:
@@ -140,7 +140,7 @@ def main() -> None:
     print("|---" * 11 + "|")
     for mb in (float(text) for text in given.mb.split(",")):
         for rtt_ms in (float(text) for text in given.rtt_ms.split(",")):
-            row(rtt_ms / 1e3, mb, given.mbit_s / 1e3)
+            row(rtt_ms / 1e3, mb, given.mbit_s / 1e3, given.repeats)
 
 
 if __name__ == "__main__":
