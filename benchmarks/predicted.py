@@ -139,7 +139,8 @@ def named(prediction: Prediction, streams: int | str) -> str:
     name = f"{prediction.algorithm}, tau {prediction.tau}"
     name += f", {prediction.codec}" if prediction.codec else ""
     name += f", {prediction.fragments} fragments" if prediction.fragments > 1 else ""
-    return name if streams == "auto" else f"{name}, streams {streams}"
+    known_to_all = streams == "auto" or prediction.algorithm == "ddp"
+    return name if known_to_all else f"{name}, streams {streams}"
 
 
 def table(rtt_ms: float, mbit_s: float, params: int, given: argparse.Namespace) -> None:
