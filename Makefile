@@ -38,7 +38,8 @@ test-integrations: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,lightning]' torchdata
 	$(BIN)/python -m pytest -m 'not package' tests/integrations
 
-# What takes real processes many seconds: more faults, more seeds, more ranks than `make test` has.
+# What takes real processes many seconds: more faults, more seeds, more ranks than `make test` has. CASES=all strikes workers that
+# come and go by every fault at every moment (hours), CASES=1, 2, ... by other ones than usual.
 chaos: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak
 

@@ -367,7 +367,18 @@ def test_a_damaged_state_and_a_full_disk_name_the_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["small", "stragglers", "beyond", "shakespeare", "front", "front-text", "paper", "gpu"]
+    "name",
+    [
+        "small",
+        "stragglers",
+        "churn",
+        "beyond",
+        "shakespeare",
+        "front",
+        "front-text",
+        "paper",
+        "gpu",
+    ],
 )
 def test_shipped_grids_are_whole(name):
     grid = spec.read(Path(name))
