@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from distoptim import rule as rules
-from distoptim.comm import CatchUp, CommunicationError, Communicator, Handle, MeanLost
+from distoptim.comm import CommunicationError, Communicator, Handle, MeanLost
 from distoptim.comm.codecs import Coding
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean, Unheard
 from distoptim.engine.identity import SIZE, Identity, Kind, Weighing, identify
 from distoptim.engine.likeness import Likeness
 from distoptim.engine.module_statistics import ModuleStatistics
-from distoptim.engine.reducer import LIMITS, Reducer, is_finite, mark_finite
+from distoptim.engine.reducer import Reducer, is_finite, mark_finite
 from distoptim.engine.stats import Counters
 from distoptim.engine.weights import Weights
 from distoptim.fragments import Flat, Fragment
@@ -117,6 +116,9 @@ class Engine(Rounds):
         may_be_empty: whether a mean to which no worker has added anything is no error.
     """
 
+    # Where workers come and go, what takes over what the others share; see `catching_up`.
+    catch_up: Callable[[FragmentSync, Handle, float], None] | None = None
+
     def __init__(
         self,
         fragments: Sequence[Fragment],
@@ -157,24 +159,29 @@ class Engine(Rounds):
         self._measured = len(clock.period.measures)
         self.statistics = statistics
         extra = self._measured + (0 if self.statistics is None else self.statistics.numel)
+        # Groups of a level may well hold the same.
         compares = communicator.size > 1 and not may_be_empty
         self.syncs = [
-            FragmentSync(
-                index,
-                fragment,
-                rule.start(fragment),
-                fragment.flat(extra=(0 if index else extra) + SIZE + 1),
-                extra=0 if index else extra,
-                # Groups of a level may well hold the same.
-                likeness=Likeness() if index == 0 and compares else None,
-            )
+            self._sync(index, fragment, extra=0 if index else extra, compares=compares)
             for index, fragment in enumerate(fragments)
         ]
-        for sync in self.syncs if communicator.elastic else ():
-            sync.kept = sync.fragment.flat(extra=1)
         self._code()
         clock.expect(sum(communicator.mean_s(sync.nbytes) for sync in self.syncs))
         self._begin()
+
+    def _sync(self, index: int, fragment: Fragment, *, extra: int, compares: bool) -> FragmentSync:
+        """A fragment's state and buffer; with a buffer more for what is in flight, where workers come and go."""
+        sync = FragmentSync(
+            index,
+            fragment,
+            self.rule.start(fragment),
+            fragment.flat(extra=extra + SIZE + 1),
+            extra=extra,
+            likeness=Likeness() if index == 0 and compares else None,
+        )
+        if self.communicator.elastic:
+            sync.kept = fragment.flat(extra=1)
+        return sync
 
     # ---- the round, from top to bottom ------------------------------------------------------------
 
@@ -250,7 +257,7 @@ class Engine(Rounds):
         for sync in list(self._in_flight):
             # None if an earlier merge has just failed.
             if sync.pending is not None and sync.pending.due <= self.step:
-                self._merge(sync)
+                self.merge(sync)
         # Here, since the algorithm begins at the mean that has just been merged, launched at this step.
         if self.clock.synchronous and self._synchronous_phase_is_over:
             self._end_synchronous_phase()
@@ -328,11 +335,11 @@ class Engine(Rounds):
 
     def _form(self, sync: FragmentSync) -> Tensor:
         """Write the payload into the buffer; whether it is finite."""
-        rule = self._active
+        rule = self.active
         fragment = sync.fragment
         rule.payload(fragment, sync.state, sync.buffer)
         finite = mark_finite(sync.buffer.tensor, fragment)
-        # On other devices the host does not know yet; see `_merge`.
+        # On other devices the host does not know yet; see `merge`.
         if fragment.device.type == "cpu" and not finite:
             self._quarantine(sync)
             # Of what it was put back to, for `sent` below; nothing of it is sent (`Reducer.start`).
@@ -361,7 +368,7 @@ class Engine(Rounds):
         sync.launched = launched
         sync.samples = self.weights.samples or 0.0
 
-    def _merge(self, sync: FragmentSync) -> bool:
+    def merge(self, sync: FragmentSync) -> bool:
         """Wait for the mean, if it is not there yet, and let it meet state and parameters.
 
         Returns: whether it has come; not where a worker was lost on its way.
@@ -378,8 +385,8 @@ class Engine(Rounds):
             return False
         handle = pending.handle
         self.counters.waited(handle, sync.index)
-        if handle.caught_up is not None:
-            self._catch_up(sync, handle, samples=pending.samples)
+        if handle.caught_up is not None and self.catch_up is not None:
+            self.catch_up(sync, handle, pending.samples)
             return True
         sync.seconds = handle.seconds
         start = time.perf_counter()
@@ -404,7 +411,7 @@ class Engine(Rounds):
                 sync.compare(workers)
             if sync.compressed is not None:
                 sync.compressed.merging(sync.buffer.tensor)
-            self._active.merge(
+            self.active.merge(
                 sync.fragment,
                 sync.state,
                 Mean(sync.buffer, workers, pending.lr, sync.compressed),
@@ -456,7 +463,7 @@ class Engine(Rounds):
         for sync in left:
             self._launch(sync, Kind.FLUSH)
             self._coming.remove(sync)
-            while not self._merge(sync):
+            while not self.merge(sync):
                 self._launch(sync, Kind.FLUSH)
         self._begin_time()
         self.plan()
@@ -539,7 +546,7 @@ class Engine(Rounds):
         """Merge all that is in flight, blocking."""
         for sync in list(self._in_flight):
             if sync.pending is not None:
-                self._merge(sync)
+                self.merge(sync)
 
     def _meet_levels(self, kind: Kind, limit_s: float | None = None) -> None:
         """See that all are in the same call; whoever is elsewhere comes to the levels' means first.
@@ -569,7 +576,7 @@ class Engine(Rounds):
             self._lose(sync)
         for sync in list(self._in_flight):
             if sync.pending is not None and sync.pending.handle.caught_up is not None:
-                self._merge(sync)
+                self.merge(sync)
         self.plan()
 
     def resume_at(self, step: int) -> None:
@@ -687,7 +694,7 @@ class Engine(Rounds):
         """What stands for the mean where others may have gone; none in algorithms without an anchor."""
         copies = []
         for sync in self.syncs:
-            anchor = self._anchor(sync)
+            anchor = self.anchor(sync)
             if anchor is not None:
                 copy = sync.fragment.flat(extra=1)
                 copy.tensor[: sync.fragment.numel] = anchor.tensor[: sync.fragment.numel]
@@ -779,7 +786,7 @@ class Engine(Rounds):
             sync.schedule(self.step, self.clock.tau)
             if goes_on:
                 sync.resume(record, workers=saved["workers"])
-            anchor = self._anchor(sync)
+            anchor = self.anchor(sync)
             if not same_workers and anchor is not None:
                 sync.fragment.write(anchor)
         self.resume_at(saved["step"])
@@ -793,7 +800,7 @@ class Engine(Rounds):
     def begin_at_shared(self) -> None:
         """x <- what the others share: of one that has loaded a file, and joined a run that is further."""
         for sync in self.syncs:
-            fallback = self._active.fallback(sync.state)
+            fallback = self.active.fallback(sync.state)
             # A rule that writes the mean over x: its last one is still in the buffer.
             sync.fragment.write(sync.buffer if fallback is None else fallback)
 
@@ -829,9 +836,9 @@ class Engine(Rounds):
 
     def _activate(self) -> None:
         """In the synchronous phase x <- mean, beside the rule's state."""
-        self._active = Average(carry=False) if self.clock.synchronous else self.rule
+        self.active = Average(carry=False) if self.clock.synchronous else self.rule
         # Where workers come and go, who is behind takes the others' rates.
-        self._follows_lr = self._active.follows_lr and not self.communicator.elastic
+        self._follows_lr = self.active.follows_lr and not self.communicator.elastic
 
     def _code(self) -> None:
         """Make the coded means.
@@ -839,10 +846,11 @@ class Engine(Rounds):
         In the synchronous phase what all workers share is the last mean, not the anchor.
         """
         for sync in self.syncs:
-            anchor = None if self.clock.synchronous else self._anchor(sync)
+            anchor = None if self.clock.synchronous else self.anchor(sync)
             self.reducer.code(sync, None if anchor is None else anchor.tensor)
 
-    def _anchor(self, sync: FragmentSync) -> Flat | None:
+    def anchor(self, sync: FragmentSync) -> Flat | None:
+        """What is equal on all workers while a mean is in flight; None where a rule has no such thing."""
         anchor = self.rule.shared(sync.state).get("anchor")
         return anchor if isinstance(anchor, Flat) else None
 
@@ -931,7 +939,7 @@ class Engine(Rounds):
             stacklevel=2,
         )
         for sync in replaced:
-            fallback = self._active.fallback(sync.state)
+            fallback = self.active.fallback(sync.state)
             if fallback is None and sync is not sick and sync.pending is None:
                 # A rule that writes the mean over x: its last one is still in the buffer.
                 fallback = sync.buffer
@@ -944,148 +952,23 @@ class Engine(Rounds):
         """A mean will not come; local steps go on, and the next launch is as any other."""
         if sync.kept is not None and sync.kept.tensor[-1]:
             sync.unheard = Unheard(sync.kept.tensor[:-1].clone(), sync.samples)
-        self._give_up(sync)
+        self.give_up(sync)
         # What is in the buffer is nobody's mean, to which a worker could go back.
         sync.fragment.read(sync.buffer)
         self.counters.lose(sync.index)
 
-    def _give_up(self, sync: FragmentSync) -> None:
+    def give_up(self, sync: FragmentSync) -> None:
         """Be as if the last launch had not been; the next one weighs as many samples as are in it."""
         if sync.pending is not None:
             sync.samples = sync.pending.samples
         sync.pending = None
-        self._active.abandoned(sync.fragment, sync.state, sync.kept)
-
-    def _catch_up(
-        self, sync: FragmentSync, handle: Handle, *, samples: float = 0.0, joins: bool = False
-    ) -> None:
-        """Take over what the others share, as of the launch of the mean that has come.
-
-        All local steps that are in no mean stay in x, which keeps its distance to the anchor: this worker
-        is as one that sent the anchor, with no weight, and has made them since. Where others have got a mean that
-        was lost here, steps that it has sent for that one are in the anchor.
-
-        Args:
-            sync: whose launch it was, with which this worker was found to be behind.
-            handle: of that mean, which may be another fragment's.
-            samples: of this worker at the launch before.
-            joins: whether this worker has made no steps yet.
-        """
-        given = handle.caught_up
-        assert given is not None
-        handle.caught_up = None
-        made = self.step - sync.launched
-        sync.samples = samples
-        self._active.abandoned(sync.fragment, sync.state, sync.kept)
-        own = [self._own_steps(each, each.index in given.heard) for each in self.syncs]
-        position = given.position
-        self.reducer.messages = position["messages"]
-        if position["clock"] is not None:
-            self.clock.load_state_dict(position["clock"])
-        self.resume_at(position["step"])
-        index = position["fragment"]
-        given.state["fragments"][index]["mean"] = {
-            "values": handle.buffer if position["round"] else None,
-            "workers": handle.workers,
-            "lr": position["lr"],
-        }
-        for each, steps in zip(self.syncs, own, strict=True):
-            launched, next_launch = position["launches"][each.index]
-            each.launched = launched
-            each.next_launch = next_launch
-            if each.index == index and position["round"]:
-                each.launched = self.step
-                each.next_launch = self.step + self.clock.tau
-            self._take_over(each, given.state["fragments"][each.index], steps, joins=joins)
-        self.counters.catch_up()
-        self.plan()
-        # What others launch meanwhile is launched as of the step at which they do; what is due now, by
-        # whoever has come here.
-        for _ in range(made):
-            if self.waits:
-                self.merge_due()
-                self.launch_due()
-            self.step += 1
-        if self.waits:
-            self.merge_due()
-
-    def _own_steps(self, sync: FragmentSync, heard: bool) -> Flat | None:
-        """Those in no mean, when what has come is merged and the rest given up; None where there is no anchor.
-
-        x - z; or, where the others have heard what this worker has sent last, x less that.
-        """
-        if sync.pending is not None and sync.pending.handle.is_there:
-            self._merge(sync)
-        elif sync.pending is not None:
-            self._give_up(sync)
-        anchor = self._anchor(sync)
-        if anchor is None or self.clock.synchronous:
-            return None
-        start = anchor.tensor[: sync.fragment.numel]
-        if heard and sync.unheard is not None:
-            start = sync.unheard.x
-            sync.samples = sync.unheard.samples
-            if sync.compressed is not None:
-                sync.compressed.was_heard()
-        own = sync.fragment.flat()
-        sync.fragment.read(own)
-        own.tensor.sub_(start)
-        # Values that are not finite are no steps.
-        return own if bool(own.tensor.sum().abs() <= LIMITS[own.tensor.dtype]) else None
-
-    def _take_over(
-        self, sync: FragmentSync, given: dict[str, Any], own: Flat | None, *, joins: bool
-    ) -> None:
-        """State as given; x begins at the anchor, or stays; the mean that is not in it is merged."""
-        mean = given["mean"]
-        sync.merges = given["merges"]
-        sync.likeness = None
-        start = None if self.clock.synchronous else given["shared"].get("anchor")
-        if start is None and joins:
-            # Where nothing is an anchor, x begins at the mean.
-            start = mean["values"] / mean["values"][-1]
-        if start is not None:
-            x = sync.fragment.flat()
-            x.tensor.copy_(start[: sync.fragment.numel])
-            sync.fragment.write(x)
-            # In place, since coded means are of the difference to the anchor.
-            rules.load(sync.state, rules.save(self.rule.start(sync.fragment)))
-        rules.load(sync.state, given["shared"])
-        if sync.compressed is not None and given["reference"] is not None:
-            sync.compressed.reference.copy_(given["reference"])
-        if mean is not None and mean["values"] is not None and mean["values"][-1]:
-            sync.buffer.tensor.copy_(mean["values"])
-            handle = Handle(sync.buffer.tensor)
-            handle.workers = mean["workers"]
-            sync.pending = PendingMean(handle, torch.tensor(True), self.step, mean["lr"])
-            self._merge(sync)
-        if own is not None:
-            sync.fragment.add(own)
-
-    @torch.no_grad()
-    def listen(self) -> dict[str, Any]:
-        """Join a run: take over what the others share with the next mean of theirs, and begin there.
-
-        Returns: all that the giver gave.
-        """
-        for sync in self.syncs:
-            sync.pending = None
-        sync = self.syncs[0]
-        given: CatchUp | None = None
-        while given is None:
-            handle = self.communicator.all_reduce(sync.buffer.tensor.zero_())
-            with contextlib.suppress(MeanLost):
-                handle.wait(self.reducer.timeout_s)
-                given = handle.caught_up
-        sync.launched = self.step
-        self._catch_up(sync, handle, joins=True)
-        return given.state
+        self.active.abandoned(sync.fragment, sync.state, sync.kept)
 
     def _abandon(self) -> None:
         """Nothing that is in flight will come any more."""
         for sync in self.syncs:
             if sync.pending is not None:
-                self._give_up(sync)
+                self.give_up(sync)
         self.plan()
 
 

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast, final
 
 import torch
@@ -19,7 +20,7 @@ from distoptim import module_state
 from distoptim import rule as rules
 from distoptim.comm import CatchUp, CommunicationError, Communicator, Handle, Member
 from distoptim.comm.mesh import WorkerMesh, describe
-from distoptim.engine import checkpoint
+from distoptim.engine import catching_up, checkpoint
 from distoptim.engine.engine import Engine
 from distoptim.engine.fragment_sync import FragmentSync
 from distoptim.engine.identity import SIZE, Kind, index_of
@@ -181,13 +182,20 @@ class Giver(Member):
         """A copy of what is shared of one fragment.
 
         The training thread goes on merging: what was copied while it did is copied again.
+
+        Raises:
+            CommunicationError: a merge does not end.
         """
-        while True:
+        limit = time.monotonic() + self._engine.reducer.timeout_s
+        while time.monotonic() < limit:
             before = (sync.merges, sync.pending)
             given = None if sync.merging else self._copy(sync)
             if given is not None and not sync.merging and (sync.merges, sync.pending) == before:
                 return given
             time.sleep(_LOOK_S)
+        raise CommunicationError(
+            f"the merge of {sync.name} does not end, so that nothing can be given"
+        )
 
     def _copy(self, sync: FragmentSync) -> dict[str, Any]:
         pending = sync.pending
@@ -246,9 +254,10 @@ def take_part(engine: Engine, beside: Mapping[str, Tensor]) -> None:
     communicator = engine.communicator
     if not communicator.elastic:
         return
+    engine.catch_up = partial(catching_up.catch_up, engine)
     communicator.attach(Giver(engine, beside))
     if communicator.joins:
-        for name, value in engine.listen()["beside"].items():
+        for name, value in catching_up.listen(engine)["beside"].items():
             beside[name].copy_(value)
 
 
