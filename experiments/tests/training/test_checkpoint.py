@@ -81,17 +81,21 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         checkpoint.load(tmp_path, seat=Seat())
 
 
-def save_until_killed(rank, folder):
+def save_until_killed(rank, folder, after_s):
     folder /= str(rank)
     save(folder, 1, size=200_000)
     # At another moment of a save each time.
-    threading.Timer(0.0137 * (rank + 1), os.kill, (os.getpid(), signal.SIGKILL)).start()
+    threading.Timer(0.0137 * (rank + 1) + after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
     for step in range(2, 10**6):
         save(folder, step, size=200_000)
 
 
-def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
-    run(save_until_killed, 5, tmp_path, expect_exit=dict.fromkeys(range(5), -signal.SIGKILL))
+@pytest.mark.parametrize(
+    "later", [0, *(pytest.param(i, marks=pytest.mark.soak) for i in range(1, 16))]
+)
+def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path, later):
+    killed = dict.fromkeys(range(5), -signal.SIGKILL)
+    run(save_until_killed, 5, tmp_path, 0.0029 * later, expect_exit=killed)
     for folder in tmp_path.iterdir():
         state, _ = checkpoint.load(folder, seat=Seat())
         assert checkpoint.latest(folder).name == f"step-{state['step']}"
