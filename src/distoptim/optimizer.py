@@ -433,7 +433,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
         Returns: `steps`, `tau` (the present one), `syncs` (merged fragments); `exposed_s` (seconds the
             computation waited for communication), `hidden_s` (seconds of communication beside it),
             `overhead_s` (forming payloads, coding and merging), `computation_s` (time between the first
-            and the last `average()` less the exposed part), `exposed_share` (exposed / computation),
+            and the last `average()` less these two), `exposed_share` (exposed / computation),
             `bytes` (of the payloads: B bytes make each of m workers send 2 (m - 1)/m B on a ring; codes
             count as the payload that would make it send as much), `staleness` (mean local steps from
             launch to merge), `quarantined` (payloads of this worker that were not finite), `lost` (means

@@ -59,11 +59,11 @@ class Counters:
 
     def launched(self, fragment: int, nbytes: int, seconds: float) -> None:
         """Count a launch."""
-        self.overhead_s += seconds
         self.bytes += nbytes
-        end = self.until if self.virtual else self.until + seconds
-        self.spans.append(("launch", self.until, end, self.ticks, fragment))
-        self.until = end
+        spent = 0.0 if self.virtual else seconds
+        self.overhead_s += spent
+        self.spans.append(("launch", self.until, self.until + spent, self.ticks, fragment))
+        self.until += spent
 
     def waited(self, handle: Handle, fragment: int = -1) -> None:
         """Count a handle that has been waited for; a GPU's wait is known only some time later."""
@@ -71,7 +71,7 @@ class Counters:
             self.unread.append(handle)
             return
         self.exposed_s += handle.waited_s
-        self.overhead_s += handle.worked_s
+        self.overhead_s += 0.0 if self.virtual else handle.worked_s
         if handle.finished_at is not None:
             hidden = handle.finished_at - handle.launched_at - handle.waited_s
             self.hidden_s += max(0.0, hidden)
@@ -86,10 +86,10 @@ class Counters:
         """Count a merge."""
         self.syncs += 1
         self.staleness += staleness
-        self.overhead_s += seconds
-        end = self.until if self.virtual else self.until + seconds
-        self.spans.append(("merge", self.until, end, self.ticks, fragment))
-        self.until = end
+        spent = 0.0 if self.virtual else seconds
+        self.overhead_s += spent
+        self.spans.append(("merge", self.until, self.until + spent, self.ticks, fragment))
+        self.until += spent
 
     def lose(self, fragment: int) -> None:
         """Count a mean that will never come."""
@@ -114,7 +114,7 @@ class Counters:
         """The totals by name."""
         self.collect()
         elapsed = self.ticked_at - self.started_at if self.started_at is not None else 0.0
-        computation = max(0.0, elapsed - self.exposed_s)
+        computation = max(0.0, elapsed - self.exposed_s - self.overhead_s)
         return {
             "steps": steps,
             "tau": tau,
