@@ -4,9 +4,9 @@ Two workers in namespaces of their own (`benchmarks.delay_line`), real TCP. A lo
 sleep, a third of it forward and two thirds backward, so that the load of the machine matters little; the
 gradients and messages are real. A peer that is not installed is left out with a line that says so.
 
-PowerSGD's hook gets all gradients in one bucket. With two it hangs: what follows its first message runs in
-gloo's threads, of which a group has two; there it waits for further messages, for which no thread is
-left, and in which order is not the same on all workers.
+PowerSGD's hook gets all gradients in one bucket. With two it hangs after some steps: what follows its first message
+waits for further ones inside callbacks, in gloo's two threads or the training thread, wherever the first one
+happened to end, so that messages are not launched in one order on all workers.
 
 Run: python -m benchmarks.peers [--mbit-s 100] [--rtt-ms 20] [--params 820352] [--step-ms 60]
 """
