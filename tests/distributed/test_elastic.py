@@ -92,13 +92,13 @@ def test_a_killed_worker_is_missed_and_comes_back(address, tmp_path, algorithm, 
 
 
 def leaves(rank: int, address: str) -> dict[str, Any]:
-    """c is told to end, and says goodbye."""
+    """c is told to end, and says goodbye; later b does."""
     worker = Worker("abc"[rank], address, "overlap-local-sgd")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         while worker.optimizer.local_step < 40 * TAU:
             worker.step()
-            if rank == 2 and worker.optimizer.local_step >= 5 * TAU:
+            if worker.optimizer.local_step >= (1000, 20, 5)[rank] * TAU:
                 os.kill(os.getpid(), signal.SIGTERM)
     except SystemExit:
         return worker.found()
@@ -110,11 +110,10 @@ def test_nobody_waits_for_who_says_goodbye_and_no_mean_is_lost():
     server = lighthouse(0, heartbeat_s=3600.0, join_s=3600.0)
     found = run(leaves, 3, elastic.at(server), backend=None, timeout_s=300)
     server.shutdown()
-    for one in found[:2]:
-        assert one["members"] == ["a", "b"]
-        assert one["lost"] == 0
-        assert one["leaves"] == 1
-    assert len(same(*found[:2])) >= 20
+    assert [one["lost"] for one in found] == [0, 0, 0]
+    assert found[0]["members"] == ["a"]
+    assert [one["leaves"] for one in found] == [2, 1, 0]
+    assert len(same(*found[:2])) >= 12
 
 
 def stands_still(rank: int, address: str, folder: Path) -> dict[str, Any]:

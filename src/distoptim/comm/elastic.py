@@ -11,6 +11,7 @@ a network that were cut apart may each have made five means, and then have diffe
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import queue
 import sys
@@ -18,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, final
 
 import torch
@@ -45,8 +46,8 @@ _NEW_LIGHTHOUSE_S = 5.0
 _PATIENCE_S = 1.0
 # One that ends tells those that have just come, which ask so often, for so long.
 _TELL_S = 6.0
-# One that leaves a group waits so long first, until the last mean is there on the others too.
-_LAST_S = 0.2
+# By number, as they are exchanged in a group; 0: it stays.
+_FAREWELLS = ("", "leave", "end")
 # So many histories are remembered, of means that others may have lost.
 _REMEMBERED = 100
 
@@ -150,6 +151,7 @@ class MeanThread:
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._farewell = "leave"
+        self._says_goodbye = False
         # Of what a mean was lost last.
         self._failed = ""
         # Those that have said goodbye, whom the lighthouse would wait for: until it has forgotten them the
@@ -210,17 +212,28 @@ class MeanThread:
     def _run(self) -> None:
         while (launch := self._launches.get()) is not None:
             self._answer(launch)
+        self._says_goodbye = True
         if self.history and not self.joins:
-            if self._leaving:
-                # The others do not ask, and would wait for this worker in their next mean.
-                time.sleep(_LAST_S)
-                self.leave_group()
             self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        """Tell who asks; those that have just come, and ask again and again, may need to hear it twice."""
-        for limit_s in (self._timeout_s, _TELL_S, _TELL_S):
-            there = self.ask(self._farewell, {}, limit_s) or []
+        """Tell the others at their next launch, which do not ask while the lighthouse remembers another one."""
+        if not self._leaving:
+            self._tell_who_asks(self._timeout_s)
+            return
+        stay = 0
+        with contextlib.suppress(RuntimeError, OSError):
+            _, leaving = self._exchange()
+            stay = self.size - len(leaving)
+        self.leave_group()
+        if not stay and self._farewell == "end":
+            # Nobody is left who could tell those that have just come.
+            self._tell_who_asks(_TELL_S)
+
+    def _tell_who_asks(self, limit_s: float) -> None:
+        """Those that have just come, and ask again and again, may need to hear it twice."""
+        for limit in (limit_s, _TELL_S, _TELL_S):
+            there = self.ask(self._farewell, {}, limit) or []
             if self._farewell == "leave" or not any(w.said.phase == "look" for w in there):
                 return
 
@@ -275,17 +288,42 @@ class MeanThread:
         self._failed = ""
 
     def _is_settled(self) -> bool:
-        """Whether all go on with the last mean's members, since the lighthouse would wait for one that has left."""
+        """Whether all go on with the last mean's members, since the lighthouse would wait for one that has left.
+
+        But for those of them that leave now.
+        """
         if not self._leaving or self.joins:
             return False
-        waits = torch.zeros(1)
-        if self.rank == 0:
-            waits.fill_(self._lighthouse.remembers(self._leaving))
-        # One of them asks for all, so that all leave off together.
-        self.workers.broadcast(waits)
+        waits, leaving = self._exchange()
+        if leaving:
+            assert self.group is not None
+            going = {w.life for w in leaving}
+            known = [*self._leaving, *going]
+            members = [w for w in self.group.members if w.life not in going]
+            self._roll.goodbyes.update({w.name: w for w in leaving})
+            self.form(members, meet=members[0])
+            self._leaving = known
+            return True
         if not waits:
             self._leaving = []
-        return bool(waits)
+        return waits
+
+    def _exchange(self) -> tuple[bool, list[Asked]]:
+        """Whether the lighthouse would wait, as the first of them has seen; and who of the members leaves now."""
+        assert self.group is not None
+        goes = _FAREWELLS.index(self._farewell) if self._says_goodbye else 0
+        own = torch.tensor([0.0, float(goes)])
+        if self.rank == 0:
+            # One of them asks for all, so that all leave off together.
+            own[0] = self._lighthouse.remembers(self._leaving)
+        everybody = torch.zeros(self.size, 2)
+        self.workers.all_gather(everybody, own).wait(self._timeout_s)
+        leaving = [
+            replace(w, said=Said(_FAREWELLS[int(row[1])], w.said.history, self.count))
+            for w, row in zip(self.group.members, everybody, strict=True)
+            if row[1]
+        ]
+        return bool(everybody[0, 0]), leaving
 
     def _regroup(self, launch: ElasticHandle) -> tuple[str, int]:
         """Ask, have the group, let who is behind catch up; history and count of those that are right."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import re
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -157,12 +157,16 @@ class Lighthouse:
 
         It has the time after which it does not any more; workers need not know it.
         """
+        # Past any proxy, as its other answers come.
+        connection = http.client.HTTPConnection(self._address.removeprefix("http://"), timeout=1.0)
         try:
-            with urllib.request.urlopen(f"{self._address}/status", timeout=1.0) as answer:
-                page = answer.read().decode()
-        except OSError:
-            # Away; when it is back it knows nobody.
-            return True
+            connection.request("GET", "/status")
+            page = connection.getresponse().read().decode()
+        except (OSError, http.client.HTTPException):
+            # Whoever asks it waits until it is back; then it knows nobody.
+            return False
+        finally:
+            connection.close()
         alive = [who for old, who in _HEARD.findall(page) if "old" not in old]
         return any(life in who for life in lives for who in alive)
 
