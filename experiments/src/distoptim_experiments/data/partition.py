@@ -146,8 +146,11 @@ def partition(name: str, labels: Tensor, *, workers: int, seed: int) -> list[Ten
     Raises:
         ValueError: there is no such partition, or a worker would get nothing.
     """
-    shards = parse(name)(labels, workers, torch.Generator().manual_seed(seed))
-    if not all(len(shard) for shard in shards):
+    cut = parse(name)
+    # Not tried where it cannot be: it would take minutes.
+    enough = workers <= len(labels)
+    shards = cut(labels, workers, torch.Generator().manual_seed(seed)) if enough else []
+    if not enough or not all(len(shard) for shard in shards):
         raise ValueError(
             f"workers={workers}: partition {name!r} of {len(labels)} samples leaves one without any"
         )
