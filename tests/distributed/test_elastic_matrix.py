@@ -141,9 +141,13 @@ def live(rank: int, address: str, case: Any, folder: Path) -> dict[str, Any] | N
             if len(worker.held) == 5:
                 (folder / "begun").touch()
             over = (folder / "over").exists() and not end.exists()
-            there = 2 if fault in GONE else 3
-            if rank == 1 and over and len(worker.workers.members) == there:
-                write(end, worker.optimizer.local_step + 12 * TAU)
+            # Who lives is in a mean again, by its own account; who does not is in none, by another's.
+            if fault in GONE:
+                over &= rank == 1 and len(worker.workers.members) == 2
+            else:
+                over &= name == victim and bool(worker.held)
+            if over:
+                write(end, worker.optimizer.local_step + 30 * TAU)
     except (SystemExit, ZeroDivisionError):
         if "worker" in locals():
             worker.optimizer.close()
