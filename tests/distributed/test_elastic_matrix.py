@@ -134,6 +134,7 @@ def live(rank: int, address: str, case: Any, folder: Path) -> dict[str, Any] | N
         signal.signal(signal.SIGTERM, raises(SystemExit))
         signal.signal(signal.SIGUSR1, raises(ZeroDivisionError))
     end = folder / "end"
+    known: int | None = None
     try:
         worker = Worker(name, address, rule, start=2, timeout_s=TIMEOUT_S, options=options)
         while not end.exists() or worker.optimizer.local_step < int(end.read_text()):
@@ -145,7 +146,8 @@ def live(rank: int, address: str, case: Any, folder: Path) -> dict[str, Any] | N
             if fault in GONE:
                 over &= rank == 1 and len(worker.workers.members) == 2
             else:
-                over &= name == victim and bool(worker.held)
+                known = len(worker.held) if known is None and over else known
+                over &= name == victim and known is not None and len(worker.held) > known + 1
             if over:
                 write(end, worker.optimizer.local_step + 30 * TAU)
     except (SystemExit, ZeroDivisionError):
