@@ -27,10 +27,11 @@ LINK = ("--workers", "4", "--latency-ms", "10", "--bandwidth-gbit-s", "1")
 def test_plan_prints_a_line_to_paste_and_json(distoptim):
     text = distoptim("plan", "--step-s", "0.1", "--params", "11e6", *LINK).stdout
     assert "optimizer = distoptim.OverlapBMUF(optimizer, tau=8)" in text
-    assert "because: 7.1 times as fast as DDP" in text
     made = json.loads(
         distoptim("plan", "--step-s", "0.1", "--params", "11e6", *LINK, "--json").stdout
     )
+    assert made["best"]["speed_up"] > 5
+    assert f"because: {made['best']['speed_up']:.1f} times as fast as DDP" in text
     assert made["best"]["tau"] == 8
     assert made["best"] in made["predictions"]
 
