@@ -28,9 +28,9 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-# Whole files to a process: some have workers that run once for all their tests. Three, since many wait.
+# Whole files to a process: some have workers that run once for all their tests.
 pytest: $(VENV)/installed
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The trainers that the library works inside of, installed and tried, also by their own launchers; `pytest` passes over those
 # that are not there.

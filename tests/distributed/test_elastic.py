@@ -65,7 +65,7 @@ def killed_and_back(
     [
         ("overlap-local-sgd", {"fragments": 2, "codec": "int8+ef"}),
         ("local-sgd", {}),
-        ("cocod-sgd", {"codec": "1bit+ef"}),
+        pytest.param("cocod-sgd", {"codec": "1bit+ef"}, marks=pytest.mark.soak),
         ("bmuf", {"tau": {0: 2, 12: TAU}}),
         ("eager-diloco", {"fragments": 3}),
         pytest.param("slowmo", {"tau": PostLocal(start=12, tau=TAU)}, marks=pytest.mark.soak),

@@ -104,8 +104,9 @@ def _real(rank, keys):
 
 
 def test_four_gloo_processes_equal_reference():
-    """What differs from lockstep is how the mean is made: each method once or twice does."""
-    keys = [(name, key) for name, key in CASES if "|tau4|nest1" in key and "|g0|" not in key]
+    """What differs from lockstep is how the mean is made: each method once does."""
+    cases = [(name, key) for name, key in CASES if "|tau4|nest1" in key and "|g0|" not in key]
+    keys = list({key.split("|")[1]: (name, key) for name, key in cases}.values())
     results = run(_real, problem.WORKERS, keys)
     for name, key in keys:
         ours = np.stack([result[name, key] for result in results], axis=1)

@@ -93,6 +93,7 @@ def test_a_grid_tries_learning_rates_and_runs_everything_once(tmp_path):
     assert missing == ["sync"] * 3
 
 
+@pytest.mark.soak
 def test_records_moved_beside_their_folders_are_found(tmp_path):
     grid, out = (
         spec.read(written(tmp_path, GRID.replace("epochs = 3", "steps = 4"))),
@@ -404,7 +405,8 @@ def write_cifar10(folder, records_each):
         (folder / name).write_bytes(rows.numpy().tobytes())
 
 
-@pytest.mark.parametrize("name", ["paper", pytest.param("gpu", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["paper", "gpu"])
 def test_shipped_grids_of_cifar10_run_with_every_method_and_partition(tmp_path, monkeypatch, name):
     layout = dataclasses.replace(cifar.LAYOUTS["cifar10"], train_records=40, test_records=40)
     monkeypatch.setitem(cifar.LAYOUTS, "cifar10", layout)
