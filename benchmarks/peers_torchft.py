@@ -57,6 +57,7 @@ def manager(at: str) -> Iterator[Any]:
     from torchft import Manager, ProcessGroupGloo
 
     rank = dist.get_rank()
+    # Of another host of the delay line, which nobody else reaches; without one, of this machine.
     store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # public, not marked so
     made = Manager(
         ProcessGroupGloo(timeout=TIMEOUT),

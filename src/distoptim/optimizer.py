@@ -474,8 +474,10 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
         if self._recording is not None:
             raise ValueError(f"record({str(folder)!r}): this optimizer records already")
         name = type(self).__name__
-        self._recording = Recording(Path(folder), self._communicator, algorithm=name)
-        self.engine.counters.follow = self._recording.follow
+        counters = self.engine.counters
+        before = counters.spans[-1] if counters.spans else None
+        self._recording = Recording(Path(folder), self._communicator, algorithm=name, after=before)
+        counters.follow = self._recording.follow
 
     def link(self) -> Link | None:
         """The link to the other workers as measured at construction: latency and each one's rate.

@@ -73,6 +73,13 @@ def test_a_file_has_all_spans_and_a_trace_the_profilers_labels(tmp_path):
     with pytest.raises(ValueError, match="this optimizer records already"):
         first.record(tmp_path)
     first.export_trace(tmp_path / "trace.json")
+    first.close()
+    before = first.history()
+    first.record(tmp_path / "later")
+    first.close()
+    # From there on: what was before is in the other file.
+    assert len((tmp_path / "later" / "worker-0.jsonl").read_text().splitlines()) == 1
+    assert first.history() == before
     for optimizer in cluster.optimizers:
         optimizer.close()
     for rank, optimizer in enumerate(cluster.optimizers):

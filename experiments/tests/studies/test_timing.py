@@ -149,7 +149,8 @@ def test_a_round_hidden_costs_what_the_link_needs_beyond_it(rate):
 
 @pytest.mark.parametrize("delay", [1, 3])
 def test_a_shorter_delay_hides_that_many_steps(delay):
-    rate, method = 10.0, TimedMethod(name="some", tau=8, delay=delay)
+    rate = 10.0
+    method = TimedMethod(name="some", tau=8, delay=delay)
     exposed = seconds(4e9, rate) - 0.1 * delay
     assert utilisation(SHAPE, method, rate) == pytest.approx(0.8 / (0.8 + exposed))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -41,16 +41,15 @@ class Span(NamedTuple):
     fragment: int
 
 
-def trace(spans: Iterable[Span], *, worker: int) -> dict[str, Any]:
+def trace(spans: Sequence[Span], *, worker: int) -> dict[str, Any]:
     """Spans as a trace that chrome://tracing and Perfetto open: the worker, and below it the network."""
-    shown = [Span(*span) for span in spans]
-    zero = min((span.start_s for span in shown), default=0.0)
+    zero = min((span.start_s for span in spans), default=0.0)
     names = {0: "worker", 1: "means in flight"}
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": worker, "tid": tid, "name": "thread_name", "args": {"name": name}}
         for tid, name in names.items()
     ]
-    for span in shown:
+    for span in spans:
         events.append(
             {
                 "ph": "X",
@@ -78,15 +77,23 @@ class Recording:
             worker that comes and goes.
         communicator: of the worker.
         algorithm: its name in pictures.
+        after: the last span that is not to be written; None: all are.
     """
 
-    def __init__(self, folder: Path, communicator: Communicator, *, algorithm: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        communicator: Communicator,
+        *,
+        algorithm: str,
+        after: tuple[Any, ...] | None,
+    ) -> None:
         worker = communicator.name or str(communicator.ranks[communicator.rank])
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"worker-{quote(worker, safe='')}.jsonl"
         self._file = path.open("a", encoding="utf-8")
         self._communicator = communicator
-        self._last: object = None
+        self._last = after
         self._told = 0
         self._written_at = time.monotonic()
         # Of workers on several hosts the wall clock is all that they have in common.
