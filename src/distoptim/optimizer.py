@@ -834,6 +834,10 @@ def _beside(
     return beside
 
 
+# As __init_subclass__ does for others.
+AveragingOptimizer.__signature__ = whole_signature(AveragingOptimizer.__init__)  # type: ignore[attr-defined]  # inspect's
+
+
 def average_together(
     optimizers: Sequence[AveragingOptimizer],
     *,

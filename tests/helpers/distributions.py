@@ -24,6 +24,7 @@ SOURCES = (
     "README.md",
     "experiments",
     "pyproject.toml",
+    "setup.py",
     "src",
     "tests",
 )

@@ -6,12 +6,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import time
+from html.parser import HTMLParser
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from markdown_it import MarkdownIt
 
 from distoptim.testing.processes import free_port
 from tests.helpers import distributions
@@ -45,6 +51,34 @@ def output(*command, cwd=None, environment=None, code=0):
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+class Addresses(HTMLParser):
+    """All that a page leads to or shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in ("href", "src", "srcset")]
+
+
+@pytest.mark.parametrize("name", ["distoptim", "distoptim_experiments"])
+def test_what_a_package_index_shows(built, tmp_path, name):
+    """A page whose links lead somewhere, with the blocks that README has."""
+    distributions.install(tmp_path / "env", [wheel(built, name)], name)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (found,) = metadata.distributions(name=name, path=[str(site)])
+    page = found.metadata.get_payload() or found.metadata["Description"]
+    addresses = Addresses()
+    addresses.feed(MarkdownIt("commonmark").enable("table").render(page))
+    assert [a for a in addresses.found if urlsplit(a).scheme != "https"] == []
+    folder = distributions.ROOT / ("" if name == "distoptim" else "experiments")
+    fences = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    assert fences.findall(page) == fences.findall((folder / "README.md").read_text())
+    files = {Path(file).name for file in found.files}
+    assert {"LICENSE", "py.typed"} <= files
 
 
 def test_library_alone(built, tmp_path):

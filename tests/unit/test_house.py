@@ -14,6 +14,7 @@ import distoptim
 from distoptim.testing.processes import run
 from tests.helpers import house
 
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 # These need more than torch, or the library's public names.
 ABOVE = ("distoptim.__main__", "distoptim.cli", "distoptim.integrations", "distoptim.testing")
 
@@ -47,6 +48,18 @@ def test_all_say_one_version():
         said = re.search(r"^version\W+([\d.]+)", (house.ROOT / name).read_text(), re.MULTILINE)
         assert said is not None
         assert said[1] == distoptim.__version__, name
+
+
+def test_both_distributions_say_the_same_of_themselves():
+    library, experiments = (
+        tomllib.loads((house.ROOT / name).read_text())["project"]
+        for name in ("pyproject.toml", "experiments/pyproject.toml")
+    )
+    for field in ("classifiers", "license", "requires-python", "urls"):
+        assert library[field] == experiments[field], field
+    assert all(url.startswith(library["urls"]["Source"]) for url in library["urls"].values())
+    licenses = [(house.ROOT / name).read_text() for name in ("LICENSE", "experiments/LICENSE")]
+    assert licenses[0] == licenses[1]
 
 
 @pytest.mark.parametrize("package", [house.LIBRARY, house.EXPERIMENTS], ids=lambda p: p.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 from functools import partial
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+import distoptim
 from distoptim import (
     ALGORITHMS,
     BMUF,
@@ -21,11 +24,14 @@ from distoptim import (
     OverlapLocalSGD,
     SlowMo,
     StreamingDiLoCo,
+    comm,
+    simulator,
 )
 from distoptim.comm import Link, SingleWorker, emulate
 from distoptim.comm.codecs import ErrorFeedback, Int8
 from distoptim.periods import AdaComm, PostLocal
-from distoptim.testing.inspection import inspect
+from distoptim.settings import SyncSettings
+from distoptim.testing import inspection
 from tests.helpers.toy import alone
 
 ODD = st.sampled_from(
@@ -305,6 +311,32 @@ def test_tau_is_a_keyword(name):
         ALGORITHMS[name]([torch.nn.Parameter(torch.zeros(2))], 4)
 
 
+PUBLIC = [
+    value
+    for package in (distoptim, comm, simulator)
+    for value in map(vars(package).get, package.__all__)
+    if inspect.isclass(value)
+    # Of torch; an exception takes what any does, a protocol is not made.
+    and value.__module__.startswith("distoptim.")
+    and not issubclass(value, Exception)
+    and not getattr(value, "_is_protocol", False)
+]
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(PUBLIC), ids=lambda kind: kind.__name__)
+def test_signatures_show_every_argument(kind):
+    """As tooltips and `help()` read them."""
+    kinds = {p.kind for p in inspect.signature(kind).parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_signatures_show_the_options_of_all(name):
+    shown = inspect.signature(ALGORITHMS[name]).parameters.keys()
+    # Some algorithms choose their delay themselves.
+    assert {f.name for f in dataclasses.fields(SyncSettings)} <= shown | {"delay"}
+
+
 @pytest.mark.parametrize("lr", [0.1, 1, np.float32(0.5), torch.tensor(0.1)], ids=repr)
 def test_learning_rates_of_all_kinds(lr):
     p = torch.nn.Parameter(torch.ones(2))
@@ -337,7 +369,7 @@ def test_fragments_that_do_not_cut_the_parameters(parts):
 def test_fragments_as_modules():
     model = torch.nn.Sequential(*(torch.nn.Linear(1, k) for k in (1, 2, 3)))
     optimizer = alone(StreamingDiLoCo, model.parameters(), tau=4, fragments=[model[0::2], model[1]])
-    assert [f.numel for f in inspect(optimizer).fragments] == [2 + 6, 4]
+    assert [f.numel for f in inspection.inspect(optimizer).fragments] == [2 + 6, 4]
 
 
 @pytest.mark.parametrize(
@@ -346,7 +378,7 @@ def test_fragments_as_modules():
 def test_fragments_by_pattern(pattern, sizes):
     params = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 2, 3, 4, 5)]
     optimizer = alone(LocalSGD, params, tau=4, fragments=2, pattern=pattern)
-    assert [f.numel for f in inspect(optimizer).fragments] == sizes
+    assert [f.numel for f in inspection.inspect(optimizer).fragments] == sizes
 
 
 def test_patterns_that_do_not_exist_or_do_not_fit():
@@ -360,7 +392,10 @@ def test_patterns_that_do_not_exist_or_do_not_fit():
 def test_fragments_by_hand():
     a, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 3))
     optimizer = alone(LocalSGD, [a, b], tau=5, fragments=[[b], [a]])
-    assert [(f.numel, f.offset) for f in inspect(optimizer).fragments] == [(3, 0), (2, 2)]
+    assert [(f.numel, f.offset) for f in inspection.inspect(optimizer).fragments] == [
+        (3, 0),
+        (2, 2),
+    ]
 
 
 @pytest.mark.parametrize(
