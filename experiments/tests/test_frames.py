@@ -45,6 +45,20 @@ def test_studies_below_a_folder_are_read_together_and_named_by_their_places(tmp_
     assert set(frames.read(tmp_path).ended.run) >= {"one/final/a", "two/trials/c"}
 
 
+def test_a_run_older_than_a_setting_was_made_as_by_its_default(tmp_path):
+    filled(tmp_path)
+    path, _ = frames.write(tmp_path)
+    table = pd.read_csv(path, dtype=str)
+    table["timeline"] = ["", "True", "True"]
+    table["nesterov"] = ["", "False", "False"]
+    table.to_csv(path, index=False)
+    for record in tmp_path.rglob("*.jsonl"):
+        record.unlink()
+    found = frames.read(tmp_path).ended
+    assert list(found.timeline) == [False, True, True]
+    assert list(found.nesterov) == [True, False, False]
+
+
 def test_curves_are_thinned_from_their_ends():
     steps = range(1, 121)
     curves = pd.DataFrame({"run": "a", "step": steps, "epoch": 1.0, "seconds": 1.0, "loss": 1.0})

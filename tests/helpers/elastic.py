@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from distoptim import ALGORITHMS, Elastic
+from distoptim.comm.elastic import ElasticHandle
 from distoptim.simulator import Cluster
 
 TAU = 4
@@ -107,6 +108,22 @@ def stop_for(seconds: float) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """The histories of the means that come to be merged in the block, in order."""
+    wait = ElasticHandle.wait
+    histories: list[str] = []
+
+    def waited(handle: ElasticHandle, timeout_s: float) -> Any:
+        out = wait(handle, timeout_s)
+        histories.append(handle.history)
+        return out
+
+    ElasticHandle.wait = waited  # type: ignore[method-assign]
+    yield histories
+    ElasticHandle.wait = wait  # type: ignore[method-assign]
+
+
 class Worker:
     """One in a loop of its own; notes what it holds after every merge."""
 
@@ -143,8 +160,8 @@ class Worker:
         )
         self.began = self.optimizer.local_step
         self.generator = torch.Generator().manual_seed(ord(name))
-        # By merge, and who was in the last mean: halves that go on apart for a while hold other things.
-        self.held: dict[Any, str] = {}
+        # By the history of the last mean that was merged: halves that go on apart for a while hold other things.
+        self.held: dict[str, str] = {}
         self.steps = 0
 
     def step(self) -> None:
@@ -154,9 +171,11 @@ class Worker:
         self.optimizer.zero_grad()
         before = self.merges()
         self.steps += 1
-        self.optimizer.average(loss=loss)
+        with heard() as histories:
+            self.optimizer.average(loss=loss)
         if self.merges() != before:
-            self.held[self.merges(), tuple(self.workers.members)] = self.holds()
+            # The first round's mean comes of itself.
+            self.held[histories[-1] if histories else ""] = self.holds()
         time.sleep(0.01)
 
     def merges(self) -> Any:

@@ -273,6 +273,11 @@ def _table(path: Path, types: dict[str, type]) -> pd.DataFrame:
 
 def _csv(source: Path | io.StringIO, types: dict[str, type]) -> pd.DataFrame:
     texts = pd.read_csv(source, dtype=str, keep_default_na=False, na_values=[""])
+    fields = {**RunConfig.model_fields, **Machines.model_fields}
+    for name in texts:
+        # Runs that are older than a setting were made as by its default; numbers may stay missing.
+        if types.get(name) is bool and name in fields:
+            texts[name] = texts[name].fillna(str(fields[name].default))
     return pd.DataFrame({name: _typed(texts[name], types.get(name, float)) for name in texts})
 
 

@@ -77,6 +77,8 @@ class ElasticHandle(TimedHandle):
         self.position = position
         self.mean = mean
         self.taken = taken
+        # That it continues, once it is there: who has merged the means of one history up to it holds the same.
+        self.history = ""
         self._take = take
         self._taken = False
         self._over = threading.Event()
@@ -270,6 +272,7 @@ class MeanThread:
             self._roll.note("mean lost", self._roll.name, self._failed)
             raise MeanLost(f"{self._roll.name}: a mean is lost: {error}") from error
         self._note_made(*before)
+        launch.history = self.history
         launch.workers = self.size
         if launch.caught_up is not None:
             self._given += 1
