@@ -174,8 +174,8 @@ class Worker:
         with heard() as histories:
             self.optimizer.average(loss=loss)
         if self.merges() != before:
-            # The first round's mean comes of itself.
-            self.held[histories[-1] if histories else ""] = self.holds()
+            # A first round's mean comes of itself, and so does one that was saved in flight.
+            self.held[histories[-1] if histories else f"own {self.merges()}"] = self.holds()
         time.sleep(0.01)
 
     def merges(self) -> Any:
