@@ -141,12 +141,21 @@ class Resume(Line):
 
 
 class Log(Line):
-    """The mean training loss since the last such line, in nats; NaN where none was finite."""
+    """How far the run is.
+
+    Attributes:
+        loss: mean training loss since the last such line, in nats; NaN where none was finite.
+        exposed_share: as in `Summary`, so far, of rank 0 alone; of virtual workers their mean. None
+            where nothing was computed.
+        tau: local steps in a round now; None for a method without rounds.
+    """
 
     kind: Literal["log"] = "log"
     epoch: float
     seconds: float
     loss: float
+    exposed_share: float | None = None
+    tau: float | None = None
 
 
 class Evaluation(Line):

@@ -1,15 +1,20 @@
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 from distoptim_experiments import records
 from distoptim_experiments.config import RunConfig
-from distoptim_experiments.training import checkpoint
+from distoptim_experiments.machines import Machines
+from distoptim_experiments.training import checkpoint, virtual
 from distoptim_experiments.training.launch import Job, WorkerError, run_local
 from distoptim_experiments.training.rendezvous import Rendezvous, from_torchrun
+from distoptim_experiments.training.scalars import WeightsAndBiases
 
 LONG = RunConfig(
     data="synthetic",
@@ -98,8 +103,55 @@ def test_tensorboard_gets_the_curves(tmp_path):
     )
     assert run_local(Job(config, tmp_path, tensorboard=True)) == 0
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [2, 4]
-    assert [event.step for event in events.Scalars("test_accuracy")] == [4]
+    steps = {
+        name: [event.step for event in events.Scalars(f"distoptim/{name}")]
+        for name in ("loss", "tau", "exposed_share", "test_accuracy")
+    }
+    # The last of them is the summary's.
+    assert steps == {
+        "loss": [2, 4],
+        "tau": [2, 4],
+        "exposed_share": [2, 4, 4],
+        "test_accuracy": [4],
+    }
+
+
+def test_weights_and_biases_gets_the_same_scalars(tmp_path, monkeypatch):
+    """By a package of that name which keeps what it is given: the real one wants an account, or says so."""
+    (tmp_path / "wandb.py").write_text(
+        "import json, pathlib\n"
+        "class Run:\n"
+        "    def __init__(self, file):\n"
+        "        self.file, self.config, self.lines = file, self, []\n"
+        "    def update(self, values, *, allow_val_change):\n"
+        "        self.lines.append([None, values])\n"
+        "    def log(self, values, *, step):\n"
+        "        self.lines.append([step, values])\n"
+        "    def finish(self):\n"
+        "        self.file.write_text(json.dumps(self.lines))\n"
+        "def init(*, dir):\n"
+        "    return Run(pathlib.Path(dir, 'said.json'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = RunConfig(data="synthetic", model="mlp", workers=1, steps=4, log_every=2)
+    folder = tmp_path / "run"
+    virtual.run(config, Machines(step_ms=1.0), folder, observers=[WeightsAndBiases(folder)])
+    (_, told), *logged = json.loads((folder / "said.json").read_text())
+    assert told == json.loads(json.dumps(config.to_dict()))
+    record = records.read(folder)
+    assert [found["distoptim/loss"] for step, found in logged if "distoptim/loss" in found] == [
+        line.loss for line in record.logs
+    ]
+    assert logged[-1] == [4, {"distoptim/exposed_share": 0.0, "distoptim/overhead_share": 0.0}]
+
+
+def test_wandb_is_asked_for_alone(tmp_path):
+    code = (
+        "import sys; from distoptim_experiments.training import launch, scalars;"
+        "print({'wandb', 'tensorboard'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_torchrun_is_recognised_by_its_variables(monkeypatch):

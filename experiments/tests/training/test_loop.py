@@ -185,6 +185,8 @@ def test_the_summary_adds_up(tmp_path, algorithm):
     tail = TAIL if algorithm == "local-sgd" else 0
     assert s.bytes == s.syncs * 4 * (record.start.parameters + tail)
     assert [line.step for line in record.evaluations] == [4, 8, 10]
+    assert record.logs[-1].exposed_share > 0
+    assert record.logs[-1].tau == s.tau
     if algorithm == "ddp":
         # DDP does not say what it hides or works; there are no rounds.
         assert (s.overhead_s, s.hidden_s, s.tau) == (None, None, None)
@@ -210,6 +212,10 @@ def test_real_and_virtual_workers_leave_the_same_record(tmp_path):
     assert not (tmp_path / "virtual" / checkpoint.FOLDER).exists()
     assert checkpoint.exists(tmp_path / "real")
     one, other = (records.read(tmp_path / name) for name in ("real", "virtual"))
+    assert (other.logs[-1].exposed_share, other.logs[-1].tau) == (
+        other.summary.exposed_share,
+        other.summary.tau,
+    )
     # A real one logs the loss of rank 0, a virtual one the mean over the workers.
     assert [e.test_loss for e in one.evaluations] == pytest.approx(
         [e.test_loss for e in other.evaluations], rel=1e-4

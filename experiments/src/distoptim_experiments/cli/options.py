@@ -343,11 +343,13 @@ def config_of(values: Values) -> RunConfig:
     return optimizers.check(RunConfig(**fields_of(RunConfig, values), options=own_of(values)))
 
 
-def check_files(config: RunConfig, tensorboard: bool = False) -> None:
+def check_files(config: RunConfig, *, tensorboard: bool = False, wandb: bool = False) -> None:
     """Fail here, before there are workers."""
     datasets.load(config.data, None if config.data_dir is None else Path(config.data_dir))
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs TensorBoard: pip install 'distoptim[tensorboard]'")
+    if wandb and find_spec("wandb") is None:
+        raise ValueError("--wandb needs Weights & Biases: pip install wandb")
 
 
 def new_folder(name: str) -> Path:

@@ -103,6 +103,11 @@ class TrainOptions(Settings):
     tensorboard: Annotated[bool, Field(description="Log for TensorBoard too."), Option(RESULTS)] = (
         False
     )
+    wandb: Annotated[
+        bool,
+        Field(description="Log to Weights & Biases too, as WANDB_PROJECT and WANDB_MODE say."),
+        Option(RESULTS),
+    ] = False
     init: Annotated[
         str | None,
         Field(
@@ -163,12 +168,13 @@ def train(given: Given) -> int:
     if started:
         fields = {**fields, "workers": started}
     config = config_of(fields)
-    check_files(config, own.tensorboard)
+    check_files(config, tensorboard=own.tensorboard, wandb=own.wandb)
     job = Job(
         config,
         folder or resume or new_folder(config.algorithm),
         resume is not None,
         own.tensorboard,
+        own.wandb,
     )
     return _run(job, rendezvous)
 
@@ -176,7 +182,7 @@ def train(given: Given) -> int:
 def _train_elastic(given: Given, elastic: ElasticOptions, folder: Path | None) -> int:
     """Be a worker that comes and goes; the same line brings it back."""
     given.check_effects({**given.all, "started": elastic.start})
-    for name in ("resume", "auto_resume", "init", "rank", "world_size", "tensorboard"):
+    for name in ("resume", "auto_resume", "init", "rank", "world_size", "tensorboard", "wandb"):
         if given.all[name]:
             raise ValueError(f"--{name.replace('_', '-')} does not go with --elastic")
     if folder is None:

@@ -17,7 +17,8 @@ from distoptim_experiments.training.loop import Observer
 
 
 class LiveProgress(Progress):
-    """One bar per run, with the last loss, the last test accuracy and the time that is left.
+    """One bar per run, with the last loss and test accuracy, what of its communication is exposed so
+    far (in % of the computation), tau, and the time that is left.
 
     Args:
         console: where to.
@@ -26,10 +27,12 @@ class LiveProgress(Progress):
     def __init__(self, console: Console) -> None:
         super().__init__(
             TextColumn("{task.description:<18}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:>6}"),
             TextColumn("test {task.fields[accuracy]:>6}"),
+            TextColumn("exposed {task.fields[exposed]:>6}"),
+            TextColumn("tau {task.fields[tau]:>3}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -38,13 +41,20 @@ class LiveProgress(Progress):
 
     def watch(self, name: str) -> Observer:
         """What is to be given the lines of a run called `name`."""
-        task = self.add_task(name, total=None, loss="", accuracy="")
+        task = self.add_task(name, total=None, loss="", accuracy="", exposed="", tau="")
 
         def observe(line: Line) -> None:
             if isinstance(line, Start | Resume):
                 self.update(task, total=line.steps, completed=line.step)
             elif isinstance(line, Log):
-                self.update(task, completed=line.step, loss=f"{line.loss:.4f}")
+                share = line.exposed_share
+                self.update(
+                    task,
+                    completed=line.step,
+                    loss=f"{line.loss:.4f}",
+                    exposed="" if share is None else f"{share:.1%}",
+                    tau="" if line.tau is None else f"{line.tau:g}",
+                )
             elif isinstance(line, Evaluation):
                 self.update(task, completed=line.step, accuracy=f"{line.test_accuracy:.1%}")
             elif isinstance(line, Membership):

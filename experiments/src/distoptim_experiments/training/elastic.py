@@ -187,6 +187,11 @@ class ElasticWorker(Workers):
             raise FloatingPointError("this worker's parameters are not finite")
         return self._signals.received
 
+    def so_far(self) -> dict[str, float | None]:
+        """By its own clock."""
+        share = self._costs().exposed_share(self._seconds)
+        return {"exposed_share": share, "tau": self._method.stats().get("tau")}
+
     def totals(self) -> dict[str, Any]:
         """Its own."""
         return {

@@ -32,6 +32,7 @@ from distoptim_experiments.training.rendezvous import (
     loopback_interface,
     serve_on_loopback,
 )
+from distoptim_experiments.training.scalars import TensorBoard, WeightsAndBiases
 from distoptim_experiments.training.signals import Stopped, StopSignals, interruptible
 from distoptim_experiments.training.world import World, join
 
@@ -59,6 +60,7 @@ class Job:
         folder: for record, checkpoints and tracebacks.
         resume: go on from the latest checkpoint there.
         tensorboard: also log for TensorBoard, in that folder.
+        wandb: also log to Weights & Biases.
         label: the run's name in tables; default its algorithm.
         keep_checkpoint: leave one at the end, from which more steps can be made.
     """
@@ -67,6 +69,7 @@ class Job:
     folder: Path
     resume: bool = False
     tensorboard: bool = False
+    wandb: bool = False
     label: str | None = None
     keep_checkpoint: bool = True
 
@@ -102,10 +105,9 @@ def run_worker(
 def _run(job: Job, world: World, signals: StopSignals, observers: Sequence[Observer]) -> int:
     observers = list(observers)
     if job.tensorboard and world.seat.rank == 0:
-        # It takes seconds to import, and is an extra.
-        from distoptim_experiments.training.tensorboard import TensorBoard
-
         observers.append(TensorBoard(job.folder / "tensorboard"))
+    if job.wandb and world.seat.rank == 0:
+        observers.append(WeightsAndBiases(job.folder))
     # Under torchrun every rank has made up a name of its own.
     folder = Path(world.gather(str(job.folder))[0])
     run = Run(

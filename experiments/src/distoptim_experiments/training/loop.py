@@ -183,7 +183,8 @@ class Run:
         }
 
     def _log(self) -> None:
-        self._tell(records.Log, **self._at(), loss=mean_loss(self._losses))
+        so_far = self.workers.so_far()
+        self._tell(records.Log, **self._at(), loss=mean_loss(self._losses), **so_far)
         self._losses.clear()
 
     def _evaluate(self) -> None:

@@ -101,6 +101,11 @@ class Processes(Workers):
         """What all have voted for."""
         return self._vote.verdict(self._made, self._step_s, goes_on(losses))
 
+    def so_far(self) -> dict[str, float | None]:
+        """By its own clock."""
+        share = self._costs().exposed_share(self._seconds)
+        return {"exposed_share": share, "tau": self._method.stats().get("tau")}
+
     def totals(self) -> dict[str, Any]:
         """Seconds are means over the ranks, bytes are each worker's, of all its ranks.
 

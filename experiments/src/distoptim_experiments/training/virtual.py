@@ -19,7 +19,7 @@ from distoptim_experiments.training import checkpoint
 from distoptim_experiments.training.evaluation import goes_on, score, worker_accuracy
 from distoptim_experiments.training.loop import Observer, Run
 from distoptim_experiments.training.low_rank import LowRankMean
-from distoptim_experiments.training.methods.base import batch_loss
+from distoptim_experiments.training.methods.base import Costs, batch_loss
 from distoptim_experiments.training.problem import Problem
 from distoptim_experiments.training.workers import Workers
 from distoptim_experiments.training.world import Seat
@@ -168,6 +168,15 @@ class Virtual(Workers):
         if not goes_on(losses):
             raise FloatingPointError("no worker's loss is finite")
         return 0
+
+    def so_far(self) -> dict[str, float | None]:
+        """Of all workers."""
+        totals = self.totals()
+        costs = Costs(exposed_s=totals["exposed_s"])
+        return {
+            "exposed_share": costs.exposed_share(totals["seconds"]),
+            "tau": totals.get("tau"),
+        }
 
     def totals(self) -> dict[str, Any]:
         """Means over the workers, by their virtual clocks."""

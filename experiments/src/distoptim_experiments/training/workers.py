@@ -17,7 +17,7 @@ from distoptim_experiments.training.world import Seat
 class Workers(ABC):
     """Those workers of a run that this process holds, and their clock.
 
-    Where a run has several processes, all methods but those that return times and states are
+    Where a run has several processes, all methods but those that return times, costs and states are
     collective.
 
     Attributes:
@@ -87,6 +87,10 @@ class Workers(ABC):
         Raises:
             FloatingPointError: on all workers: no one's loss is finite.
         """
+
+    @abstractmethod
+    def so_far(self) -> dict[str, float | None]:
+        """`exposed_share` and `tau` as fields of `records.Log`, without asking other processes."""
 
     @abstractmethod
     def totals(self) -> dict[str, Any]:

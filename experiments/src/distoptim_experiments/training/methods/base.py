@@ -31,6 +31,11 @@ class Costs:
             self.syncs + other.syncs,
         )
 
+    def exposed_share(self, seconds: float) -> float | None:
+        """Exposed communication as a share of the computation in so many seconds; None where there was none."""
+        computation_s = seconds - self.exposed_s - (self.overhead_s or 0.0)
+        return self.exposed_s / computation_s if computation_s > 0 else None
+
 
 def _sum(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a + b
