@@ -15,8 +15,9 @@ from distoptim.comm import Codec, ErrorFeedback, Link
 from distoptim.comm.mesh import WorkerMesh
 from distoptim.construction import ToldToAll
 from distoptim.engine import checkpoint, evaluation, membership, saved
+from distoptim.engine.calls import Calls, EngineCalls
 from distoptim.engine.clock import Clock
-from distoptim.engine.engine import Engine, Inner, Rounds, tick_together
+from distoptim.engine.engine import Engine, Inner, tick_together
 from distoptim.engine.hierarchy import Hierarchy, check_levels, connect_levels
 from distoptim.engine.history import Recording, Span, trace
 from distoptim.engine.likeness import look_for_ddp
@@ -94,6 +95,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
     Attributes:
         inner: the optimizer that makes the local steps.
         engine: keeps the rounds; for simulators, integrations and tests, which may read it.
+        calls: what all workers call together, on that engine and on those of levels; for the library itself.
 
     Raises:
         ValueError: a value outside its range, or workers that disagree.
@@ -102,6 +104,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
 
     inner: torch.optim.Optimizer
     engine: Engine
+    calls: Calls
     _recording: Recording | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -236,9 +239,9 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
         )
         if self._recording is not None:
             self.engine.counters.follow = self._recording.follow
-        self._rounds: Rounds = self.engine
+        self.calls = EngineCalls(self.engine)
         if self._levels:
-            self._rounds = Hierarchy(
+            self.calls = Hierarchy(
                 self.engine, self._levels, inner=inner, timeout_s=settings.timeout_s
             )
 
@@ -258,7 +261,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
 
         Whatever it raises, also out of closure and hooks, the other workers are told.
         """
-        with self.engine.telling():
+        with self.calls.telling():
             self.engine.check_local()
             args = () if closure is None else (closure,)
             for pre in self._optimizer_step_pre_hooks.values():
@@ -272,7 +275,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
                 self._look_for_ddp()
             if self._settings.average_in_step:
                 self.engine.weights.report(None)
-                self._rounds.tick()
+                self.calls.tick()
         return loss
 
     # torch wraps `step` of every class to run hooks. Ours runs the inner optimizer's, which torch has
@@ -349,9 +352,9 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
                 engine.weights.report(samples)
             if loss is not None:
                 engine.clock.report(loss)
-            self._rounds.tick()
+            self.calls.tick()
         except Exception as error:
-            engine.tell(error)
+            self.calls.tell(error)
             raise
 
     def flush(self) -> None:
@@ -359,8 +362,8 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
 
         Blocking and collective.
         """
-        with self.engine.telling():
-            self._rounds.flush()
+        with self.calls.telling():
+            self.calls.flush()
 
     def join(self) -> contextlib.AbstractContextManager[None]:
         """A `with` block around the loop of workers that may have different numbers of local steps.
@@ -369,7 +372,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
         left; then all hold the workers' mean, weighted by the samples (else local steps) they had in
         the block. Leaving it by an exception communicates nothing.
         """
-        return self._rounds.join()
+        return self.calls.join()
 
     @contextlib.contextmanager
     def averaged(self, module: torch.nn.Module | None = None) -> Iterator[None]:
@@ -387,7 +390,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
             ValueError: on all workers, naming what of the module differs, or is trained by another
                 optimizer (see `distoptim.averaged`).
         """
-        with self._master_weights.untouched(), evaluation.averaged([self.engine], module):
+        with self._master_weights.untouched(), evaluation.averaged([self.calls], module):
             yield
 
     def consolidate(self, module: torch.nn.Module | None = None) -> None:
@@ -402,7 +405,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
         Raises:
             ValueError: as `averaged`.
         """
-        evaluation.consolidate([self.engine], module)
+        evaluation.consolidate([self.calls], module)
 
     def average_module(self, module: torch.nn.Module) -> None:
         """The workers' mean of any other module, in place: of a moving average of the weights.
@@ -418,14 +421,14 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
             ValueError: this optimizer trains its parameters, or something in it differs that is not
                 averaged; on all workers.
         """
-        evaluation.average_module(self.engine, module)
+        evaluation.average_module(self.calls, module)
 
     def consensus_distance(self) -> float:
         """Root mean square over the workers of |x_i - mean x|, the Euclidean norm.
 
         Collective, blocks.
         """
-        return evaluation.consensus_distance(self.engine)
+        return evaluation.consensus_distance(self.calls)
 
     def stats(self) -> dict[str, float]:
         """What this worker measured so far; costs nothing but reading.
@@ -517,7 +520,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
                 of local steps.
         """
         try:
-            self._rounds.close()
+            self.calls.close()
         finally:
             if self._recording is not None:
                 self._recording.close(self.engine.counters.spans)
@@ -533,11 +536,11 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
         run is bit-equal to one that never stopped. With a codec and more than two workers the others
         must come to this or to their next `average()` too, for the second stage of a coded mean.
         """
-        with self.engine.telling():
+        with self.calls.telling():
             for pre in self._optimizer_state_dict_pre_hooks.values():
                 pre(self)
             rounds = {
-                **checkpoint.save(self._rounds),
+                **checkpoint.save(self.calls),
                 "parameters": _fingerprint(self._fragments()),
                 "shard": WorkerMesh(self._members[0]).coordinates,
             }
@@ -574,10 +577,10 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
         self.engine.settle()
         alone = self._communicator.elastic or self.engine.reducer.failure is not None
         if not alone:
-            ours = membership.catch_up(self.engine, ours, refusal)
+            ours = membership.catch_up(self.calls, ours, refusal)
         elif refusal is not None:
             raise refusal
-        with self.engine.telling():
+        with self.calls.telling():
             self.inner.load_state_dict(state)
             # Before the rounds may move x.
             self._master_weights.restore(state)
@@ -586,7 +589,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
             elif self._communicator.elastic:
                 membership.go_on(self.engine, ours)
             else:
-                self._rounds.load_state_dict(ours)
+                self.calls.load_state_dict(ours)
             for post in self._optimizer_load_state_dict_post_hooks.values():
                 post(self)
 
@@ -659,7 +662,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
         ]
         self._master_weights.follow()
         kept = {name: self.__dict__[name] for name in keep}
-        return {**kept, "saved": checkpoint.save(self._rounds)}
+        return {**kept, "saved": checkpoint.save(self.calls)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the engine around the copied parameters, without talking to anybody."""
@@ -669,7 +672,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
         self._watch = Watch(self.inner, self._members[0], self._settings.modules)
         self._build()
         self._master_weights.look()
-        self._rounds.load_state_dict(rounds)
+        self.calls.load_state_dict(rounds)
 
     # ---- what stays the inner optimizer's ---------------------------------------------------------
 
@@ -742,7 +745,7 @@ def averaged(
     Raises:
         ValueError: as there; optimizers over other numbers of workers, or none.
     """
-    return evaluation.averaged(_engines("averaged", model, optimizers), model)
+    return evaluation.averaged(_calls("averaged", model, optimizers), model)
 
 
 def consolidate(model: torch.nn.Module, *optimizers: AveragingOptimizer) -> None:
@@ -755,12 +758,12 @@ def consolidate(model: torch.nn.Module, *optimizers: AveragingOptimizer) -> None
     Raises:
         ValueError: as `averaged`.
     """
-    evaluation.consolidate(_engines("consolidate", model, optimizers), model)
+    evaluation.consolidate(_calls("consolidate", model, optimizers), model)
 
 
-def _engines(
+def _calls(
     call: str, model: torch.nn.Module, optimizers: Sequence[AveragingOptimizer]
-) -> list[Engine]:
+) -> list[Calls]:
     if not optimizers or not all(isinstance(o, AveragingOptimizer) for o in optimizers):
         raise ValueError(
             f"{call}(model, *{list(optimizers)}): allowed are one or more optimizers of distoptim"
@@ -771,9 +774,9 @@ def _engines(
     # Their means go one after the other, so that all workers have to have one order: the model's.
     order = {id(p): i for i, p in enumerate(model.parameters())}
     return sorted(
-        (o.engine for o in optimizers),
-        key=lambda engine: min(
-            order.get(id(p), len(order)) for s in engine.syncs for p in s.fragment.params
+        (o.calls for o in optimizers),
+        key=lambda calls: min(
+            order.get(id(p), len(order)) for s in calls.engine.syncs for p in s.fragment.params
         ),
     )
 

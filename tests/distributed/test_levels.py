@@ -276,24 +276,36 @@ def _uneven(rank):
             _train(optimizer, params, rank, range(LOADERS[rank]))
         joined = torch.cat([p.detach() for p in params])
         xs = _train(optimizer, params, rank, range(4))
-        out[name] = joined, torch.stack(xs)
+        _train(optimizer, params, rank, range(1))
+        optimizer.consolidate()
+        consolidated = _train(optimizer, params, rank, range(4))
+        out[name] = joined, torch.stack(xs), torch.stack(consolidated)
         optimizer.close()
     return out
 
 
-def test_loaders_of_different_lengths():
+@pytest.fixture(scope="module")
+def uneven():
+    return run(_uneven, WORKERS)
+
+
+def test_loaders_of_different_lengths(uneven):
     """Who has run out weighs in its pair as among all.
 
     By the local steps it still made, then not at all.
     """
-    results = run(_uneven, WORKERS)
-    for name in results[0]:
-        joined = torch.stack([result[name][0] for result in results])
+    for name in uneven[0]:
+        joined = torch.stack([result[name][0] for result in uneven])
         assert torch.equal(joined, joined[:1].expand_as(joined)), name
-        # Rounds begin anew there, so that pairs meet before all do.
-        x = torch.stack([result[name][1] for result in results], 1)
-        assert _meet(x)[1] == [2, 4], name
-    torch.testing.assert_close(results[0]["local-sgd"][0], _uneven_by_hand(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(uneven[0]["local-sgd"][0], _uneven_by_hand(), rtol=0, atol=1e-12)
+
+
+def test_where_all_take_the_mean_over_rounds_begin_at_all_levels(uneven):
+    """After `join` and `consolidate`, so that pairs meet when all do, and in the middle."""
+    for name in uneven[0]:
+        for when in (1, 2):
+            x = torch.stack([result[name][when] for result in uneven], 1)
+            assert _meet(x)[1] == [2, 4], (name, when)
 
 
 def _uneven_by_hand():

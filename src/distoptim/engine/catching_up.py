@@ -12,7 +12,7 @@ import torch
 
 from distoptim import rule as rules
 from distoptim.comm import CatchUp, Handle, MeanLost
-from distoptim.engine.engine import Engine
+from distoptim.engine.engine import Engine, tick_again
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
 from distoptim.engine.reducer import LIMITS
 from distoptim.fragments import Flat
@@ -62,15 +62,8 @@ def catch_up(
         _take_over(engine, each, given.state["fragments"][each.index], steps, joins=joins)
     engine.counters.catch_up()
     engine.plan()
-    # What others launch meanwhile is launched as of the step at which they do; what is due now, by
-    # whoever has come here.
-    for _ in range(made):
-        if engine.waits:
-            engine.merge_due()
-            engine.launch_due()
-        engine.step += 1
-    if engine.waits:
-        engine.merge_due()
+    # What others launch meanwhile is launched as of the step at which they do.
+    tick_again(engine, made)
 
 
 def _own_steps(engine: Engine, sync: FragmentSync, heard: bool) -> Flat | None:

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from distoptim import rule as rules
 from distoptim.checksum import checksum
-from distoptim.engine.engine import Engine, Rounds
+from distoptim.engine.calls import Calls
+from distoptim.engine.engine import Engine
 from distoptim.version import __version__
 
 FORMAT = 3
@@ -22,9 +23,9 @@ KEY = "distoptim"
 _RENAMED_RULES = {"Elastic": "Spring", "Late": "Restart"}
 
 
-def save(rounds: Rounds) -> dict[str, Any]:
+def save(calls: Calls) -> dict[str, Any]:
     """All of a worker's rounds, with what says who wrote them."""
-    return {"format": FORMAT, "version": __version__, **rounds.state_dict()}
+    return {"format": FORMAT, "version": __version__, **calls.state_dict()}
 
 
 def sealed(state: Mapping[str, Any]) -> dict[str, Any]:

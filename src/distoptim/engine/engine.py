@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
 import time
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from distoptim.comm import CommunicationError, Communicator, Handle, MeanLost
+from distoptim.comm import Communicator, Handle, MeanLost
 from distoptim.comm.codecs import Coding
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean, Unheard
@@ -31,9 +28,6 @@ from distoptim.rule import Average, Mean, Rule
 from distoptim.watch import Watch
 
 logger = logging.getLogger("distoptim")
-
-# How long a worker that ends waits for the others, who may have ended without it.
-_END_S = 60.0
 
 
 class QuarantineWarning(RuntimeWarning):
@@ -65,36 +59,74 @@ class Inner:
             self.optimizer.state.pop(p, None)
 
 
-class Rounds(ABC):
-    """The rounds of one optimizer, as it sees them: an `Engine`, or one with levels below it."""
+def tick_together(
+    engines: Sequence[Engine], *, before_launch: Callable[[], object] | None = None
+) -> None:
+    """One local step of one worker, or of several virtual ones in lockstep.
 
-    @abstractmethod
-    def tick(self) -> None:
-        """One local step is done: merge and launch what is due."""
+    Merges come before launches: at delay = tau a fragment's mean is merged before its next payload is
+    formed. Among virtual workers every part is done for all before the next, since a mean is there only
+    when all have launched, and its second stage only when all have had their first.
 
-    @abstractmethod
-    def flush(self) -> None:
-        """Merge what is in flight and average what was done since, blocking; a new round begins."""
+    Args:
+        engines: of the workers in this process.
+        before_launch: called between merges and launches, at every step.
 
-    @abstractmethod
-    def join(self) -> contextlib.AbstractContextManager[None]:
-        """A block that workers with different numbers of local steps leave together."""
+    Raises:
+        CommunicationError: of a failure, now or before.
+    """
+    due = False
+    if engines[0].clock.timed and len(engines) > 1:
+        for engine in engines:
+            # Who has come to the end of its round waits there for the others.
+            if not engine.waits:
+                engine.count()
+        due = all(engine.waits for engine in engines)
+    else:
+        for engine in engines:
+            due = engine.count() or due
+    if not due and before_launch is None:
+        return
+    _do_due(engines, before_launch)
+    if len(engines) > 1:
+        for engine in engines:
+            engine.poll()
+    for engine in engines:
+        if engine.clock.delay == 0:
+            engine.merge_due()
+            engine.plan()
+        engine.counters.ticked_at = engine.communicator.now()
 
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit-equal, as plain data and tensors."""
 
-    @abstractmethod
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Put a state that fits into the rounds."""
+def tick_again(engine: Engine, steps: int) -> None:
+    """What is due in local steps that this worker has made already, of which the others launch meanwhile.
 
-    @abstractmethod
-    def close(self) -> None:
-        """Wait for what is in flight, then leave all groups."""
+    Of the last step the merges alone: it is being ticked, so that its launches come next.
+
+    Args:
+        engine: of this worker, at the step from which on it goes along with the others.
+        steps: that it has made since.
+    """
+    for _ in range(steps):
+        if engine.waits:
+            _do_due((engine,), None)
+        engine.step += 1
+    if engine.waits:
+        engine.merge_due()
+
+
+def _do_due(engines: Sequence[Engine], before_launch: Callable[[], object] | None) -> None:
+    """The merges, then the launches of a local step that has been counted."""
+    for engine in engines:
+        engine.merge_due()
+    if before_launch is not None:
+        before_launch()
+    for engine in engines:
+        engine.launch_due()
 
 
 @final
-class Engine(Rounds):
+class Engine:
     """Keeps the rounds of all fragments.
 
     A fragment is launched at local steps offset, offset + tau, ... (tau, 2 tau, ... for offset 0) and
@@ -148,13 +180,11 @@ class Engine(Rounds):
         self.step = 0
         # Inside averaged(), where parameters are the workers' mean.
         self.evaluating = False
-        # Of groups of neighbours, smallest first, whose means come before this one's.
-        self.levels: Sequence[Engine] = ()
-        self._expect_messages([])
         self.watch = watch
         self._inner = inner
         self._may_be_empty = may_be_empty
-        self._ended = False
+        # In `join`, whether all workers have run out of data.
+        self.ended = False
         self._activate()
         self._measured = len(clock.period.measures)
         self.statistics = statistics
@@ -183,11 +213,7 @@ class Engine(Rounds):
             sync.kept = fragment.flat(extra=1)
         return sync
 
-    # ---- the round, from top to bottom ------------------------------------------------------------
-
-    def tick(self) -> None:
-        """One local step is done: merge and launch what is due."""
-        tick_together((self,))
+    # ---- one round, from top to bottom ------------------------------------------------------------
 
     def count(self) -> bool:
         """Count a local step; whether something is to be merged or launched after it."""
@@ -208,24 +234,6 @@ class Engine(Rounds):
             self.watch.check()
         return due
 
-    @property
-    def waits(self) -> bool:
-        """Whether this step's merges and launches are still to come."""
-        return self.step >= self._next_event
-
-    @property
-    def idle(self) -> int:
-        """How many local steps from here on have nothing due after them, and may be counted at once."""
-        # A timed round asks the clock at every step, and the first step is where seconds are counted from.
-        if self.clock.timed or self.counters.started_at is None:
-            return 0
-        return max(0, self._next_event - self.step - 1)
-
-    def skip(self, steps: int) -> None:
-        """Count so many of the `idle` local steps."""
-        self.step += steps
-        self.counters.ticks += steps
-
     def _keep_time(self) -> None:
         """Let the round end with this local step if its time is up, else with the next at the earliest."""
         clock = self.clock
@@ -238,19 +246,6 @@ class Engine(Rounds):
                 sync.pending.due = end
         self.plan()
 
-    def lr(self, group: int) -> float:
-        """The inner learning rate of a param group now."""
-        return self._inner.lr(group)
-
-    def look_soon(self) -> None:
-        """Look after the next local step whether something is due; from whatever thread."""
-        self._next_event = 0
-
-    def poll(self) -> None:
-        """Let what is in flight do what can be done without waiting (second stages, times)."""
-        for pending in self._pending:
-            pending.handle.poll()
-
     @torch.no_grad()
     def merge_due(self) -> None:
         """Merge, in order of launch, the means that are due at this step."""
@@ -259,114 +254,8 @@ class Engine(Rounds):
             if sync.pending is not None and sync.pending.due <= self.step:
                 self.merge(sync)
         # Here, since the algorithm begins at the mean that has just been merged, launched at this step.
-        if self.clock.synchronous and self._synchronous_phase_is_over:
+        if self.clock.synchronous and self.synchronous_phase_is_over:
             self._end_synchronous_phase()
-
-    @torch.no_grad()
-    def launch_due(self) -> None:
-        """Launch the fragments whose round ends at this step.
-
-        The first one may change the length of the rounds.
-        """
-        clock = self.clock
-        round_ends = self.syncs[0].next_launch <= self.step and not clock.fixed
-        if round_ends and clock.expected_s:
-            self._expect()
-        if round_ends and clock.advance(self.step):
-            # Nothing may be in flight when rounds begin anew.
-            self.drain()
-            for sync in self.syncs:
-                if sync.fragment.offset_at(clock.tau):
-                    sync.schedule(self.step, clock.tau)
-        for sync in self.syncs:
-            if sync.next_launch <= self.step:
-                self._launch(sync)
-                sync.next_launch = self.step + clock.tau
-        if round_ends and clock.timed:
-            clock.begin_time(self.step, self._computed_s(), anew=False)
-        self.plan()
-
-    def _launch(self, sync: FragmentSync, kind: Kind = Kind.ROUND) -> None:
-        """Form the payload and start its mean, without waiting."""
-        start = time.perf_counter()
-        with record_function("distoptim::launch"):
-            finite = self._form(sync)
-            # Not in the first rounds, in which delayed algorithms have not yet moved x.
-            if sync.likeness is not None and sync.merges > 2:
-                sync.likeness.look(sync.buffer.tensor[: sync.fragment.numel])
-            weight = 1.0
-            weighing = Weighing.ALIKE
-            extras: list[Tensor | float] = []
-            weights = self.weights
-            if self.clock.timed:
-                weighing = weights.weighing
-                weight = self._weight_of_time(sync)
-            elif weights.samples is not None or weights.left_at is not None:
-                weighing = weights.weighing
-                since = max(0, sync.launched)
-                weight = weights.weight(step=self.step, since=since, samples=sync.samples)
-            if sync.extra:
-                extras = self._measure()
-            # Before it is sent: what is wrong with it can be told in the place of this message.
-            lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
-            # As `_identity`, written out on the path of every round.
-            identity = identify(
-                kind,
-                sync.index,
-                self.reducer.messages,
-                self.step,
-                weighing,
-                alike=not self.clock.timed,
-                # One for all says nothing of how param groups are cut, which may differ.
-                lr=lr[: None if len(set(lr)) > 1 else 1] if self._follows_lr else (),
-            )
-            self.communicator.begin_round(self.clock.delay * self.counters.step_s)
-            handle = self.reducer.start(sync, finite, weight, extras, identity)
-        self.counters.launched(sync.index, sync.nbytes, time.perf_counter() - start)
-        self._take_off(sync, handle, finite, lr, launched=self.step, identity=identity)
-
-    def _weight_of_time(self, sync: FragmentSync) -> float:
-        return self.weights.weight_of_time(
-            step=self.step,
-            since=max(0, sync.launched),
-            samples=sync.samples,
-            usual=self.clock.memory.get("steps"),
-        )
-
-    def _form(self, sync: FragmentSync) -> Tensor:
-        """Write the payload into the buffer; whether it is finite."""
-        rule = self.active
-        fragment = sync.fragment
-        rule.payload(fragment, sync.state, sync.buffer)
-        finite = mark_finite(sync.buffer.tensor, fragment)
-        # On other devices the host does not know yet; see `merge`.
-        if fragment.device.type == "cpu" and not finite:
-            self._quarantine(sync)
-            # Of what it was put back to, for `sent` below; nothing of it is sent (`Reducer.start`).
-            rule.payload(fragment, sync.state, sync.buffer)
-        if self.statistics is not None and sync.index == 0 and finite:
-            start = fragment.numel + self._measured
-            self.statistics.write(sync.buffer.tensor[start : fragment.numel + sync.extra])
-        if sync.kept is not None:
-            sync.keep()
-        # After the payload was read: rules that move x at the launch send what it was before.
-        rule.sent(fragment, sync.state, sync.buffer)
-        return finite
-
-    def _take_off(
-        self,
-        sync: FragmentSync,
-        handle: Handle,
-        finite: Tensor,
-        lr: list[float],
-        *,
-        launched: int,
-        identity: Identity | None = None,
-    ) -> None:
-        due = launched + self.clock.delay
-        sync.pending = PendingMean(handle, finite, due, lr, identity, sync.samples)
-        sync.launched = launched
-        sync.samples = self.weights.samples or 0.0
 
     def merge(self, sync: FragmentSync) -> bool:
         """Wait for the mean, if it is not there yet, and let it meet state and parameters.
@@ -392,7 +281,7 @@ class Engine(Rounds):
         start = time.perf_counter()
         with record_function("distoptim::merge"):
             if weight == 0:
-                self._ended = left
+                self.ended = left
                 return True
             # Who gives to one that is behind looks at it from another thread.
             sync.merging = True
@@ -430,6 +319,122 @@ class Engine(Rounds):
         if self.statistics is not None:
             self.statistics.mean = beside[self._measured :]
 
+    @torch.no_grad()
+    def launch_due(self) -> None:
+        """Launch the fragments whose round ends at this step.
+
+        The first one may change the length of the rounds.
+        """
+        clock = self.clock
+        round_ends = self.syncs[0].next_launch <= self.step and not clock.fixed
+        if round_ends and clock.expected_s:
+            self._expect()
+        if round_ends and clock.advance(self.step):
+            # Nothing may be in flight when rounds begin anew.
+            self.drain()
+            for sync in self.syncs:
+                if sync.fragment.offset_at(clock.tau):
+                    sync.schedule(self.step, clock.tau)
+        for sync in self.syncs:
+            if sync.next_launch <= self.step:
+                self.launch(sync)
+                sync.next_launch = self.step + clock.tau
+        if round_ends and clock.timed:
+            clock.begin_time(self.step, self._computed_s(), anew=False)
+        self.plan()
+
+    def launch(self, sync: FragmentSync, kind: Kind = Kind.ROUND) -> None:
+        """Form the payload and start its mean, without waiting."""
+        start = time.perf_counter()
+        with record_function("distoptim::launch"):
+            finite = self._form(sync)
+            # Not in the first rounds, in which delayed algorithms have not yet moved x.
+            if sync.likeness is not None and sync.merges > 2:
+                sync.likeness.look(sync.buffer.tensor[: sync.fragment.numel])
+            weight = 1.0
+            weighing = Weighing.ALIKE
+            extras: list[Tensor | float] = []
+            weights = self.weights
+            if self.clock.timed:
+                weighing = weights.weighing
+                weight = self._weight_of_time(sync)
+            elif weights.samples is not None or weights.left_at is not None:
+                weighing = weights.weighing
+                since = max(0, sync.launched)
+                weight = weights.weight(step=self.step, since=since, samples=sync.samples)
+            if sync.extra:
+                extras = self._measure()
+            # Before it is sent: what is wrong with it can be told in the place of this message.
+            lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
+            # As `identity`, written out on the path of every round.
+            identity = identify(
+                kind,
+                sync.index,
+                self.reducer.messages,
+                self.step,
+                weighing,
+                alike=not self.clock.timed,
+                # One for all says nothing of how param groups are cut, which may differ.
+                lr=lr[: None if len(set(lr)) > 1 else 1] if self._follows_lr else (),
+            )
+            self.communicator.begin_round(self.clock.delay * self.counters.step_s)
+            handle = self.reducer.start(sync, finite, weight, extras, identity)
+        self.counters.launched(sync.index, sync.nbytes, time.perf_counter() - start)
+        self._take_off(sync, handle, finite, lr, launched=self.step, identity=identity)
+
+    def _weight_of_time(self, sync: FragmentSync) -> float:
+        return self.weights.weight_of_time(
+            step=self.step,
+            since=max(0, sync.launched),
+            samples=sync.samples,
+            usual=self.clock.memory.get("steps"),
+        )
+
+    def _measure(self) -> list[Tensor | float]:
+        """What this worker sends along for the period."""
+        return self.clock.measure(
+            step=self.step,
+            lr=self._inner.lr(0),
+            computed_s=self._computed_s(),
+            communication_s=sum(sync.seconds for sync in self.syncs),
+            has_data=self.weights.left_at is None,
+        )
+
+    def _form(self, sync: FragmentSync) -> Tensor:
+        """Write the payload into the buffer; whether it is finite."""
+        rule = self.active
+        fragment = sync.fragment
+        rule.payload(fragment, sync.state, sync.buffer)
+        finite = mark_finite(sync.buffer.tensor, fragment)
+        # On other devices the host does not know yet; see `merge`.
+        if fragment.device.type == "cpu" and not finite:
+            self._quarantine(sync)
+            # Of what it was put back to, for `sent` below; nothing of it is sent (`Reducer.start`).
+            rule.payload(fragment, sync.state, sync.buffer)
+        if self.statistics is not None and sync.index == 0 and finite:
+            start = fragment.numel + self._measured
+            self.statistics.write(sync.buffer.tensor[start : fragment.numel + sync.extra])
+        if sync.kept is not None:
+            sync.keep()
+        # After the payload was read: rules that move x at the launch send what it was before.
+        rule.sent(fragment, sync.state, sync.buffer)
+        return finite
+
+    def _take_off(
+        self,
+        sync: FragmentSync,
+        handle: Handle,
+        finite: Tensor,
+        lr: list[float],
+        *,
+        launched: int,
+        identity: Identity | None = None,
+    ) -> None:
+        due = launched + self.clock.delay
+        sync.pending = PendingMean(handle, finite, due, lr, identity, sync.samples)
+        sync.launched = launched
+        sync.samples = self.weights.samples or 0.0
+
     def plan(self) -> None:
         """Note what is in flight, in order of launch, and the next step at which something is due."""
         in_flight = [sync for sync in self.syncs if sync.pending is not None]
@@ -439,132 +444,143 @@ class Engine(Rounds):
         events += [pending.due for pending in self._pending]
         self._next_event = min(events)
 
-    # ---- beside the regular rounds ----------------------------------------------------------------
+    # ---- where rounds begin -----------------------------------------------------------------------
 
-    @torch.no_grad()
-    def flush(self) -> None:
-        """Merge what is in flight, then average the steps made since the last launch, blocking.
-
-        A new round begins at this step; at delay = tau its end has nothing to merge yet.
-        """
-        self.check_local()
-        self.reducer.check()
-        self.watch.check()
-        self.drain()
-        order = self._next_first()
-        # Of rounds of equal time nobody knows whether others have made steps.
-        left = [s for s in order if s.launched < self.step or self.clock.timed]
-        if left[:1] != order[:1] and not self.communicator.elastic:
-            # The first message must be as long as what a worker that is elsewhere sends next.
-            self.reducer.meet(order[0], self._identity(Kind.FLUSH, order[0].index))
-        for sync in self.syncs:
-            sync.schedule(self.step, self.clock.tau)
-        self._expect_messages(left)
-        for sync in left:
-            self._launch(sync, Kind.FLUSH)
-            self._coming.remove(sync)
-            while not self.merge(sync):
-                self._launch(sync, Kind.FLUSH)
-        self._begin_time()
+    def _begin(self) -> None:
+        """Begin the algorithm's first round, from parameters that all workers share."""
+        # The first use of it imports a module of torch, for which the first launch is not to wait.
+        with record_function("distoptim::begin"):
+            for sync in self.syncs:
+                sync.schedule(self.step, self.clock.tau)
+                if self.clock.delay == self.clock.tau:
+                    self._begin_in_flight(sync)
+        self.begin_time()
         self.plan()
 
-    def _expect_messages(self, syncs: Sequence[FragmentSync], *, uncoded: bool = False) -> None:
-        """Note whose messages are still to come in this call, in order, before those of the next launches."""
-        self._coming = list(syncs)
-        self._uncoded = uncoded
+    def _begin_in_flight(self, sync: FragmentSync) -> None:
+        """As if a mean of the parameters, which all workers share, had been launched a round ago."""
+        finite = self._form(sync)
+        lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
+        launched = sync.next_launch - self.clock.tau
+        self._take_off(sync, Handle(sync.buffer.tensor), finite, lr, launched=launched)
 
-    def tell(self, error: Exception | str) -> None:
-        """Tell the others, who would wait for this worker, why it does not go on; for a minute at most.
+    def begin_time(self) -> None:
+        """A round of equal time begins at this step, if rounds are."""
+        if self.clock.timed:
+            self.clock.begin_time(self.step, self._computed_s())
 
-        In the place of its next mean, also where a call was left in the middle of several. Where all have
-        an error, all can go on.
+    def _expect(self) -> None:
+        """Agree on how long a local step takes, at the end of the first round; blocks."""
+        # Whoever is elsewhere does not come for the message below.
+        self.meet(Kind.ROUND)
+        with self.reducer.beside():
+            everybody: list[Any] = self.communicator.all_gather_json(
+                self.counters.step_s, what="average(), the first round"
+            )
+        self.clock.expected(sum(everybody) / len(everybody))
+
+    @property
+    def synchronous_phase_is_over(self) -> bool:
+        """Whether its last mean has been launched."""
+        clock = self.clock
+        return clock.synchronous and self.syncs[0].launched == self.step >= clock.period.start
+
+    def _end_synchronous_phase(self) -> None:
+        self.clock.synchronise(False)
+        self._activate()
+        tau = self.clock.tau
+        logger.info("local step %d: tau 1 -> %d: the synchronous phase is over", self.step, tau)
+        for sync in self.syncs:
+            sync.state = self.rule.start(sync.fragment)
+        self._code()
+        self._begin()
+
+    def _activate(self) -> None:
+        """In the synchronous phase x <- mean, beside the rule's state."""
+        self.active = Average(carry=False) if self.clock.synchronous else self.rule
+        # Where workers come and go, who is behind takes the others' rates.
+        self._follows_lr = self.active.follows_lr and not self.communicator.elastic
+
+    def _code(self) -> None:
+        """Make the coded means.
+
+        In the synchronous phase what all workers share is the last mean, not the anchor.
+        """
+        for sync in self.syncs:
+            anchor = None if self.clock.synchronous else self.anchor(sync)
+            self.reducer.code(sync, None if anchor is None else anchor.tensor)
+
+    def resume_at(self, step: int) -> None:
+        """Go on from a local step with what the fragments hold."""
+        self.step = step
+        synchronous = step < self.clock.period.start
+        if synchronous != self.clock.synchronous:
+            self.clock.synchronise(synchronous)
+            self._activate()
+            self._code()
+        self.plan()
+
+    # ---- what does not come, or is not finite -----------------------------------------------------
+
+    def _quarantine(self, sick: FragmentSync) -> None:
+        """Send a worker whose parameters are not finite back to values that are.
+
+        The inner state of what was not finite is forgotten. All fragments are replaced at once: the next
+        forward pass would carry NaN from one that is not to those that are.
 
         Args:
-            error: of this worker; or a whole sentence, which says whose.
+            sick: whose payload is not finite.
         """
-        reducer = self.reducer
-        coming = self._coming
-        self._coming = []
-        among_others = not (self.communicator.in_lockstep or self.communicator.elastic)
-        if not among_others or reducer.failure is not None:
-            return
-        cause = error
-        if isinstance(error, Exception):
-            me = self.communicator.ranks[self.communicator.rank]
-            cause = f"rank {me} cannot go on: {type(error).__name__}: {error}"
-            logger.warning("%s; for up to %g s the other workers are told", cause, _END_S)
-        # Elsewhere in such a call all levels are behind the others.
-        if not coming:
-            self._tell_levels(str(cause))
-        try:
-            self._settle_now()
-            first = (coming or self._next_first())[0]
-            identity = replace(self._identity(Kind.ERROR, first.index), cause=str(cause))
-            limit_s = min(reducer.timeout_s, _END_S)
-            uncoded = bool(coming) and self._uncoded
-            reducer.meet(first, identity, limit_s=limit_s, uncoded=uncoded)
-        except CommunicationError as silence:
-            if not reducer.mismatched:
-                logger.warning("the other workers could not be told of this error: %s", silence)
+        replaced = [s for s in self.syncs if s is sick or not is_finite(s.fragment)]
+        names = ", ".join(sync.name for sync in replaced)
+        self.counters.quarantined += 1
+        rank = self.communicator.ranks[self.communicator.rank]
+        warnings.warn(
+            f"rank {rank}: parameters of {names} are not finite at local step "
+            f"{self.step}: left out of this mean and replaced",
+            QuarantineWarning,
+            stacklevel=2,
+        )
+        for sync in replaced:
+            fallback = self.active.fallback(sync.state)
+            if fallback is None and sync is not sick and sync.pending is None:
+                # A rule that writes the mean over x: its last one is still in the buffer.
+                fallback = sync.buffer
+            if fallback is not None:
+                sync.fragment.write(fallback)
+            self._inner.forget(sync.fragment.params)
+            sync.replaced = self.step
 
-    def _tell_levels(self, cause: str) -> None:
-        """In the groups of neighbours to which others come before they wait for the next mean over all."""
-        over = self._synchronous_phase_is_over
-        if self.clock.synchronous and not over:
-            return
-        waits_at = min(sync.next_launch for sync in self.syncs) + self.clock.delay
-        for level in self.levels:
-            if over or min(sync.next_launch for sync in level.syncs) <= waits_at:
-                level.tell(cause)
+    def _lose(self, sync: FragmentSync) -> None:
+        """A mean will not come; local steps go on, and the next launch is as any other."""
+        if sync.kept is not None and sync.kept.tensor[-1]:
+            sync.unheard = Unheard(sync.kept.tensor[:-1].clone(), sync.samples)
+        self.give_up(sync)
+        # What is in the buffer is nobody's mean, to which a worker could go back.
+        sync.fragment.read(sync.buffer)
+        self.counters.lose(sync.index)
 
-    @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
-        """Around a call that may be refused on one worker."""
-        try:
-            yield
-        except Exception as error:
-            self.tell(error)
-            raise
+    def give_up(self, sync: FragmentSync) -> None:
+        """Be as if the last launch had not been; the next one weighs as many samples as are in it."""
+        if sync.pending is not None:
+            sync.samples = sync.pending.samples
+        sync.pending = None
+        self.active.abandoned(sync.fragment, sync.state, sync.kept)
 
-    @contextlib.contextmanager
-    def passed_on(self, level: Engine) -> Iterator[None]:
-        """Around means of a level: workers that are not in its group hear of a failure, too."""
-        try:
-            yield
-        except CommunicationError:
-            at = list(self.levels).index(level) + 1
-            for engine in (*self.levels[at:], self):
-                # Where a worker is gone, others see it as soon as this one leaves.
-                if level.reducer.mismatched:
-                    engine.tell(level.reducer.reason)
-                if not engine.reducer.mismatched:
-                    engine.reducer.give_up(level.reducer.reason)
-                    engine.reducer.mismatched = level.reducer.mismatched
-            raise
+    def _abandon(self) -> None:
+        """Nothing that is in flight will come any more."""
+        for sync in self.syncs:
+            if sync.pending is not None:
+                self.give_up(sync)
+        self.plan()
+
+    # ---- for calls of all workers (`calls`) -------------------------------------------------------
 
     def drain(self) -> None:
         """Merge all that is in flight, blocking."""
         for sync in list(self._in_flight):
             if sync.pending is not None:
                 self.merge(sync)
-
-    def _meet_levels(self, kind: Kind, limit_s: float | None = None) -> None:
-        """See that all are in the same call; whoever is elsewhere comes to the levels' means first.
-
-        Before what is in flight is waited for: who waits in a level's mean starts no second stage of it.
-        """
-        self.reducer.check()
-        if self.clock.synchronous:
-            return
-        for level in self.levels:
-            with self.passed_on(level):
-                level.meet(kind, limit_s=limit_s)
-
-    def _settle_now(self) -> None:
-        """Wait for what is in flight; a failure is raised here, before anything more is sent."""
-        self.reducer.check()
-        self.settle()
-        self.reducer.check()
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -579,69 +595,11 @@ class Engine(Rounds):
                 self.merge(sync)
         self.plan()
 
-    def resume_at(self, step: int) -> None:
-        """Go on from a local step with what the fragments hold."""
-        self.step = step
-        synchronous = step < self.clock.period.start
-        if synchronous != self.clock.synchronous:
-            self.clock.synchronise(synchronous)
-            self._activate()
-            self._code()
-        self.plan()
-
-    @contextlib.contextmanager
-    def join(self, tick: Callable[[], None] | None = None) -> Iterator[None]:
-        """Go on without data until nobody has any, then take over the workers' mean.
-
-        That all have run out is seen in a mean to which nobody has added anything, at the same step by
-        all. So no message is needed beside the means; torch's Join has a blocking one at every local
-        step.
-
-        Args:
-            tick: counts a local step; default `tick`.
-        """
-        if self.communicator.elastic:
-            raise ValueError(
-                "join() beside workers that come and go (Elastic): who has no data any more leaves, by "
-                "close()"
-            )
-        weights = self.weights
-        step = self.step
-        samples = weights.total
-        yield
-        counted = weights.samples is not None
-        made = weights.total - samples if counted else self.step - step
-        with self.telling():
-            weights.left_at = self.step
-            while not self._ended:
-                (tick or self.tick)()
-            self._end_join(made)
-
-    def _end_join(self, weight: float) -> None:
-        """Drop what is in flight of workers that have all run out of data; x <- weighted mean."""
-        # Here the mean comes after what is in flight, which the last steps of others are in.
-        self.drain()
-        self.adopt(self.means(Kind.JOIN, weight=weight, may_be_empty=True))
-        self._ended = False
-        self.weights.left_at = None
-        self.resume_at(self.step)
-
-    @torch.no_grad()
-    def adopt(self, means: Sequence[Flat]) -> None:
-        """x <- means of now, for good: what is in flight meets the state alone, and a round begins.
-
-        Args:
-            means: of all fragments, as `means` gives them; one to which nobody added leaves x alone.
-        """
-        self.drain()
-        for sync, mean in zip(self.syncs, means, strict=True):
-            if mean.tensor[-1]:
-                sync.fragment.write(mean)
-            sync.launched = self.step
-            sync.samples = self.weights.total
-            sync.schedule(self.step, self.clock.tau)
-        self._begin_time()
-        self.plan()
+    def settle_now(self) -> None:
+        """Wait for what is in flight; a failure is raised here, before anything more is sent."""
+        self.reducer.check()
+        self.settle()
+        self.reducer.check()
 
     def meet(self, kind: Kind, *, limit_s: float | None = None) -> None:
         """See that all workers are in the same call.
@@ -653,60 +611,11 @@ class Engine(Rounds):
         Raises:
             CommunicationError: on all workers, if they are not.
         """
-        self._meet_levels(kind, limit_s)
-        self._settle_now()
-        first = self._next_first()[0]
-        self.reducer.meet(first, self._identity(kind, first.index), limit_s=limit_s)
+        self.settle_now()
+        first = self.next_first()[0]
+        self.reducer.meet(first, self.identity(kind, first.index), limit_s=limit_s)
 
-    def means(self, kind: Kind, *, weight: float = 1.0, may_be_empty: bool = False) -> list[Flat]:
-        """The workers' means of all fragments' values now, in new buffers; blocking and collective.
-
-        Rounds in flight go on; what is in flight is waited for, so that a worker that is elsewhere is
-        found out.
-
-        Raises:
-            CommunicationError: on all workers, if they are not all here.
-        """
-        self.watch.check()
-        if self.communicator.elastic and (anchors := self._copied_anchors()):
-            return anchors
-        order = self._next_first()
-        if order[0].compressed is None or self.communicator.elastic:
-            self._meet_levels(kind)
-            self._settle_now()
-        else:
-            # These means come uncoded; to begin with, one of the form that others would send.
-            self.meet(kind)
-        self._expect_messages(order, uncoded=True)
-        found = {}
-        for sync in order:
-            found[sync.index] = self.reducer.mean_of(
-                sync.fragment,
-                self._identity(kind, sync.index),
-                extra=sync.extra,
-                weight=weight,
-                may_be_empty=may_be_empty,
-            )
-            self._coming.remove(sync)
-        return [found[sync.index] for sync in self.syncs]
-
-    def _copied_anchors(self) -> list[Flat]:
-        """What stands for the mean where others may have gone; none in algorithms without an anchor."""
-        copies = []
-        for sync in self.syncs:
-            anchor = self.anchor(sync)
-            if anchor is not None:
-                copy = sync.fragment.flat(extra=1)
-                copy.tensor[: sync.fragment.numel] = anchor.tensor[: sync.fragment.numel]
-                copy.tensor[-1] = 1.0
-                copies.append(copy)
-        return copies
-
-    def mean_of(self, fragment: Fragment, kind: Kind) -> Flat:
-        """The same for another fragment, after `means`."""
-        return self.reducer.mean_of(fragment, self._identity(kind, len(self.syncs)))
-
-    def _next_first(self) -> list[FragmentSync]:
+    def next_first(self) -> list[FragmentSync]:
         """The fragments in the order of their next launches, which is the same on all workers.
 
         The first message of whatever is no regular launch must be of the first one's length: see
@@ -714,7 +623,8 @@ class Engine(Rounds):
         """
         return sorted(self.syncs, key=lambda sync: (sync.next_launch, sync.index))
 
-    def _identity(self, kind: Kind, fragment: int) -> Identity:
+    def identity(self, kind: Kind, fragment: int) -> Identity:
+        """Of the next message."""
         # Workers that load may come from anywhere: their steps are equal afterwards.
         alike = not self.clock.timed and kind is not Kind.LOAD
         return identify(
@@ -733,9 +643,53 @@ class Engine(Rounds):
                 "outside of the block"
             )
 
+    # ---- for whoever looks on: simulators, other threads, algorithms ------------------------------
+
+    @property
+    def waits(self) -> bool:
+        """Whether this step's merges and launches are still to come."""
+        return self.step >= self._next_event
+
+    @property
+    def idle(self) -> int:
+        """How many local steps from here on have nothing due after them, and may be counted at once."""
+        # A timed round asks the clock at every step, and the first step is where seconds are counted from.
+        if self.clock.timed or self.counters.started_at is None:
+            return 0
+        return max(0, self._next_event - self.step - 1)
+
+    def skip(self, steps: int) -> None:
+        """Count so many of the `idle` local steps."""
+        self.step += steps
+        self.counters.ticks += steps
+
+    def look_soon(self) -> None:
+        """Look after the next local step whether something is due; from whatever thread."""
+        self._next_event = 0
+
+    def poll(self) -> None:
+        """Let what is in flight do what can be done without waiting (second stages, times)."""
+        for pending in self._pending:
+            pending.handle.poll()
+
+    def lr(self, group: int) -> float:
+        """The inner learning rate of a param group now."""
+        return self._inner.lr(group)
+
+    def _computed_s(self) -> float:
+        """Seconds that this worker has not waited for communication."""
+        return self.communicator.now() - self.counters.collect()
+
+    def anchor(self, sync: FragmentSync) -> Flat | None:
+        """What is equal on all workers while a mean is in flight; None where a rule has no such thing."""
+        anchor = self.rule.shared(sync.state).get("anchor")
+        return anchor if isinstance(anchor, Flat) else None
+
     def shared_state(self) -> list[dict[str, Any]]:
         """Of each fragment, what is equal on all workers: anchor and outer state; live."""
         return [dict(self.rule.shared(sync.state)) for sync in self.syncs]
+
+    # ---- saving and resuming ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit-equal; what is in flight is waited for, saved as its mean.
@@ -794,7 +748,7 @@ class Engine(Rounds):
             if goes_on and "time" in saved:
                 self.clock.load_time(saved["time"], self._computed_s())
             else:
-                self._begin_time()
+                self.begin_time()
 
     @torch.no_grad()
     def begin_at_shared(self) -> None:
@@ -804,218 +758,5 @@ class Engine(Rounds):
             # A rule that writes the mean over x: its last one is still in the buffer.
             sync.fragment.write(sync.buffer if fallback is None else fallback)
 
-    def close(self) -> None:
-        """Wait for what is in flight, then leave the communicator; what comes after fails.
-
-        Raises:
-            CommunicationError: workers are in unlike calls, or have made unlike numbers of steps.
-        """
-        known = self.reducer.mismatched
-        # While the groups are there; what it finds is raised when they have been left.
-        self._compare_steps()
-        self.settle()
-        failure = self.reducer.failure
-        self.reducer.close()
-        if self.reducer.mismatched and not known and failure is not None:
-            raise failure
-
-    def _compare_steps(self) -> None:
-        """See that all workers end after as many local steps; not while an exception passes."""
-        if self.reducer.failure is not None or sys.exc_info()[0] is not None:
-            return
-        # Where workers come and go they end when they like.
-        if self.communicator.elastic:
-            return
-        try:
-            self.meet(Kind.CLOSE, limit_s=min(self.reducer.timeout_s, _END_S))
-        except CommunicationError as error:
-            if not self.reducer.mismatched:
-                logger.warning("close(): not all have come to compare their local steps: %s", error)
-
-    # ---- pieces -----------------------------------------------------------------------------------
-
-    def _activate(self) -> None:
-        """In the synchronous phase x <- mean, beside the rule's state."""
-        self.active = Average(carry=False) if self.clock.synchronous else self.rule
-        # Where workers come and go, who is behind takes the others' rates.
-        self._follows_lr = self.active.follows_lr and not self.communicator.elastic
-
-    def _code(self) -> None:
-        """Make the coded means.
-
-        In the synchronous phase what all workers share is the last mean, not the anchor.
-        """
-        for sync in self.syncs:
-            anchor = None if self.clock.synchronous else self.anchor(sync)
-            self.reducer.code(sync, None if anchor is None else anchor.tensor)
-
-    def anchor(self, sync: FragmentSync) -> Flat | None:
-        """What is equal on all workers while a mean is in flight; None where a rule has no such thing."""
-        anchor = self.rule.shared(sync.state).get("anchor")
-        return anchor if isinstance(anchor, Flat) else None
-
-    def _begin(self) -> None:
-        """Begin the algorithm's first round, from parameters that all workers share."""
-        # The first use of it imports a module of torch, for which the first launch is not to wait.
-        with record_function("distoptim::begin"):
-            for sync in self.syncs:
-                sync.schedule(self.step, self.clock.tau)
-                if self.clock.delay == self.clock.tau:
-                    self._begin_in_flight(sync)
-        self._begin_time()
-        self.plan()
-
-    def _begin_in_flight(self, sync: FragmentSync) -> None:
-        """As if a mean of the parameters, which all workers share, had been launched a round ago."""
-        finite = self._form(sync)
-        lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
-        launched = sync.next_launch - self.clock.tau
-        self._take_off(sync, Handle(sync.buffer.tensor), finite, lr, launched=launched)
-
-    def _begin_time(self) -> None:
-        if self.clock.timed:
-            self.clock.begin_time(self.step, self._computed_s())
-
     def _time_state(self) -> dict[str, Any]:
         return {"time": self.clock.time_state(self._computed_s())} if self.clock.timed else {}
-
-    def _computed_s(self) -> float:
-        """Seconds that this worker has not waited for communication."""
-        return self.communicator.now() - self.counters.collect()
-
-    @property
-    def _synchronous_phase_is_over(self) -> bool:
-        """Whether its last mean has been launched."""
-        clock = self.clock
-        return clock.synchronous and self.syncs[0].launched == self.step >= clock.period.start
-
-    def _end_synchronous_phase(self) -> None:
-        self.clock.synchronise(False)
-        self._activate()
-        tau = self.clock.tau
-        logger.info("local step %d: tau 1 -> %d: the synchronous phase is over", self.step, tau)
-        for sync in self.syncs:
-            sync.state = self.rule.start(sync.fragment)
-        self._code()
-        self._begin()
-
-    def _expect(self) -> None:
-        """Agree on how long a local step takes, at the end of the first round; blocks."""
-        # Whoever is elsewhere does not come for the message below.
-        self.meet(Kind.ROUND)
-        with self.reducer.beside():
-            everybody: list[Any] = self.communicator.all_gather_json(
-                self.counters.step_s, what="average(), the first round"
-            )
-        self.clock.expected(sum(everybody) / len(everybody))
-
-    def _measure(self) -> list[Tensor | float]:
-        """What this worker sends along for the period."""
-        return self.clock.measure(
-            step=self.step,
-            lr=self._inner.lr(0),
-            computed_s=self._computed_s(),
-            communication_s=sum(sync.seconds for sync in self.syncs),
-            has_data=self.weights.left_at is None,
-        )
-
-    def _quarantine(self, sick: FragmentSync) -> None:
-        """Send a worker whose parameters are not finite back to values that are.
-
-        The inner state of what was not finite is forgotten. All fragments are replaced at once: the next
-        forward pass would carry NaN from one that is not to those that are.
-
-        Args:
-            sick: whose payload is not finite.
-        """
-        replaced = [s for s in self.syncs if s is sick or not is_finite(s.fragment)]
-        names = ", ".join(sync.name for sync in replaced)
-        self.counters.quarantined += 1
-        rank = self.communicator.ranks[self.communicator.rank]
-        warnings.warn(
-            f"rank {rank}: parameters of {names} are not finite at local step "
-            f"{self.step}: left out of this mean and replaced",
-            QuarantineWarning,
-            stacklevel=2,
-        )
-        for sync in replaced:
-            fallback = self.active.fallback(sync.state)
-            if fallback is None and sync is not sick and sync.pending is None:
-                # A rule that writes the mean over x: its last one is still in the buffer.
-                fallback = sync.buffer
-            if fallback is not None:
-                sync.fragment.write(fallback)
-            self._inner.forget(sync.fragment.params)
-            sync.replaced = self.step
-
-    def _lose(self, sync: FragmentSync) -> None:
-        """A mean will not come; local steps go on, and the next launch is as any other."""
-        if sync.kept is not None and sync.kept.tensor[-1]:
-            sync.unheard = Unheard(sync.kept.tensor[:-1].clone(), sync.samples)
-        self.give_up(sync)
-        # What is in the buffer is nobody's mean, to which a worker could go back.
-        sync.fragment.read(sync.buffer)
-        self.counters.lose(sync.index)
-
-    def give_up(self, sync: FragmentSync) -> None:
-        """Be as if the last launch had not been; the next one weighs as many samples as are in it."""
-        if sync.pending is not None:
-            sync.samples = sync.pending.samples
-        sync.pending = None
-        self.active.abandoned(sync.fragment, sync.state, sync.kept)
-
-    def _abandon(self) -> None:
-        """Nothing that is in flight will come any more."""
-        for sync in self.syncs:
-            if sync.pending is not None:
-                self.give_up(sync)
-        self.plan()
-
-
-def tick_together(
-    engines: Sequence[Engine], *, before_launch: Callable[[], object] | None = None
-) -> None:
-    """One local step of one worker, or of several virtual ones in lockstep.
-
-    Merges come before launches: at delay = tau a fragment's mean is merged before its next payload is
-    formed. Among virtual workers every part is done for all before the next, since a mean is there only
-    when all have launched, and its second stage only when all have had their first.
-
-    Args:
-        engines: of the workers in this process.
-        before_launch: called between merges and launches, at every step.
-
-    Raises:
-        CommunicationError: of a failure, now or before.
-    """
-    due = False
-    if engines[0].clock.timed and len(engines) > 1:
-        for engine in engines:
-            # Who has come to the end of its round waits there for the others.
-            if not engine.waits:
-                engine.count()
-        due = all(engine.waits for engine in engines)
-    else:
-        for engine in engines:
-            due = engine.count() or due
-    if not due and before_launch is None:
-        return
-    for engine in engines:
-        engine.merge_due()
-    if before_launch is not None:
-        before_launch()
-    for engine in engines:
-        engine.launch_due()
-    _launched_together(engines)
-
-
-def _launched_together(engines: Sequence[Engine]) -> None:
-    """What follows the launches of a local step: second stages, and merges that do not wait."""
-    if len(engines) > 1:
-        for engine in engines:
-            engine.poll()
-    for engine in engines:
-        if engine.clock.delay == 0:
-            engine.merge_due()
-            engine.plan()
-        engine.counters.ticked_at = engine.communicator.now()

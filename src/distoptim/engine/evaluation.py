@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distoptim import module_state, spectral_norm
 from distoptim.comm.mesh import WorkerMesh
+from distoptim.engine.calls import Calls
 from distoptim.engine.engine import Engine
 from distoptim.engine.identity import Kind
 from distoptim.fragments import Flat, Fragment, build, unfit
@@ -18,15 +19,16 @@ from distoptim.module_state import Parts
 
 
 @contextlib.contextmanager
-def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Iterator[None]:
-    """Within the block the engines' parameters, and the module's statistics, are the workers' mean.
+def averaged(optimizers: Sequence[Calls], module: torch.nn.Module | None) -> Iterator[None]:
+    """Within the block the optimizers' parameters, and the module's statistics, are the workers' mean.
 
     Raises:
         ValueError: the module is not the one that is trained, or not in whole, or something in it
             differs between workers that is neither a statistic nor a worker's own.
     """
-    with engines[0].telling():
-        means, statistics = _means(engines, module)
+    engines = [calls.engine for calls in optimizers]
+    with optimizers[0].telling():
+        means, statistics = _means(optimizers, module)
         # Tensors made in inference mode can be written in it alone.
         mode = any(x.is_inference() for x in statistics)
         with torch.inference_mode(mode), torch.no_grad():
@@ -51,39 +53,41 @@ def averaged(engines: Sequence[Engine], module: torch.nn.Module | None) -> Itera
 
 
 def _means(
-    engines: Sequence[Engine], module: torch.nn.Module | None
+    optimizers: Sequence[Calls], module: torch.nn.Module | None
 ) -> tuple[list[tuple[Fragment, Flat]], list[Tensor]]:
     """The means of parameters and statistics, and the statistics; collective."""
+    engines = [calls.engine for calls in optimizers]
     parts = _parts(engines, module)
     said = _said(engines, parts)
     kind = Kind.AVERAGED_MODULE if parts.compared else Kind.AVERAGED
     # First, since it finds workers that are elsewhere.
     means = [
         (sync.fragment, mean)
-        for engine in engines
-        for sync, mean in zip(engine.syncs, engine.means(kind), strict=True)
+        for calls in optimizers
+        for sync, mean in zip(calls.engine.syncs, calls.means(kind), strict=True)
     ]
-    statistics, more = _statistics(engines, parts, said, Kind.AVERAGED)
+    statistics, more = _statistics(optimizers, parts, said, Kind.AVERAGED)
     return means + more, statistics
 
 
 @torch.no_grad()
-def consolidate(engines: Sequence[Engine], module: torch.nn.Module | None) -> None:
-    """The engines' parameters, and the module's statistics, become the workers' mean for good.
+def consolidate(optimizers: Sequence[Calls], module: torch.nn.Module | None) -> None:
+    """The optimizers' parameters, and the module's statistics, become the workers' mean for good.
 
     Raises:
         ValueError: as `averaged`.
     """
-    with engines[0].telling():
+    engines = [calls.engine for calls in optimizers]
+    with optimizers[0].telling():
         for engine in engines:
             engine.check_local()
         parts = _parts(engines, module)
         said = _said(engines, parts)
         kind = Kind.CONSOLIDATE_MODULE if parts.compared else Kind.CONSOLIDATE
-        means = [engine.means(kind) for engine in engines]
-        statistics, more = _statistics(engines, parts, said, Kind.CONSOLIDATE)
-        for engine, own in zip(engines, means, strict=True):
-            engine.adopt(own)
+        means = [calls.means(kind) for calls in optimizers]
+        statistics, more = _statistics(optimizers, parts, said, Kind.CONSOLIDATE)
+        for calls, own in zip(optimizers, means, strict=True):
+            calls.adopt(own)
         with torch.inference_mode(any(x.is_inference() for x in statistics)):
             for fragment, mean in more:
                 fragment.write(mean)
@@ -92,18 +96,18 @@ def consolidate(engines: Sequence[Engine], module: torch.nn.Module | None) -> No
 
 
 @torch.no_grad()
-def average_module(engine: Engine, module: torch.nn.Module) -> None:
-    """A module that the engine does not train becomes the workers' mean, in place.
+def average_module(calls: Calls, module: torch.nn.Module) -> None:
+    """A module that the optimizer does not train becomes the workers' mean, in place.
 
     Raises:
-        ValueError: the engine trains it, or something in it differs between workers that is neither a
+        ValueError: the optimizer trains it, or something in it differs between workers that is neither a
             parameter nor a statistic nor a worker's own.
     """
-    with engine.telling():
-        parts = _copied(engine, module)
-        said = _said([engine], parts)
-        engine.meet(Kind.MODULE)
-        _, means = _statistics([engine], parts, said, Kind.MODULE)
+    with calls.telling():
+        parts = _copied(calls.engine, module)
+        said = _said([calls.engine], parts)
+        calls.meet(Kind.MODULE)
+        _, means = _statistics([calls], parts, said, Kind.MODULE)
         for fragment, mean in means:
             fragment.write(mean)
         spectral_norm.recompute_weights(module)
@@ -129,9 +133,10 @@ def _copied(engine: Engine, module: torch.nn.Module) -> Parts:
 
 
 def _statistics(
-    engines: Sequence[Engine], parts: Parts, said: dict[str, str], kind: Kind
+    optimizers: Sequence[Calls], parts: Parts, said: dict[str, str], kind: Kind
 ) -> tuple[list[Tensor], list[tuple[Fragment, Flat]]]:
     """What of a module is averaged beside the parameters, and its means; collective."""
+    engines = [calls.engine for calls in optimizers]
     elastic = engines[0].communicator.elastic
     if not elastic:
         _compare(engines, said, kind)
@@ -143,7 +148,7 @@ def _statistics(
         # Others need not be here: those that came with the last mean.
         known = [engine.statistics for engine in engines if engine.statistics is not None]
         return tensors, [pair for each in known for pair in each.means(fragments)]
-    return tensors, [(fragment, engines[0].mean_of(fragment, kind)) for fragment in fragments]
+    return tensors, [(fragment, optimizers[0].mean_of(fragment, kind)) for fragment in fragments]
 
 
 def _check_kind(module: object) -> None:
@@ -233,14 +238,15 @@ def _reshard(module: torch.nn.Module | None) -> None:
 
 
 @torch.no_grad()
-def consensus_distance(engine: Engine) -> float:
+def consensus_distance(calls: Calls) -> float:
     """Root mean square over the workers of |x_i - mean x|.
 
     x is this rank's shard where parameters are DTensors.
     """
+    engine = calls.engine
     _refuse_elastic(engine, Kind.CONSENSUS)
     square = 0.0
-    means = engine.means(Kind.CONSENSUS)
+    means = calls.means(Kind.CONSENSUS)
     for fragment, mean in zip([sync.fragment for sync in engine.syncs], means, strict=True):
         mine = fragment.flat()
         fragment.read(mine)

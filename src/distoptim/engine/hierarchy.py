@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 from distoptim.comm import (
+    CommunicationError,
     Communicator,
     ProcessGroup,
     ProcessGroupCommunicator,
@@ -16,18 +17,23 @@ from distoptim.comm import (
     world_size,
 )
 from distoptim.comm.mesh import WorkerMesh
+from distoptim.engine.calls import Calls, EngineCalls
 from distoptim.engine.clock import Clock
-from distoptim.engine.engine import Engine, Inner, Rounds
+from distoptim.engine.engine import Engine, Inner
+from distoptim.engine.identity import Kind
+from distoptim.fragments import Flat
 from distoptim.periods import Fixed, Tau, level_periods
 from distoptim.rule import Average
 
 
 @final
-class Hierarchy(Rounds):
-    """An engine over all workers and one more per level, inside a smaller group every so many steps.
+class Hierarchy(Calls):
+    """Of an engine over all workers and of one more per level, inside a smaller group every so many steps.
 
     A level's mean comes before the algorithm's launch where both fall on one step, so that the members
     of a group send the same; the workers' mean is what it would be without levels.
+
+    Every call begins at the levels, shortest first: to these means comes first whoever is elsewhere, too.
 
     Args:
         engine: the algorithm's, over all workers.
@@ -44,8 +50,9 @@ class Hierarchy(Rounds):
         inner: Inner,
         timeout_s: float,
     ) -> None:
-        self.engine = engine
-        self.levels = [
+        super().__init__(engine, self._tick)
+        self._all = EngineCalls(engine)
+        levels = [
             Engine(
                 [sync.fragment for sync in engine.syncs],
                 Average(carry=False),
@@ -63,73 +70,127 @@ class Hierarchy(Rounds):
             )
             for period, communicator in communicators.items()
         ]
-        engine.levels = self.levels
+        self._levels = [EngineCalls(level) for level in levels]
         self._begin()
 
-    def tick(self) -> None:
+    def _tick(self) -> None:
         """Average inside the groups what is due, then let the algorithm do its part."""
         self.engine.check_local()
         clock = self.engine.clock
         was_synchronous = clock.synchronous
         tau = clock.tau
-        # While the workers average after every step, groups have nothing to add.
-        for level in [] if was_synchronous else self.levels:
-            with self.engine.passed_on(level):
+        for level in self._present():
+            with self._passed_on(level):
                 level.tick()
-        self.engine.tick()
+        self._all.tick()
         if was_synchronous and not clock.synchronous:
             self._begin()
         elif clock.tau != tau:
             self._align()
 
     def flush(self) -> None:
-        """Average at all levels what was done since the last time; a new round begins at all."""
+        """A new round begins at all levels."""
         self.engine.check_local()
-        # While the workers average after every step, nobody comes to the groups.
-        for level in [] if self.engine.clock.synchronous else self.levels:
-            with self.engine.passed_on(level):
+        for level in self._present():
+            with self._passed_on(level):
                 level.flush()
-        self.engine.flush()
+        self._all.flush()
         self._begin()
 
-    @contextlib.contextmanager
-    def join(self) -> Iterator[None]:
-        """As `Engine.join`; the groups go on while anybody has data."""
-        with self.engine.join(self.tick):
-            yield
+    def meet(self, kind: Kind, *, limit_s: float | None = None) -> None:
+        """By a message in each group."""
+        self._meet_levels(kind, limit_s)
+        self._all.meet(kind, limit_s=limit_s)
+
+    def means(self, kind: Kind, *, weight: float = 1.0, may_be_empty: bool = False) -> list[Flat]:
+        """Over all workers alone, who also meet in their groups."""
+        # What is wrong here is told in the place of the first message.
+        self.engine.watch.check()
+        self._meet_levels(kind)
+        return self._all.means(kind, weight=weight, may_be_empty=may_be_empty)
+
+    def _meet_levels(self, kind: Kind, limit_s: float | None = None) -> None:
+        """Before what is in flight is waited for: who waits in a level's mean starts no second stage of it."""
+        self.engine.reducer.check()
+        for level in self._present():
+            with self._passed_on(level):
+                level.meet(kind, limit_s=limit_s)
+
+    def adopt(self, means: Sequence[Flat]) -> None:
+        """A new round begins at all levels."""
+        self._all.adopt(means)
         self._begin()
+
+    def tell(self, error: Exception | str) -> None:
+        """In the groups to which others come before they wait for the next mean over all, then there."""
+        cause = self._all.cause(error)
+        if cause is None:
+            return
+        # In the middle of a call over all workers the levels' part of it is behind the others.
+        if not self._all.coming:
+            self._tell_levels(cause)
+        self._all.tell(cause)
+
+    def _tell_levels(self, cause: str) -> None:
+        engine = self.engine
+        over = engine.synchronous_phase_is_over
+        if engine.clock.synchronous and not over:
+            return
+        # The step at which the others wait for a mean over all, in which they are told below.
+        waits_at = min(sync.next_launch for sync in engine.syncs) + engine.clock.delay
+        for level in self._levels:
+            if over or min(sync.next_launch for sync in level.engine.syncs) <= waits_at:
+                level.tell(cause)
+
+    @contextlib.contextmanager
+    def _passed_on(self, level: EngineCalls) -> Iterator[None]:
+        """Around means of a level: workers that are not in its group hear of a failure, too."""
+        try:
+            yield
+        except CommunicationError:
+            failed = level.engine.reducer
+            longer = self._levels[self._levels.index(level) + 1 :]
+            for calls in (*longer, self):
+                # Where a worker is gone, others see it as soon as this one leaves.
+                if failed.mismatched:
+                    calls.tell(failed.reason)
+                reducer = calls.engine.reducer
+                if not reducer.mismatched:
+                    reducer.give_up(failed.reason)
+                    reducer.mismatched = failed.mismatched
+            raise
+
+    def leave(self) -> None:
+        """All workers' group, and the levels'."""
+        for calls in (self._all, *self._levels):
+            calls.leave()
 
     def state_dict(self) -> dict[str, Any]:
         """The engine's, and of each level when it averaged last."""
         levels = {
-            level.clock.tau: [(sync.launched, sync.samples) for sync in level.syncs]
-            for level in self.levels
+            level.engine.clock.tau: [(sync.launched, sync.samples) for sync in level.engine.syncs]
+            for level in self._levels
         }
-        return {**self.engine.state_dict(), "levels": levels}
+        return {**self._all.state_dict(), "levels": levels}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Put a state that fits into all engines; levels that it does not know begin anew."""
-        self.engine.load_state_dict(saved)
+        """Into all engines; levels that it does not know begin anew."""
+        self._all.load_state_dict(saved)
         self._begin()
-        for level in self.levels:
-            records = saved.get("levels", {}).get(level.clock.tau, [])
-            for sync, (launched, samples) in zip(level.syncs, records, strict=False):
+        for level in self._levels:
+            records = saved.get("levels", {}).get(level.engine.clock.tau, [])
+            for sync, (launched, samples) in zip(level.engine.syncs, records, strict=False):
                 sync.launched = launched
                 sync.samples = min(samples, sync.samples)
 
-    def close(self) -> None:
-        """Leave all groups, also where something of one comes to light."""
-        try:
-            # Compares the local steps at all levels, for which their groups must still be there.
-            self.engine.close()
-        finally:
-            for level in self.levels:
-                level.reducer.close()
+    def _present(self) -> Sequence[EngineCalls]:
+        """While the workers average after every step, groups have nothing to add, and nobody comes to them."""
+        return [] if self.engine.clock.synchronous else self._levels
 
     def _begin(self) -> None:
         """Begin rounds at all levels here, with nothing made since the last mean."""
-        for level in self.levels:
-            for sync in level.syncs:
+        for level in self._levels:
+            for sync in level.engine.syncs:
                 sync.launched = self.engine.step
                 sync.samples = self.engine.weights.total
         self._align()
@@ -140,10 +201,11 @@ class Hierarchy(Rounds):
         Periods divide its tau.
         """
         step = self.engine.step
-        for level in self.levels:
-            for sync, main in zip(level.syncs, self.engine.syncs, strict=True):
-                sync.next_launch = step + (main.next_launch - step - 1) % level.clock.tau + 1
-            level.resume_at(step)
+        for level in self._levels:
+            every = level.engine.clock.tau
+            for sync, main in zip(level.engine.syncs, self.engine.syncs, strict=True):
+                sync.next_launch = step + (main.next_launch - step - 1) % every + 1
+            level.engine.resume_at(step)
 
 
 def check_levels(

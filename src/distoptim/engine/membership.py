@@ -21,6 +21,7 @@ from distoptim import rule as rules
 from distoptim.comm import CatchUp, CommunicationError, Communicator, Handle, Member
 from distoptim.comm.mesh import WorkerMesh, describe
 from distoptim.engine import catching_up, checkpoint
+from distoptim.engine.calls import Calls
 from distoptim.engine.engine import Engine
 from distoptim.engine.fragment_sync import FragmentSync
 from distoptim.engine.identity import SIZE, Kind, index_of
@@ -325,7 +326,7 @@ def refuse(connect: Callable[[], Communicator], error: Exception, mesh: WorkerMe
 
 @torch.no_grad()
 def catch_up(
-    engine: Engine, saved: dict[str, Any] | None, refusal: Exception | None = None
+    calls: Calls, saved: dict[str, Any] | None, refusal: Exception | None = None
 ) -> dict[str, Any] | None:
     """What this worker is to resume from, so that all resume from the same round.
 
@@ -335,7 +336,7 @@ def catch_up(
     dropped, workers start from the anchor, and a new round begins.
 
     Args:
-        engine: that is to resume; the ranks of a worker's mesh resume at one local step too.
+        calls: of the workers that are to resume; the ranks of a worker's mesh resume at one local step too.
         saved: by `checkpoint.save`; None for a plain optimizer's state, which starts a new run.
         refusal: why this worker cannot load its state.
 
@@ -343,6 +344,7 @@ def catch_up(
         ValueError: on every worker, if one cannot load its state, if only some have rounds to resume,
             or if what all should have saved alike differs.
     """
+    engine = calls.engine
     communicator = engine.communicator
     position = None if saved is None else checkpoint.position(saved)
     of_rank = {
@@ -359,7 +361,7 @@ def catch_up(
     mesh = WorkerMesh([p for sync in engine.syncs for p in sync.fragment.params])
     what = Kind.LOAD.call
     # Whoever is elsewhere does not come for the messages below.
-    engine.meet(Kind.LOAD)
+    calls.meet(Kind.LOAD)
     with engine.reducer.beside():
         answers = communicator.all_gather_json(
             [mesh.all_gather_json(of_rank, what=what), own], what=what
