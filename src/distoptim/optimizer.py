@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,13 @@ from distoptim.watch import Watch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+# Where a residual and an outer momentum swing (docs/compression.md): bits a number, momentum, decay.
+_FEW_BITS = 3
+_STRONG = 0.5
+_BEARABLE = 0.8
+_MANY = 2**16
 
 
 class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
@@ -782,14 +790,27 @@ def _calls(
 
 
 def _fit(rule: Rule | Callable[[int], Rule], settings: SyncSettings) -> Rule:
-    """The rule for so many workers; whether the codec's residuals bear its momentum is looked at."""
+    """The rule for so many workers; whether its momentum bears the codec's residuals is looked at."""
     # Asked for every rule, since it also refuses workers that would each train alone.
     workers = settings.workers()
     made = rule if isinstance(rule, Rule) else rule(workers)
     momentum = made.facts().get("outer_momentum", 0.0)
     if isinstance(settings.coding, ErrorFeedback) and isinstance(momentum, float):
-        settings.coding.look_at(momentum)
+        _look_for_swings(settings.coding, momentum)
     return made
+
+
+def _look_for_swings(coding: ErrorFeedback, momentum: float) -> None:
+    """Warn where what a codec keeps comes too late for a momentum of the means."""
+    bits = 8 * coding.codec.nbytes(_MANY) / _MANY
+    if bits > _FEW_BITS or momentum < _STRONG or coding.decay <= _BEARABLE:
+        return
+    warnings.warn(
+        f"{coding!r} under an outer momentum of {momentum:g}: what so few bits lose comes too late, "
+        'and long runs may leave the minimum; let it decay (codec="2bit+ef0.7"), or take "e3m0+ef"',
+        RuntimeWarning,
+        stacklevel=6,
+    )
 
 
 @torch.no_grad()

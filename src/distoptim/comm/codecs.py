@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -346,13 +345,6 @@ class TopK(Codec):
         )
 
 
-# Where a residual and an outer momentum swing (docs/compression.md): bits a number, momentum, decay.
-_FEW_BITS = 3
-_STRONG = 0.5
-_BEARABLE = 0.8
-_MANY = 2**16
-
-
 @dataclass(frozen=True)
 class ErrorFeedback:
     """What a codec loses is kept, and added to what is coded next (Seide et al. 2014; Karimireddy
@@ -381,18 +373,6 @@ class ErrorFeedback:
             raise ValueError(
                 f"ErrorFeedback({self.codec!r}): allowed is a Codec; of a name, say codec='name+ef'"
             )
-
-    def look_at(self, outer_momentum: float) -> None:
-        """Warn where what is kept comes too late for a momentum of the means."""
-        bits = 8 * self.codec.nbytes(_MANY) / _MANY
-        if bits > _FEW_BITS or outer_momentum < _STRONG or self.decay <= _BEARABLE:
-            return
-        warnings.warn(
-            f"{self!r} under an outer momentum of {outer_momentum:g}: what so few bits lose comes too late, "
-            'and long runs may leave the minimum; let it decay (codec="2bit+ef0.7"), or take "e3m0+ef"',
-            RuntimeWarning,
-            stacklevel=6,
-        )
 
 
 @dataclass(frozen=True)
