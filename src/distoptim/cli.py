@@ -36,8 +36,6 @@ _PROBE_CHARACTERS = 10_000
 
 _TABLE_WIDTH = 110
 
-_EXPERIMENTS = ("compare", "train", "simulate", "reproduce", "report", "partition")
-
 
 def _whole(_: object, tokens: Any) -> int:
     text = tokens[0].value
@@ -64,10 +62,9 @@ def main() -> NoReturn:
     try:
         code = application()(sys.argv[1:])
     except UnknownCommandError as error:
-        command = next(iter(sys.argv[1:]), "")
-        if command in _EXPERIMENTS:
-            fail(f"{command} needs the experiments: pip install 'distoptim[train]'", 2)
-        fail(str(error), 2)
+        alone = not entry_points(group=COMMANDS)
+        more = " Those of the experiments: pip install 'distoptim[train]'" if alone else ""
+        fail(f"{error}{more}", 2)
     except (CycloptsError, ValueError) as error:
         fail(str(error), 2)
     except CommunicationError as error:

@@ -172,6 +172,11 @@ class Average(Rule):
         return state.sent if self.carry and isinstance(state, Sent) else None
 
 
+def compared(rule: Rule, state: State) -> dict[str, Any]:
+    """Of what is shared, what is bit-equal on all workers: not the learning rates, of which each may have its own."""
+    return {name: value for name, value in rule.shared(state).items() if name != "lr"}
+
+
 def save(state: State | Mapping[str, Any]) -> dict[str, Any]:
     """A state, or some of its fields by name, as plain data and tensors (not copied)."""
     out: dict[str, Any] = {}

@@ -578,7 +578,10 @@ def test_a_worker_that_failed_gives_one_line_and_another_code(invoke, monkeypatc
 
 def test_what_is_not_installed_is_said_in_one_line(invoke, monkeypatch):
     monkeypatch.setattr(cli, "entry_points", lambda group: ())
-    message = "train needs the experiments: pip install 'distoptim[train]'"
+    message = (
+        'Unknown command "train". Available commands: plan, probe, lighthouse. '
+        "Those of the experiments: pip install 'distoptim[train]'"
+    )
     assert invoke("train") == (2, "", f"Error: {message}\n")
     monkeypatch.delitem(sys.modules, "distoptim.cli")
     monkeypatch.delattr(distoptim, "cli")

@@ -115,12 +115,10 @@ def shared(engine: Engine, saved: dict[str, Any]) -> dict[str, object]:
     """By name, the checksums of what all workers have saved alike: anchors and outer states."""
     out: dict[str, object] = {}
     for sync, f in zip(engine.syncs, saved["fragments"], strict=True):
-        for name in engine.rule.shared(sync.state):
-            # Workers may have learning rates of their own.
-            if name != "lr":
-                value = f["state"][name]
-                memory = value["state"] if isinstance(value, Mapping) else value
-                out[f"{name} of {sync.name}"] = f"{checksum(memory):08x}"
+        for name in rules.compared(engine.rule, sync.state):
+            value = f["state"][name]
+            memory = value["state"] if isinstance(value, Mapping) else value
+            out[f"{name} of {sync.name}"] = f"{checksum(memory):08x}"
     return out
 
 
@@ -128,9 +126,7 @@ def digest(engine: Engine) -> str:
     """In hex, of all that workers share: anchors and outer states."""
     found = hashlib.sha256()
     for sync in engine.syncs:
-        values = rules.save(engine.rule.shared(sync.state))
-        # Workers may have learning rates of their own.
-        values.pop("lr", None)
+        values = rules.save(rules.compared(engine.rule, sync.state))
         # Of an optimizer, what it remembers; its settings are the rule's.
         memory = {n: v["state"] if isinstance(v, dict) else v for n, v in values.items()}
         for leaf in tree_leaves(memory):
