@@ -10,7 +10,7 @@ from rich.console import Console
 
 @pytest.mark.parametrize(
     ("share", "tau", "shown"),
-    [(0.0184, 4, "exposed   1.8% tau   4"), (None, None, "exposed        tau    ")],
+    [(0.0184, 4, "exposed  1.8% tau   4"), (None, None, "exposed       tau    ")],
 )
 def test_a_bar_shows_exposed_share_and_tau(share, tau, shown):
     console = Console(file=io.StringIO(), width=160)

@@ -8,7 +8,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -26,14 +25,13 @@ class LiveProgress(Progress):
 
     def __init__(self, console: Console) -> None:
         super().__init__(
-            TextColumn("{task.description:<18}"),
-            BarColumn(bar_width=12),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:>6}"),
-            TextColumn("test {task.fields[accuracy]:>6}"),
-            TextColumn("exposed {task.fields[exposed]:>6}"),
+            TextColumn("test {task.fields[accuracy]:>5}"),
+            TextColumn("exposed {task.fields[exposed]:>5}"),
             TextColumn("tau {task.fields[tau]:>3}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
