@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "build" / "pages"
 # Of the files that git knows.
 SHOWN = (
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", "LICENSE"),
     *("docs/*", ":!docs/*.py", "examples/*", "results/*.md", "results/*.png"),
 )
 

@@ -53,6 +53,13 @@ def test_every_public_name_is_in_the_reference_once():
         assert ours - {"__version__"} <= documented
 
 
+def test_every_algorithm_is_drawn():
+    drawn = {path.stem for path in (ROOT / "docs" / "algorithms").glob("*.svg")}
+    assert drawn == {algorithm.__name__ for algorithm in distoptim.ALGORITHMS.values()}
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    assert all(f"](algorithms/{name}.svg)" in page for name in drawn)
+
+
 def of_torch(value):
     """Torch's own classes, which `comm` hands on for types."""
     return getattr(value, "__module__", "").startswith("torch.")

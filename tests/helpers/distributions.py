@@ -22,6 +22,7 @@ SOURCES = (
     "MANIFEST.in",
     "conftest.py",
     "README.md",
+    "SECURITY.md",
     "experiments",
     "pyproject.toml",
     "setup.py",

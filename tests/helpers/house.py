@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -53,6 +54,26 @@ def functions(package: Path) -> Iterator[tuple[str, int]]:
                 if ast.get_docstring(node) is not None:
                     lines -= _lines(node.body[0])
                 yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", lines
+
+
+def unpicklers(package: Path) -> set[str]:
+    """Files of `package` in which an object may be unpickled."""
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = {name.name for name in node.names} if isinstance(node, ast.Import) else set()
+            unsafe = isinstance(node, ast.Call) and _may_unpickle(node)
+            if unsafe or imported & {"cloudpickle", "dill", "joblib", "pickle", "shelve"}:
+                found.add(str(path.relative_to(package)))
+    return found
+
+
+def _may_unpickle(call: ast.Call) -> bool:
+    """Of torch's: collectives of objects, and a load of more than tensors and plain data."""
+    name = ast.unparse(call.func)
+    if name == "torch.load":
+        return "weights_only=True" not in map(ast.unparse, call.keywords)
+    return re.search(r"_object(_list)?$", name) is not None
 
 
 def packed_per_1000_lines(package: Path) -> float:

@@ -74,6 +74,12 @@ def test_a_line_holds_one_statement(package):
     assert house.packed_per_1000_lines(package) <= 2
 
 
+def test_nothing_from_others_is_unpickled():
+    # Between a process and its own children.
+    assert house.unpicklers(house.LIBRARY) == {"testing/processes.py"}
+    assert house.unpicklers(house.EXPERIMENTS) == set()
+
+
 def test_who_is_derived_from_is_abstract():
     made_for_it = {"AveragingOptimizer", "State", "Anchored", "Carried", "Handle"}
     assert house.concrete_bases(house.LIBRARY) == {*made_for_it, "CommunicationError"}
