@@ -238,7 +238,11 @@ class Wire:
                 near.close()
                 continue
             host, _, port = self._address.rpartition(":")
-            far = socket.create_connection((host, int(port)))
+            try:
+                far = socket.create_connection((host, int(port)))
+            except OSError:
+                near.close()
+                continue
             self._open += [near, far]
             for ends in ((near, far), (far, near)):
                 threading.Thread(target=self._carry, args=ends, daemon=True).start()

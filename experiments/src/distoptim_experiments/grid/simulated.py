@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
@@ -120,13 +121,19 @@ def run_all(
         for i, (config, target, label) in enumerate(left, 1):
             if not another():
                 break
-            run(config, machines, target, label=label)
+            _run(config, machines, target, label=label)
             done(len(configs) - len(left) + i, len(configs))
     else:
         several = _in_processes(left, machines, processes or os.cpu_count() or 1, another)
         for i, _ in enumerate(several, 1):
             done(len(configs) - len(left) + i, len(configs))
     return folders
+
+
+def _run(config: RunConfig, machines: Machines, folder: Path, **options: Any) -> None:
+    run(config, machines, folder, **options)
+    # Its workers, with their data, refer to each other: without this they stay for dozens of runs.
+    gc.collect()
 
 
 def _in_processes(
@@ -144,7 +151,7 @@ def _in_processes(
             while True:
                 while waiting and len(pending) < processes and another():
                     config, target, label = waiting.pop()
-                    pending.add(pool.submit(run, config, machines, target, label=label, threads=1))
+                    pending.add(pool.submit(_run, config, machines, target, label=label, threads=1))
                 if not pending:
                     return
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)
