@@ -8,7 +8,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # What is installed of the library; workers that come and go need torchft, which needs torch 2.7.
 EXTRAS ?= dev,elastic
 
-.PHONY: demo test lint pytest test-integrations chaos tables docs docs-serve docs-check package bench clean
+.PHONY: demo test lint pytest test-integrations chaos tables docs docs-serve docs-check package release bench clean
 
 $(VENV)/installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -69,7 +69,15 @@ package: $(VENV)/installed
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python -m build --no-isolation --outdir dist experiments
+	$(BIN)/twine check --strict dist/*
 	$(BIN)/python -m pytest -m package tests/unit
+
+# What a version needs before it is published: an address, TAG=v0.1.0 as its number, and a place in the changelog.
+release:
+	! grep -n 'https://example.org' pyproject.toml experiments/pyproject.toml
+	grep -q '"$(TAG:v%=%)"' src/distoptim/version.py
+	grep -q '^## \[$(TAG:v%=%)\] - ' CHANGELOG.md
+	$(MAKE) package
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
