@@ -14,6 +14,10 @@ const PAGES = {
   which: "docs/which/",
   "every-step": "docs/every-step/",
   failures: "docs/failures/",
+  drawn: "docs/algorithms/",
+  timeline: "docs/timeline/",
+  tuning: "docs/tuning/",
+  security: "SECURITY/",
   algorithms: "docs/reference/algorithms/",
   results: "results/small/report/",
 };
