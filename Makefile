@@ -32,11 +32,11 @@ lint: $(VENV)/installed
 pytest: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The trainers that the library works inside of, installed and tried, also by their own launchers; `pytest` passes over those
-# that are not there.
+# The trainers that the library works inside of, installed and tried, also by their own launchers, and what others come from;
+# `pytest` passes over those that are not there.
 test-integrations: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,lightning]' torchdata
-	$(BIN)/python -m pytest -m 'not package' tests/integrations
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,lightning]' torchdata hivemind
+	$(BIN)/python -m pytest -m 'not package' tests/integrations tests/docs/test_coming_from.py tests/docs/test_examples.py
 
 # What takes real processes many seconds: more faults, more seeds, more ranks than `make test` has. CASES=all strikes workers that
 # come and go by every fault at every moment (hours), CASES=1, 2, ... by other ones than usual.
