@@ -58,6 +58,8 @@ class Store:
             wait_for_workers=False,
             timeout=timedelta(seconds=timeout_s),
             master_listen_fd=listening.detach(),
+            # That kind takes no socket in torch 2.6.
+            use_libuv=torch.__version__ >= "2.8",
         )
 
     def tell(self, name: str, text: str) -> None:

@@ -167,6 +167,8 @@ def _join(backend: str, rank: int, workers: int, port: int, listener: socket.soc
         timeout=timeout,
         # The store owns the socket from here on.
         master_listen_fd=None if listener is None else listener.detach(),
+        # The other kind takes no socket in torch 2.6.
+        use_libuv=False,
     )
     dist.init_process_group(backend, store=store, rank=rank, world_size=workers, timeout=timeout)
     # A worker that is done before another has connected to it would fail that one.

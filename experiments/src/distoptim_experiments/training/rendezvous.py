@@ -68,6 +68,8 @@ def serve_on_loopback() -> TCPStore:
         is_master=True,
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
+        # The other kind takes no socket in torch 2.6.
+        use_libuv=False,
     )
 
 
