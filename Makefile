@@ -54,7 +54,7 @@ docs: build/pages
 docs-serve: build/pages
 	PYTHONPATH=. $(BIN)/zensical serve
 
-# Looks at the site in Chromium, which with node must be there, and keeps four pictures of it.
+# Looks at the site in Chromium, which with node must be there, and keeps some pictures of it.
 docs-check: docs
 	cd docs/check && npm ci --silent --no-audit --no-fund
 	node docs/check/check.mjs build/site docs/pictures
