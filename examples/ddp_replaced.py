@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node=2 examples/ddp_replaced.py
 
-The lines that differ from a script with DDP are marked with "+".
+The lines that differ: with DDP those marked with "+" were not there, and those behind "# -" were.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ def main() -> None:
     rank = dist.get_rank()
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
-    optimizer = (
-        distoptim.OverlapLocalSGD(  # + in place of DistributedDataParallel(model) and its SGD
-            model.parameters(), lr=0.05, momentum=0.9, tau=8, module=model
-        )
-    )
+    # - model = nn.parallel.DistributedDataParallel(model)
+    # - optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    sgd = {"lr": 0.05, "momentum": 0.9}  # +
+    optimizer = distoptim.OverlapLocalSGD(model.parameters(), **sgd, tau=8, module=model)  # +
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 
     def loss_on(data: torch.Tensor) -> torch.Tensor:
@@ -42,15 +41,16 @@ def main() -> None:
         optimizer.average()  # +
         schedule.step()
 
+    # - with torch.no_grad():
     with optimizer.averaged(model), torch.no_grad():  # + workers differ between averages
         unseen = torch.randn(512, 16, generator=torch.Generator().manual_seed(-1))
         loss = loss_on(unseen).item()
         if rank == 0:
             torch.save(model.state_dict(), "model.pt")
-    waited = optimizer.stats()["exposed_share"]
-    optimizer.close()
-    if rank == 0:
-        print(f"loss of the mean: {loss:.3f}; waited {waited:.1%} of the computation")
+            print(f"loss of the mean: {loss:.3f}")
+    waited = optimizer.stats()["exposed_share"]  # +
+    print(f"rank {rank} waited for {waited:.1%} of its computation")  # +
+    optimizer.close()  # +
     dist.destroy_process_group()
 
 

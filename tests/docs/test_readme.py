@@ -46,8 +46,8 @@ SHELL = {
     "--auto-resume --checkpoint-every 100": "torchrun --nproc-per-node=2 --max-restarts=3 -m distoptim train --folder run "
     f"--auto-resume --checkpoint-every 100 {SMALL}",
     "distoptim train --init tcp://host1:29500 --world-size 2 --rank 0": f"distoptim train --init tcp://127.0.0.1:{{port}} --world-size 1 --rank 0 {SMALL}",
-    "SLURM_PROCID=0 SLURM_NTASKS=1 HEAD=127.0.0.1 bash slurm_worker.sh": f"bash -n {ROOT}/docs/slurm.sh && SLURM_PROCID=0 SLURM_NTASKS=1 HEAD=127.0.0.1 PORT={{port}} TRAIN='{SMALL}' "
-    f"PATH={Path(PYTHON).parent}:$PATH bash {ROOT}/docs/slurm_worker.sh",
+    # With stand-ins for SLURM's commands: tests/docs/test_examples.py.
+    "sbatch examples/slurm.sh train.py": f"bash -n {ROOT}/examples/slurm.sh",
     "distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 16 --latency-ms 10 "
     "--bandwidth-gbit-s 1": "distoptim simulate --methods ddp,local-sgd,overlap-local-sgd --taus 2,8 --workers 4 "
     f"--latency-ms 10 --bandwidth-gbit-s 1 {SMALL}",
