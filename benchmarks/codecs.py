@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import Report, json_path, save
-from distoptim.comm import Handle, SingleWorker
+from distoptim.comm import FinishedHandle, Handle, SingleWorker
 from distoptim.comm.codecs import CODECS, find
 from distoptim.comm.compressed import CompressedMean
 
@@ -70,7 +70,7 @@ class Echo(SingleWorker):
     def all_gather(
         self, output: torch.Tensor, input: torch.Tensor, *, after: Handle | None = None
     ) -> Handle:
-        return Handle(output.copy_(input))
+        return FinishedHandle(output.copy_(input))
 
 
 def rounds() -> list[dict[str, Any]]:

@@ -275,7 +275,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
             for pre in self._optimizer_step_pre_hooks.values():
                 pre(self, args, {})
             self._master_weights.follow()
-            loss = self._inner_step(closure)
+            loss = self._local_step(closure)
             self._master_weights.look()
             for post in self._optimizer_step_post_hooks.values():
                 post(self, args, {})
@@ -297,8 +297,11 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
             # It would say the same again, some rounds later.
             self.engine.syncs[0].likeness = None
 
-    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
-        """With what a GradScaler has left on this object, where it knows that we take it."""
+    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
+        """One step of the inner optimizer, which subclasses may make in another way, by this one.
+
+        With what a GradScaler has left on this object, where it knows that we take it.
+        """
         scaling = {
             name: self.__dict__[name]
             for name in ("grad_scale", "found_inf")
@@ -628,7 +631,16 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
                 "a run: allowed is this worker's own file"
             )
         saved.check_inner(self.inner, state)
+        if ours is None:
+            self._check_plain(state)
         return state, ours
+
+    def _check_plain(self, state: Mapping[str, Any]) -> None:
+        """Whether a plain optimizer's state, which fits, may be taken over; subclasses may refuse it.
+
+        Raises:
+            ValueError: it may not.
+        """
 
     def _check_shard(self, rounds: dict[str, Any]) -> None:
         """Whether the rounds are of the same shards; older versions do not say."""

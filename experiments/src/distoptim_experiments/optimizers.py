@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distoptim import checks
 from distoptim.algorithms import ALGORITHMS
-from distoptim.comm import Communicator, Handle
+from distoptim.comm import Communicator, FinishedHandle, Handle
 from distoptim.periods import (
     AdaComm,
     EqualTime,
@@ -230,13 +230,13 @@ class _Absent(Communicator):
         self.size = size
 
     def all_reduce(self, buffer: Tensor) -> Handle:
-        return Handle(buffer)
+        return FinishedHandle(buffer)
 
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
-        return Handle(output)
+        return FinishedHandle(output)
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
-        return Handle(output)
+        return FinishedHandle(output)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         pass

@@ -22,8 +22,8 @@ OuterFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass
-class Anchored(State):
-    """An anchor and the optimizer that moves it; equal on all workers.
+class AnchorState(State, ABC):
+    """An anchor and the optimizer that moves it; equal on all workers. Subclasses add what is not.
 
     Attributes:
         anchor: z, bit-equal on all workers.
@@ -51,11 +51,23 @@ class Anchored(State):
         return None
 
 
+@final
 @dataclass
-class Carried(Anchored):
-    """The same, and until the merge where x stood at its last launch: steps since are x - base."""
+class Anchored(AnchorState):
+    """Nothing else."""
 
-    base: Flat | None = None
+
+@dataclass(kw_only=True)
+class BaseState(AnchorState, ABC):
+    """And until the merge where x stood at its last launch: steps since are x - base."""
+
+    base: Flat
+
+
+@final
+@dataclass(kw_only=True)
+class Carried(BaseState):
+    """Nothing else."""
 
 
 def start_anchor(fragment: Fragment) -> Flat:
@@ -73,21 +85,14 @@ def start_base(anchor: Flat, fragment: Fragment) -> Flat:
 
 
 def shared_fields(state: State) -> Mapping[str, Any]:
-    """Of an `Anchored` state, what is equal on all workers: not the base."""
-    assert isinstance(state, Anchored)
+    """Of an `AnchorState`, what is equal on all workers: not what subclasses add."""
+    assert isinstance(state, AnchorState)
     return {"anchor": state.anchor, "outer": state.outer, "lr": state.lr}
 
 
-def base_of(state: State) -> Flat:
-    """The base of a carried state."""
-    assert isinstance(state, Carried)
-    assert state.base is not None
-    return state.base
-
-
-def carry_over(fragment: Fragment, state: Carried) -> None:
+def carry_over(fragment: Fragment, state: BaseState) -> None:
     """x <- z + (x - base)."""
-    base = base_of(state)
+    base = state.base
     # In place of the base, which the next launch replaces.
     torch.sub(state.anchor.tensor, base.tensor, out=base.tensor)
     fragment.add(base)
@@ -106,7 +111,7 @@ class OuterStep(ABC):
         """The optimizer of one fragment's anchors, one per segment; None if none is needed."""
 
     @abstractmethod
-    def step(self, fragment: Fragment, state: Anchored, mean: Mean) -> None:
+    def step(self, fragment: Fragment, state: AnchorState, mean: Mean) -> None:
         """z <- outer step on z - mean; may overwrite the mean."""
 
     def start(self, fragment: Fragment) -> tuple[Flat, torch.optim.Optimizer | None]:
@@ -156,7 +161,7 @@ class OuterSGD(OuterStep):
             fused=anchors[0].device.type in ("cpu", "cuda"),
         )
 
-    def step(self, fragment: Fragment, state: Anchored, mean: Mean) -> None:
+    def step(self, fragment: Fragment, state: AnchorState, mean: Mean) -> None:
         """The mean is left as it is."""
         if state.outer is None:
             state.anchor.tensor.lerp_(mean.flat.tensor[: fragment.numel], self.lr)
@@ -204,7 +209,7 @@ class OuterOptimizer(OuterStep):
         """What the factory makes of them."""
         return self.factory(anchors)
 
-    def step(self, fragment: Fragment, state: Anchored, mean: Mean) -> None:
+    def step(self, fragment: Fragment, state: AnchorState, mean: Mean) -> None:
         """The mean is overwritten by the pseudo-gradient."""
         assert state.outer is not None
         pseudo_gradient = mean.flat.tensor[: fragment.numel]
@@ -307,7 +312,7 @@ class Carry(Rule):
     def sent(self, fragment: Fragment, state: State, sent: Flat) -> None:
         """Remember what was sent, or the anchor where that was not finite."""
         assert isinstance(state, Carried)
-        base = base_of(state).tensor
+        base = state.base.tensor
         payload = sent.tensor[: fragment.numel]
         if fragment.device.type == "cpu":
             # A worker that was not finite has been put back to the anchor.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distoptim import checks
-from distoptim.algorithms.anchor import Anchored, start_anchor
+from distoptim.algorithms.anchor import AnchorState, start_anchor
 from distoptim.chunks import CHUNK, chunked
 from distoptim.fragments import Flat, Fragment
 from distoptim.optimizer import AveragingOptimizer
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@dataclass
-class Gap(Anchored):
-    """The anchor and its momentum; how far it moved last, and the farthest ever (Euclidean)."""
+@final
+@dataclass(kw_only=True)
+class Gap(AnchorState):
+    """And the anchor's momentum; how far it moved last, and the farthest ever (Euclidean)."""
 
-    momentum: Flat | None = None
+    momentum: Flat
     moved: float = 0.0
     farthest: float = 0.0
 
@@ -59,7 +60,6 @@ class Penalised(Rule):
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """m <- clip(beta m + (z - mean)/gap); z <- z - outer_lr m; x <- x - outer_lr m."""
         assert isinstance(state, Gap)
-        assert state.momentum is not None
         gap = 1 + state.moved / state.farthest if state.farthest else 1.0
         norms: list[Tensor] = []
         payload = mean.flat.tensor[: fragment.numel]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from distoptim import checks
 from distoptim.algorithms.anchor import (
+    BaseState,
     Carried,
     OuterSGD,
-    base_of,
     carry_over,
     shared_fields,
     start_base,
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@dataclass
-class Eager(Carried):
-    """And the momentum of the worker's own pseudo-gradients, which alone differs between workers."""
+@final
+@dataclass(kw_only=True)
+class Eager(BaseState):
+    """And the momentum of the worker's own pseudo-gradients."""
 
-    own: Flat | None = None
+    own: Flat
 
 
 @final
@@ -68,9 +69,9 @@ class Restart(Rule):
 
     def sent(self, fragment: Fragment, state: State, sent: Flat) -> None:
         """x <- z - share (outer step of the worker's own g)."""
-        assert isinstance(state, Carried)
-        base = base_of(state)
-        if isinstance(state, Eager) and state.own is not None:
+        assert isinstance(state, BaseState)
+        base = state.base
+        if isinstance(state, Eager):
             payload = sent.tensor[: fragment.numel]
             self._own_step(
                 state.anchor.tensor, payload, state.own.tensor, base.tensor, sent.tensor[-1]
@@ -97,22 +98,22 @@ class Restart(Rule):
 
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """z <- outer step; x <- z + (x - base)."""
-        assert isinstance(state, Carried)
+        assert isinstance(state, BaseState)
         self.outer.step(fragment, state, mean)
         carry_over(fragment, state)
 
     def abandoned(self, fragment: Fragment, state: State, sent: Flat | None) -> None:
         """x <- sent + (x - base), and the own momentum as before: u <- (u - g)/beta."""
-        assert isinstance(state, Carried)
+        assert isinstance(state, BaseState)
         if sent is None:
             return
         payload = sent.tensor[: fragment.numel]
         beta = self.outer.momentum
-        if isinstance(state, Eager) and state.own is not None and beta:
+        if isinstance(state, Eager) and beta:
             # Weighted as at the launch, where one that was not finite did not count.
             own = state.own.tensor
             own.sub_((state.anchor.tensor - payload).mul_(sent.tensor[-1])).div_(beta)
-        payload.sub_(base_of(state).tensor)
+        payload.sub_(state.base.tensor)
         fragment.add(sent)
 
     def shared(self, state: State) -> Mapping[str, Any]:
@@ -124,7 +125,8 @@ class Restart(Rule):
 
         After the merge, anything would do: a launch follows.
         """
-        return base_of(state)
+        assert isinstance(state, BaseState)
+        return state.base
 
 
 @final

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from distoptim import checks
-from distoptim.algorithms.anchor import Anchored, Carried, base_of, shared_fields, start_anchor
+from distoptim.algorithms.anchor import Anchored, AnchorState, Carried, shared_fields, start_anchor
 from distoptim.algorithms.moved_momentum import MovedMomentum, moved_momentum
 from distoptim.comm.codecs import Codec, Coding, ResidualInParameters
 from distoptim.comm.codecs import find as find_codec
@@ -66,14 +66,14 @@ class HeavyBall(Rule):
         """Remember sent - z; 0 where what was sent is not finite."""
         if self.coded or not isinstance(state, Carried):
             return
-        base = base_of(state).tensor
+        base = state.base.tensor
         torch.sub(sent.tensor[: fragment.numel], state.anchor.tensor, out=base)
         # The last element, 0 or 1, says whether it is finite.
         base.mul_(sent.tensor[-1])
 
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """x <- x + (gain + momentum) (mean - z) - gain (sent - z), in place of the mean."""
-        assert isinstance(state, Anchored)
+        assert isinstance(state, AnchorState)
         moved = mean.flat.tensor[: fragment.numel].sub_(state.anchor.tensor)
         state.anchor.tensor.add_(moved)
         for i, (group, part) in enumerate(fragment.segments):
@@ -82,7 +82,8 @@ class HeavyBall(Rule):
         if mean.coded is not None:
             mean.coded.add_sent(moved, -self.gain)
         else:
-            moved.sub_(base_of(state).tensor, alpha=self.gain)
+            assert isinstance(state, Carried)
+            moved.sub_(state.base.tensor, alpha=self.gain)
         fragment.add(mean.flat)
 
     def shared(self, state: State) -> Mapping[str, Any]:
@@ -90,7 +91,7 @@ class HeavyBall(Rule):
         return shared_fields(state)
 
 
-def _ratio(state: Anchored, mean: Mean, segment: int) -> float:
+def _ratio(state: AnchorState, mean: Mean, segment: int) -> float:
     """By what a learning rate has changed since the movement before; a movement at 0 is none."""
     if state.lr is None:
         return 1.0
@@ -188,14 +189,14 @@ class GlobalMomentum(AveragingOptimizer):
         nbytes = sum(sync.nbytes for sync in self.engine.syncs)
         return f"{what}; means in {codec}, {nbytes / 1e6:.3g} MB each; gain {self._rule.gain:g}"
 
-    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
+    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
         """Without momentum; with it where workers hold one model, in the first phase of `PostLocal`."""
         if self.engine.step == _LOOK_AT:
             self._look_at_link()
         if self.engine.clock.synchronous:
-            return super()._inner_step(closure)
+            return super()._local_step(closure)
         with self._rule.momentum.away():
-            return super()._inner_step(closure)
+            return super()._local_step(closure)
 
     def _look_at_link(self) -> None:
         """Warn where means take longer than the local steps that hide them."""
@@ -215,12 +216,9 @@ class GlobalMomentum(AveragingOptimizer):
             stacklevel=4,
         )
 
-    def _read(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """As there; a plain optimizer's momentum is refused, since it would be lost."""
-        state, rounds = super()._read(state_dict)
-        if rounds is None:
-            self._rule.momentum.check_state(state["state"])
-        return state, rounds
+    def _check_plain(self, state: Mapping[str, Any]) -> None:
+        """Its momentum would be lost."""
+        self._rule.momentum.check_state(state["state"])
 
 
 def _coding(settings: SyncSettings, inner: torch.optim.Optimizer, *, chosen: bool) -> Coding | None:

@@ -10,9 +10,7 @@ import torch
 
 from distoptim import checks
 from distoptim.algorithms.anchor import (
-    Anchored,
     Carried,
-    base_of,
     shared_fields,
     start_anchor,
     start_base,
@@ -47,16 +45,16 @@ class Correct(Rule):
 
     def sent(self, fragment: Fragment, state: State, sent: Flat) -> None:
         """mix <- (gain sent + momentum z)/(gain + momentum); z where what was sent is not finite."""
-        assert isinstance(state, Anchored)
+        assert isinstance(state, Carried)
         # The last element, 0 or 1, says whether it is finite.
         weight = sent.tensor[-1] * (self.gain / (self.gain + self.momentum))
         payload = sent.tensor[: fragment.numel]
-        torch.lerp(state.anchor.tensor, payload, weight, out=base_of(state).tensor)
+        torch.lerp(state.anchor.tensor, payload, weight, out=state.base.tensor)
 
     def merge(self, fragment: Fragment, state: State, mean: Mean) -> None:
         """x <- x + (gain + momentum) (mean - mix), in place of the mix; z <- mean."""
-        assert isinstance(state, Anchored)
-        mix = base_of(state)
+        assert isinstance(state, Carried)
+        mix = state.base
         state.anchor.tensor.copy_(mean.flat.tensor[: fragment.numel])
         torch.sub(state.anchor.tensor, mix.tensor, out=mix.tensor)
         fragment.add(mix, weight=self.gain + self.momentum)

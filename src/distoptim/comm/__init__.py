@@ -19,7 +19,7 @@ from distoptim.comm.communicator import (
 )
 from distoptim.comm.elastic import Elastic
 from distoptim.comm.emulated import emulate
-from distoptim.comm.handles import CatchUp, Handle
+from distoptim.comm.handles import CatchUp, FinishedHandle, Handle
 from distoptim.comm.link import Link
 from distoptim.comm.process_group import (
     ProcessGroupCommunicator,
@@ -37,6 +37,7 @@ __all__ = [
     "DeviceMesh",
     "Elastic",
     "ErrorFeedback",
+    "FinishedHandle",
     "Handle",
     "Link",
     "MeanLost",

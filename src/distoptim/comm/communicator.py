@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distoptim.comm.handles import CatchUp, Handle, Stages
+from distoptim.comm.handles import CatchUp, FinishedHandle, Handle, Stages
 from distoptim.comm.link import Link
 
 
@@ -237,17 +237,17 @@ class SingleWorker(Communicator):
 
     def all_reduce(self, buffer: Tensor) -> Handle:
         """The mean of one is there at once."""
-        return Handle(buffer)
+        return FinishedHandle(buffer)
 
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
         """Only this worker's input, at once."""
         output[0].copy_(input)
-        return Handle(output)
+        return FinishedHandle(output)
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
         """The row that this worker has for itself, at once."""
         output.copy_(input)
-        return Handle(output)
+        return FinishedHandle(output)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """The buffer stays: nobody else has one."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -365,6 +365,7 @@ class CompressedMean:
         return row[: 4 * self.extra].view(torch.float32), row[4 * self.extra :]
 
 
+@final
 class CodedHandle(Handle):
     """A mean whose codes are in flight; it is in the buffer after `wait`.
 
@@ -405,6 +406,7 @@ class CodedHandle(Handle):
         self.waited_s = self.carried.waited_s
 
 
+@final
 class EmptyHandle(Handle):
     """A message without payload in flight; after `wait` its `tails` are the mean.
 

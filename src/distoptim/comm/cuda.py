@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from distoptim.comm.handles import TimedHandle
 _cuda: Any = torch.cuda  # whose events and streams have no types
 
 
+@final
 class NcclHandle(TimedHandle):
     """An NCCL all-reduce: waiting orders the current stream behind it.
 
@@ -103,6 +104,7 @@ class Staging:
         return handle
 
 
+@final
 class StagedHandle(TimedHandle):
     """One buffer under way through `Staging`."""
 

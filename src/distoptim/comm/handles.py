@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, final
 
 import torch.distributed as dist
 from torch import Tensor
@@ -35,8 +35,8 @@ class CatchUp:
     heard: frozenset[int] = frozenset()
 
 
-class Handle:
-    """A collective in flight. This class itself: one that is over already.
+class Handle(ABC):
+    """A collective in flight.
 
     Args:
         buffer: where the result will be; of a mean, its last element is the mean weight of the
@@ -65,16 +65,16 @@ class Handle:
         self.waited_s: float | None = None
         self.worked_s = 0.0
 
-    def poll(self) -> None:
+    def poll(self) -> None:  # noqa: B027  # optional
         """Do what can be done without waiting; comes with every local step."""
 
+    @abstractmethod
     def wait(self, timeout_s: float) -> None:
-        """Block until the result is in the buffer; notes `waited_s`, and `finished_at` if it is known.
+        """Block until the result is in the buffer; note `waited_s`, and `finished_at` if it is known.
 
         Raises:
             RuntimeError: on failure, or after `timeout_s`.
         """
-        self.waited_s = 0.0
 
     def tails(self, count: int) -> Tensor:
         """The result's last elements, on the host; after `wait`."""
@@ -82,13 +82,27 @@ class Handle:
 
     @property
     def is_there(self) -> bool:
-        """Whether the result is in the buffer, so that `wait` returns at once."""
-        return True
+        """Whether the result is known to be in the buffer; asked where workers come and go."""
+        return False
 
     @property
     def seconds(self) -> float:
         """How long it took, as far as is known; 0 for what was there already."""
         return 0.0 if self.finished_at is None else self.finished_at - self.launched_at
+
+
+@final
+class FinishedHandle(Handle):
+    """A collective that is over already: its result is in the buffer."""
+
+    def wait(self, timeout_s: float) -> None:
+        """At once."""
+        self.waited_s = 0.0
+
+    @property
+    def is_there(self) -> bool:
+        """Always."""
+        return True
 
 
 class TimedHandle(Handle, ABC):
@@ -125,6 +139,7 @@ class TimedHandle(Handle, ABC):
         """Block; raises RuntimeError on failure or after `timeout_s`."""
 
 
+@final
 class WorkHandle(TimedHandle):
     """A collective of a torch.distributed backend; its end is noted at the first `poll` after it.
 
@@ -246,6 +261,7 @@ def _go_on() -> bool:
     return any(each.is_left for each in stages)
 
 
+@final
 class TwoStageHandle(Handle):
     """A mean whose second stage can start only when the first has ended, at another moment on each
     rank.

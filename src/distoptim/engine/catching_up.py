@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distoptim import rule as rules
-from distoptim.comm import CatchUp, Handle, MeanLost
+from distoptim.comm import CatchUp, FinishedHandle, Handle, MeanLost
 from distoptim.engine.engine import Engine, tick_again
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
 from distoptim.engine.reducer import LIMITS
@@ -113,7 +113,7 @@ def _take_over(
         sync.compressed.reference.copy_(given["reference"])
     if mean is not None and mean["values"] is not None and mean["values"][-1]:
         sync.buffer.tensor.copy_(mean["values"])
-        handle = Handle(sync.buffer.tensor)
+        handle = FinishedHandle(sync.buffer.tensor)
         handle.workers = mean["workers"]
         sync.pending = PendingMean(handle, torch.tensor(True), engine.step, mean["lr"])
         engine.merge(sync)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from distoptim.comm import Communicator, Handle, MeanLost
+from distoptim.comm import Communicator, FinishedHandle, Handle, MeanLost
 from distoptim.comm.codecs import Coding
 from distoptim.engine.clock import Clock
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean, Unheard
@@ -462,7 +462,7 @@ class Engine:
         finite = self._form(sync)
         lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
         launched = sync.next_launch - self.clock.tau
-        self._take_off(sync, Handle(sync.buffer.tensor), finite, lr, launched=launched)
+        self._take_off(sync, FinishedHandle(sync.buffer.tensor), finite, lr, launched=launched)
 
     def begin_time(self) -> None:
         """A round of equal time begins at this step, if rounds are."""

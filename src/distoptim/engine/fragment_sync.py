@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distoptim import rule as rules
-from distoptim.comm import Handle
+from distoptim.comm import FinishedHandle, Handle
 from distoptim.comm.compressed import CompressedMean
 from distoptim.engine.identity import Identity
 from distoptim.engine.likeness import Likeness
@@ -163,7 +163,7 @@ class FragmentSync:
             self.buffer.tensor[:kept] = mean[:kept]
             self.buffer.tensor[-1] = mean[-1]
             self.pending = PendingMean(
-                Handle(self.buffer.tensor),
+                FinishedHandle(self.buffer.tensor),
                 torch.tensor(pending["finite"]),
                 pending["due"],
                 pending["lr"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -163,6 +163,7 @@ def swap(brought: list[tuple[Tensor, Tensor]]) -> float:
     return brought[0][0].nbytes
 
 
+@final
 class VirtualHandle(Handle):
     """A collective of virtual workers; its clock is its worker's virtual one.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from distoptim import checks
-from distoptim.comm import CatchUp, Communicator, Handle, MeanLost
+from distoptim.comm import CatchUp, Communicator, FinishedHandle, Handle, MeanLost
 from distoptim.comm.communicator import Member
 from distoptim.simulator.churn import BACK, LOST, Change, Churn
 from distoptim.simulator.fabric import (
@@ -295,7 +295,7 @@ class Among(Communicator):
     def all_reduce(self, buffer: Tensor) -> Handle:
         """There at once, as all of these are."""
         self._group.bring(self.rank, buffer, average)
-        return Handle(buffer)
+        return FinishedHandle(buffer)
 
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
         """See `VirtualCommunicator.all_gather`; in the order of the calls."""
@@ -303,12 +303,12 @@ class Among(Communicator):
             self._group.bring(self.rank, (input, output), lambda brought: gather(brought) / 2)
         else:
             self._group.bring(self.rank, (input, output), gather, 0.5)
-        return Handle(output)
+        return FinishedHandle(output)
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
         """Half of an all-reduce."""
         self._group.bring(self.rank, (input, output), swap, 0.5)
-        return Handle(output)
+        return FinishedHandle(output)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """No part of a mean."""

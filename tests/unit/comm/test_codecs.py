@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import distoptim
-from distoptim.comm import Communicator, Handle
+from distoptim.comm import Communicator, FinishedHandle, Handle
 from distoptim.comm.codecs import BLOCK, CODECS, STEP, Codec, ErrorFeedback, TopK, find
 from distoptim.engine.identity import SIZE
 from distoptim.testing import lockstep
@@ -369,7 +369,7 @@ def test_where_a_codec_cannot_run_it_says_so() -> None:
         size = 1
 
         def all_reduce(self, buffer: Tensor) -> Handle:
-            return Handle(buffer)
+            return FinishedHandle(buffer)
 
         def broadcast(self, buffer: Tensor, source: int = 0) -> None:
             pass

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from distoptim import ALGORITHMS, LocalSGD
-from distoptim.comm import Codec, Communicator, ErrorFeedback, Handle, codecs, register_codec
+from distoptim.comm import (
+    Codec,
+    Communicator,
+    ErrorFeedback,
+    FinishedHandle,
+    Handle,
+    codecs,
+    register_codec,
+)
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers.coded import START, gradient
 
@@ -52,15 +60,15 @@ class Threads(Communicator):
 
     def all_reduce(self, buffer: Tensor) -> Handle:
         buffer.copy_(sum(self.meet(buffer.clone())) / self.size)
-        return Handle(buffer)
+        return FinishedHandle(buffer)
 
     def all_gather(self, output: Tensor, input: Tensor, *, after: Handle | None = None) -> Handle:
         output.copy_(torch.stack(self.meet(input.clone())))
-        return Handle(output)
+        return FinishedHandle(output)
 
     def all_to_all(self, output: Tensor, input: Tensor) -> Handle:
         output.copy_(torch.stack([rows[self.rank] for rows in self.meet(input.clone())]))
-        return Handle(output)
+        return FinishedHandle(output)
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         buffer.copy_(self.meet(buffer.clone())[source])
