@@ -51,7 +51,7 @@ def measure(method: Any) -> dict[str, list[tuple[float, float]]]:
         kind: [
             (s.start_s - zero, s.end_s - zero) for s in spans if s.name == kind and s.end_s > zero
         ]
-        for kind in ("step", "wait", "flight")
+        for kind in ("step", "wait", "in flight")
     }
 
 
@@ -74,7 +74,7 @@ def draw(seen: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> N
         for (a, b), color, lane in (
             [(i, COMPUTE, 1) for i in kinds["step"]]
             + [(i, WAIT, 1) for i in kinds["wait"]]
-            + [(i, FLIGHT, 0) for i in kinds["flight"]]
+            + [(i, FLIGHT, 0) for i in kinds["in flight"]]
         ):
             left = max(a, 0.0)
             axis.barh(

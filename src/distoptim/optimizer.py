@@ -142,14 +142,14 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
                 "declared as copies of the parameters, which would be forgotten too; allowed is False"
             )
         members, _ = self._members
-        beside = _beside(settings.modules, inner, members)
+        untrained = _untrained(settings.modules, inner, members)
         period = settings.period
         parts = partition(settings.fragments, members, period.smallest, settings.pattern)
         self._rule = _fit(rule, settings)
         mesh = WorkerMesh(members)
         if settings.communicator is None:
             # What is frozen lies on ranks of one worker, too, or would be overwritten by another shard.
-            WorkerMesh([*members, *beside.values()]).check(
+            WorkerMesh([*members, *untrained.values()]).check(
                 settings.averaging_group(), period.measures
             )
         # torch's base class first, for its hooks: it sets groups and state, which are inner's here.
@@ -167,15 +167,15 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
         except (ValueError, TypeError) as error:
             membership.refuse(lambda: self._communicator, error, mesh)
             raise
-        self._agree(list(groups), beside)
+        self._agree(list(groups), untrained)
         # Making their groups is collective: only now all are known to have the same.
         self._levels = connect_levels(groups, settings.timeout_s, settings.streams)
         for level in self._levels.values():
             level.prepare(self._largest_message(self._fragments(), coded=False))
         self._build()
-        membership.take_part(self.engine, beside)
+        membership.take_part(self.engine, untrained)
 
-    def _agree(self, levels: Sequence[int], beside: dict[str, Tensor]) -> None:
+    def _agree(self, levels: Sequence[int], untrained: dict[str, Tensor]) -> None:
         """Compare with all workers what must be equal; everybody gets rank 0's parameters."""
         settings = self._settings
         facts = {
@@ -202,7 +202,7 @@ class AveragingOptimizer(torch.optim.Optimizer, metaclass=ToldToAll):
             fragments,
             names(self.inner.param_groups),
             start=before,
-            beside=beside,
+            untrained=untrained,
             sync=settings.sync_module,
         )
         coded = settings.coding is not None
@@ -841,10 +841,10 @@ def _first_parameters(modules: Sequence[torch.nn.Module], members: Sequence[Tens
     ]
 
 
-def _beside(
+def _untrained(
     modules: Sequence[torch.nn.Module], inner: torch.optim.Optimizer, members: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """By name, what is to be equal at the start beside the parameters that are averaged.
+    """By name, the buffers and frozen parameters, which are to be equal at the start too.
 
     Raises:
         ValueError: the modules hold none of these.
@@ -863,11 +863,11 @@ def _beside(
         for i, p in enumerate(group["params"])
         if id(p) not in own and id(p) not in theirs
     }
-    beside = {**parts.statistics, **parts.equal, **handed}
-    for name, value in beside.items():
+    untrained = {**parts.statistics, **parts.equal, **handed}
+    for name, value in untrained.items():
         if is_fsdp1(value):
             raise ValueError(f"cannot make {name!r} equal: {unfit(value)}")
-    return beside
+    return untrained
 
 
 # As __init_subclass__ does for others.

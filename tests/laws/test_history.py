@@ -47,7 +47,7 @@ def test_steps_and_waits_are_all_of_a_workers_time(name):
         waits = sum(s.end_s - s.start_s for s in spans if s.name == "wait")
         assert waits == pytest.approx(stats["exposed_s"])
         assert sum(s.name == "merge" for s in spans) == stats["syncs"]
-        flights = [s for s in spans if s.name == "flight"]
+        flights = [s for s in spans if s.name == "in flight"]
         assert all(s.end_s > s.start_s for s in flights)
         # Round 0 of what is hidden counts as in flight from the start, and takes no time.
         assert 0 < len(flights) <= stats["syncs"]
@@ -60,7 +60,7 @@ def test_real_steps_waits_and_merges_do_not_overlap():
         params[0].grad = torch.ones(1000)
         optimizer.step()
         optimizer.average()
-    spans = [s for s in optimizer.history() if s.name != "flight"]
+    spans = [s for s in optimizer.history() if s.name != "in flight"]
     assert [s.name for s in spans].count("step") == 6
     assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(spans))
     optimizer.close()
@@ -89,5 +89,11 @@ def test_a_file_has_all_spans_and_a_trace_the_profilers_labels(tmp_path):
         assert spans == [list(span) for span in optimizer.history()]
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     shown = {event["name"] for event in events if event["ph"] == "X"}
-    assert shown == {"step", "flight", "distoptim::wait", "distoptim::merge", "distoptim::launch"}
+    assert shown == {
+        "step",
+        "in flight",
+        "distoptim::wait",
+        "distoptim::merge",
+        "distoptim::launch",
+    }
     assert all(event["ts"] >= 0 for event in events if event["ph"] == "X")

@@ -60,7 +60,7 @@ def test_real_workers_stand_on_one_clock(tmp_path):
     for name in ("merge", "launch"):
         assert sum(s.name == name for s in first.spans) == 3
     for mine, theirs in zip(first.spans, second.spans, strict=False):
-        if mine.name == theirs.name == "flight":
+        if mine.name == theirs.name == "in flight":
             assert mine.start_s < theirs.end_s
             assert theirs.start_s < mine.end_s
 

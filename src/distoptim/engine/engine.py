@@ -266,7 +266,7 @@ class Engine:
         assert pending is not None
         left = self.weights.left_at is not None
         try:
-            weight, beside = self.reducer.finish(
+            weight, extras = self.reducer.finish(
                 sync, may_be_empty=self._may_be_empty or left or self.clock.timed
             )
         except MeanLost:
@@ -286,7 +286,7 @@ class Engine:
             # Who gives to one that is behind looks at it from another thread.
             sync.merging = True
             if sync.extra:
-                self._hear(beside)
+                self._hear(extras)
             workers = float(handle.workers or self.communicator.size)
             workers *= 1.0 if weight == 1 else self.weights.share(weight)
             # Not twice, if another fragment's merge has replaced this one's since it was launched.
@@ -313,11 +313,11 @@ class Engine:
         self.counters.merged(self.step - sync.launched, sync.index, time.perf_counter() - start)
         return True
 
-    def _hear(self, beside: Tensor) -> None:
+    def _hear(self, extras: Tensor) -> None:
         """Take what came with the first fragment's mean: what the period measures, and statistics."""
-        self.clock.told(beside[: self._measured].tolist())
+        self.clock.told(extras[: self._measured].tolist())
         if self.statistics is not None:
-            self.statistics.mean = beside[self._measured :]
+            self.statistics.mean = extras[self._measured :]
 
     @torch.no_grad()
     def launch_due(self) -> None:
@@ -380,7 +380,7 @@ class Engine:
             self.communicator.begin_round(self.clock.delay * self.counters.step_s)
             handle = self.reducer.start(sync, finite, weight, extras, identity)
         self.counters.launched(sync.index, sync.nbytes, time.perf_counter() - start)
-        self._take_off(sync, handle, finite, lr, launched=self.step, identity=identity)
+        self._note_launch(sync, handle, finite, lr, launched=self.step, identity=identity)
 
     def _weight_of_time(self, sync: FragmentSync) -> float:
         return self.weights.weight_of_time(
@@ -420,7 +420,7 @@ class Engine:
         rule.sent(fragment, sync.state, sync.buffer)
         return finite
 
-    def _take_off(
+    def _note_launch(
         self,
         sync: FragmentSync,
         handle: Handle,
@@ -462,7 +462,7 @@ class Engine:
         finite = self._form(sync)
         lr = [self._inner.lr(group) for group, _ in sync.fragment.segments]
         launched = sync.next_launch - self.clock.tau
-        self._take_off(sync, FinishedHandle(sync.buffer.tensor), finite, lr, launched=launched)
+        self._note_launch(sync, FinishedHandle(sync.buffer.tensor), finite, lr, launched=launched)
 
     def begin_time(self) -> None:
         """A round of equal time begins at this step, if rounds are."""
@@ -473,7 +473,7 @@ class Engine:
         """Agree on how long a local step takes, at the end of the first round; blocks."""
         # Whoever is elsewhere does not come for the message below.
         self.meet(Kind.ROUND)
-        with self.reducer.beside():
+        with self.reducer.guard():
             everybody: list[Any] = self.communicator.all_gather_json(
                 self.counters.step_s, what="average(), the first round"
             )
@@ -496,7 +496,7 @@ class Engine:
         self._begin()
 
     def _activate(self) -> None:
-        """In the synchronous phase x <- mean, beside the rule's state."""
+        """The rule; in the synchronous phase x <- mean, and the rule's state stays as it is."""
         self.active = Average(carry=False) if self.clock.synchronous else self.rule
         # Where workers come and go, who is behind takes the others' rates.
         self._follows_lr = self.active.follows_lr and not self.communicator.elastic

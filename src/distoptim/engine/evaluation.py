@@ -213,7 +213,7 @@ def _compare(engines: Sequence[Engine], own: dict[str, str], kind: Kind) -> None
     communicator = engines[0].communicator
     call = kind.call
     # Ranks that are one worker find the same difference, or one would go on alone.
-    with engines[0].reducer.beside():
+    with engines[0].reducer.guard():
         ranks = WorkerMesh(_params(engines)).all_gather_json(own, what=call)
         everybody = communicator.all_gather_json(ranks, what=call)
     found = module_state.differences(cast("list[list[dict[str, str]]]", everybody))
@@ -252,6 +252,6 @@ def consensus_distance(calls: Calls) -> float:
         fragment.read(mine)
         own = slice(fragment.params_numel)
         square += float(torch.dist(mine.tensor[own], mean.tensor[own])) ** 2
-    with engine.reducer.beside():
+    with engine.reducer.guard():
         squares = engine.communicator.all_gather_json(square, what=Kind.CONSENSUS.call)
     return float(torch.tensor(squares).mean().sqrt())

@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
     Attributes:
         name: "step" (computation, from one `average()` to the next), "wait" (it stood still for a
-            mean), "merge", "launch", "flight" (a mean on its way; beside the others), "lost" (a mean
+            mean), "merge", "launch", "in flight" (a mean on its way, while the others go on), "lost" (a mean
             that will never come) or "catch up".
         start_s: in seconds of the worker's clock; from an unknown zero, unless the clock is virtual.
         end_s: in the same seconds, >= start_s.
@@ -54,7 +54,7 @@ def trace(spans: Sequence[Span], *, worker: int) -> dict[str, Any]:
             {
                 "ph": "X",
                 "pid": worker,
-                "tid": int(span.name == "flight"),
+                "tid": int(span.name == "in flight"),
                 "name": _LABELS.get(span.name, span.name),
                 "ts": (span.start_s - zero) * 1e6,
                 "dur": (span.end_s - span.start_s) * 1e6,

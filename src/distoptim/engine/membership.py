@@ -48,10 +48,10 @@ def agree(
     names: Sequence[str],
     *,
     start: int,
-    beside: Mapping[str, Tensor],
+    untrained: Mapping[str, Tensor],
     sync: bool,
 ) -> None:
-    """Compare facts and parameters, then give everybody rank 0's parameters, and what is beside them.
+    """Compare facts and parameters, then give everybody rank 0's parameters, and what is not trained.
 
     Blocking and collective. The ranks of a worker's mesh agree on the facts too: they launch together.
     Their shards may differ.
@@ -63,7 +63,7 @@ def agree(
         names: the parameters' names, where torch knows them; two of one shape in another order go
             unseen without.
         start: a fingerprint of the parameters.
-        beside: by name, the buffers and frozen parameters that are to be equal too.
+        untrained: by name, the buffers and frozen parameters that are to be equal too.
         sync: False: of these only compare the values.
 
     Raises:
@@ -75,7 +75,9 @@ def agree(
         "names of parameters": list(names),
         "shards": describe(params),
         **{f"fragment {i}": f"part {f.part}: {f.signature()}" for i, f in enumerate(fragments)},
-        "buffers and frozen parameters": [f"{n} {module_state.look(t)}" for n, t in beside.items()],
+        "buffers and frozen parameters": [
+            f"{n} {module_state.look(t)}" for n, t in untrained.items()
+        ],
     }
     plain = {key: _plain(value) for key, value in facts.items()}
     mesh = WorkerMesh(params)
@@ -96,7 +98,7 @@ def agree(
         compare([theirs for _, theirs, _ in messages], communicator.ranks)
         _compare_order([begun for *_, begun in messages], communicator.ranks)
         if not communicator.joins:
-            module_state.make_equal(communicator, mesh, beside, sync=sync)
+            module_state.make_equal(communicator, mesh, untrained, sync=sync)
     except ValueError:
         # Nobody could later: with torch 2.6 a program that ends with these groups open may hang.
         communicator.close()
@@ -141,16 +143,16 @@ def _compare_order(everybody: Sequence[list[int]], ranks: Sequence[int]) -> None
 
 @final
 class Giver(Member):
-    """An engine whose workers come and go, and what beside its parameters was equal at the start.
+    """An engine whose workers come and go, and what else was equal at the start.
 
     Args:
         engine: launches the means.
-        beside: buffers and frozen parameters by name; live.
+        untrained: buffers and frozen parameters by name; live.
     """
 
-    def __init__(self, engine: Engine, beside: Mapping[str, Tensor]) -> None:
+    def __init__(self, engine: Engine, untrained: Mapping[str, Tensor]) -> None:
         self._engine = engine
-        self._beside = beside
+        self._untrained = untrained
 
     def position(self, buffer: Tensor) -> dict[str, Any]:
         """The message's identity, local step, and what is counted and chosen."""
@@ -176,7 +178,7 @@ class Giver(Member):
         """Anchors and outer states, and means that have come and are still to be merged."""
         return {
             "fragments": [self._fragment(sync) for sync in self._engine.syncs],
-            "beside": dict(self._beside),
+            "untrained": dict(self._untrained),
         }
 
     def _fragment(self, sync: FragmentSync) -> dict[str, Any]:
@@ -245,21 +247,21 @@ class Giver(Member):
 
 
 @torch.no_grad()
-def take_part(engine: Engine, beside: Mapping[str, Tensor]) -> None:
+def take_part(engine: Engine, untrained: Mapping[str, Tensor]) -> None:
     """Begin to send means; where workers come and go and a run is on, take over what it shares first.
 
     Args:
         engine: of this worker.
-        beside: buffers and frozen parameters, by name.
+        untrained: buffers and frozen parameters, by name.
     """
     communicator = engine.communicator
     if not communicator.elastic:
         return
     engine.catch_up = partial(catching_up.catch_up, engine)
-    communicator.attach(Giver(engine, beside))
+    communicator.attach(Giver(engine, untrained))
     if communicator.joins:
-        for name, value in catching_up.listen(engine)["beside"].items():
-            beside[name].copy_(value)
+        for name, value in catching_up.listen(engine)["untrained"].items():
+            untrained[name].copy_(value)
 
 
 def check_elastic(settings: SyncSettings, rule: Rule, fragments: Sequence[Fragment]) -> None:
@@ -362,7 +364,7 @@ def catch_up(
     what = Kind.LOAD.call
     # Whoever is elsewhere does not come for the messages below.
     calls.meet(Kind.LOAD)
-    with engine.reducer.beside():
+    with engine.reducer.guard():
         answers = communicator.all_gather_json(
             [mesh.all_gather_json(of_rank, what=what), own], what=what
         )
@@ -462,7 +464,7 @@ def _furthest(
         max(steps),
         furthest,
     )
-    with engine.reducer.beside():
+    with engine.reducer.guard():
         theirs = _from(engine.communicator, saved, furthest)
     # As one of nobody's: of no number of workers that there could be.
     return {**theirs, "step": max(steps), "workers": 0}

@@ -112,7 +112,7 @@ class Reducer:
             sync: whose buffer holds it.
             finite: the mark; a payload that is not finite is sent as 0 of weight 0.
             weight: of this worker.
-            extras: what the period measures.
+            extras: numbers that travel with it, which the period has measured.
             identity: of the message.
         """
         fragment = sync.fragment
@@ -141,7 +141,7 @@ class Reducer:
     def finish(self, sync: FragmentSync, *, may_be_empty: bool) -> tuple[float, Tensor]:
         """Wait for a fragment's mean and weigh it.
 
-        Returns: the mean weight, and the weighted mean of what came with the payload, on the host.
+        Returns: the mean weight, and the weighted mean of the extras, on the host.
 
         Raises:
             CommunicationError: it failed, did not come within the timeout, or is of something else.
@@ -153,8 +153,8 @@ class Reducer:
         sync.pending = None
         tails = pending.handle.tails(sync.extra + SIZE + 1)
         # In a new tensor: dividing the buffer divides these on the host, and does not on another device.
-        beside = tails[: sync.extra] / (tails[-1] or 1.0) if sync.extra else tails[:0]
-        return _normalise(sync.buffer.tensor, tails, sync.name, may_be_empty), beside
+        extras = tails[: sync.extra] / (tails[-1] or 1.0) if sync.extra else tails[:0]
+        return _normalise(sync.buffer.tensor, tails, sync.name, may_be_empty), extras
 
     @torch.no_grad()
     def mean_of(
@@ -226,7 +226,7 @@ class Reducer:
         self._wait(handle, name, identity, limit_s)
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
+    def guard(self) -> Iterator[None]:
         """Around messages that are no means: their failure, too, is one for good."""
         try:
             yield

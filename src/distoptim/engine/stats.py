@@ -75,8 +75,8 @@ class Counters:
         if handle.finished_at is not None:
             hidden = handle.finished_at - handle.launched_at - handle.waited_s
             self.hidden_s += max(0.0, hidden)
-            flight = ("flight", handle.launched_at, handle.finished_at, self.ticks, fragment)
-            self.spans.append(flight)
+            mean = ("in flight", handle.launched_at, handle.finished_at, self.ticks, fragment)
+            self.spans.append(mean)
         if handle.waited_s:
             end = self.until + handle.waited_s
             self.spans.append(("wait", self.until, end, self.ticks, fragment))

@@ -109,14 +109,14 @@ def inspect(optimizer: AveragingOptimizer) -> Inspection:
     What a run has measured is in `optimizer.stats()`.
     """
     engine = optimizer.engine
-    flying = [sync for sync in engine.syncs if sync.pending is not None]
+    pending = [sync for sync in engine.syncs if sync.pending is not None]
     return Inspection(
         step=engine.step,
         tau=engine.clock.tau,
         delay=engine.clock.delay,
         rule=engine.rule,
         fragments=[_view(sync, engine.rule, engine.clock.tau) for sync in engine.syncs],
-        in_flight=[sync.index for sync in sorted(flying, key=lambda sync: sync.launched)],
+        in_flight=[sync.index for sync in sorted(pending, key=lambda sync: sync.launched)],
     )
 
 

@@ -27,13 +27,13 @@ _COLOURS = {
     "wait": "#D55E00",
     "merge": "#009E73",
     "launch": "#009E73",
-    "flight": "#E69F00",
+    "in flight": "#E69F00",
 }
 _MEANING = {
     "step": "computation",
     "wait": "waiting",
     "merge": "launch, merge",
-    "flight": "mean in flight",
+    "in flight": "mean in flight",
 }
 _MARKS = {"lost": "x", "catch up": "^", "joined": ">", "left": "<", "lost worker": "X"}
 
@@ -162,7 +162,7 @@ def _draw(axes: Any, lanes: Sequence[Lane], first: float, last: float) -> None:
                 if s.name == name and s.end_s >= first and s.start_s <= last
             ]
             # The network is a thinner bar below the worker's own.
-            place = (row + 0.22, 0.2) if name == "flight" else (row - 0.28, 0.46)
+            place = (row + 0.22, 0.2) if name == "in flight" else (row - 0.28, 0.46)
             thin = len(bars) > 400
             axes.broken_barh(
                 bars, place, facecolors=colour, edgecolor=colour if thin else "white", linewidth=0.4
@@ -204,6 +204,6 @@ def _row(lane: Lane) -> Iterator[str]:
     yield seconds("step")
     yield seconds("wait")
     yield seconds("launch", "merge")
-    yield seconds("flight")
+    yield seconds("in flight")
     yield count("merge")
     yield count("lost")
