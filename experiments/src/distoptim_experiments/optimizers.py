@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from distoptim import checks
+from distoptim import AveragingOptimizer, checks
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm import Communicator, FinishedHandle, Handle
 from distoptim.periods import (
@@ -93,10 +93,22 @@ def check(config: RunConfig) -> RunConfig:
             synchronous method.
     """
     _check_rounds(config)
+    _tried(config)
+    return config
+
+
+def _tried(config: RunConfig) -> torch.optim.Optimizer:
+    """The optimizer, of few parameters and without other workers."""
     # As many as there can be fragments.
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(min(config.tau, 1000))]
-    build(config.replace(streams=None), params, communicator=_Absent(config.workers))
-    return config
+    return build(config.replace(streams=None), params, communicator=_Absent(config.workers))
+
+
+def rule_facts(config: RunConfig) -> dict[str, Any]:
+    """By name, what the algorithm's rule goes by: options as given, else the algorithm's defaults."""
+    made = _tried(config)
+    assert isinstance(made, AveragingOptimizer)
+    return made.engine.rule.facts()
 
 
 def build(config: RunConfig, params: Iterable[Tensor], **where: Any) -> torch.optim.Optimizer:

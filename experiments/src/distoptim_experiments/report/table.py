@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.table import Table
 
 from distoptim_experiments.config import RunConfig
+from distoptim_experiments.optimizers import rule_facts
 from distoptim_experiments.records import Record
 
 NONE = "-"
@@ -80,11 +80,13 @@ _NAMES = {
 
 def _effective(config: RunConfig) -> float | None:
     """The workers' mean moves at so many times the learning rate; None if at the rate as given."""
-    options: dict[str, Any] = config.options
-    if config.algorithm == "overlap-local-sgd" and "delay" not in options:
-        alpha = options.get("alpha", 0.6)
-        return float((1 - alpha) / (1 - alpha * options.get("outer_momentum", 0.7)))
+    if config.algorithm not in _NAMES:
+        return None
+    rule = rule_facts(config)
+    momentum = float(rule["outer_momentum"])
     if config.algorithm == "bmuf":
-        momentum = options.get("block_momentum", 1 - 1 / config.workers)
-        return float(options.get("block_lr", 1.0) / (1 - momentum))
-    return None
+        return float(rule["outer_lr"]) / (1 - momentum)
+    if "delay" in config.options:
+        return None
+    alpha = float(rule["alpha"])
+    return (1 - alpha) / (1 - alpha * momentum)
