@@ -25,8 +25,6 @@ TARGETS = (0.5, 0.8, 0.9, 0.95, 0.99)
 DDP_BUCKET_BYTES = 25 * 2**20
 """From so many bytes of gradients on DistributedDataParallel sends them, by default."""
 
-PUBLISHED_PAYLOAD_BYTES = 13.4 / 8
-
 
 class Row(TypedDict):
     """One line of the table: what was timed, and the Gbit/s for each target (None.
@@ -114,36 +112,6 @@ def methods(*, tau: int = 100, payload_bytes: float = 4.0) -> dict[str, TimedMet
             fragments=None if algorithm is StreamingDiLoCo else 1,
         )
     return made
-
-
-def published() -> dict[str, TimedMethod]:
-    """The five methods of the published table, H = 100, with the payload that reproduces it.
-
-    The paper does not state the payload. One constant, 13.4 bits per parameter and a quarter of it
-    for 4-bit values, gives 68 of the 75 published bandwidths, and the other 7 one grid point away
-    (13.35 to 13.5 bits: 66 or more). No format has 13.4 bits. Likely the payload is bfloat16 and
-    the table lists the last bandwidth below the
-    target instead of the first above it: 16 bits over one grid step of 1.207 are 13.3 (63 of 75).
-    Six of the seven that differ are of the two methods with a delay.
-
-    Source: arXiv 2501.18512, table 4.
-    """
-    return layerwise_methods(
-        payload_bytes=PUBLISHED_PAYLOAD_BYTES, fp4_bytes=PUBLISHED_PAYLOAD_BYTES / 4
-    )
-
-
-def published_models() -> tuple[ModelShape, ...]:
-    """The three models of the published table: 1, 10 and 100 billion parameters, three layers in a
-    fragment.
-
-    Source: arXiv 2501.18512, table 4.
-    """
-    return (
-        ModelShape(params=1e9, layers=24, step_s=0.1, fragments=8),
-        ModelShape(params=1e10, layers=48, step_s=0.8, fragments=16),
-        ModelShape(params=1e11, layers=108, step_s=4.9, fragments=36),
-    )
 
 
 def table(

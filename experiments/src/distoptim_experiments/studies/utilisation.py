@@ -200,35 +200,6 @@ def utilisations(
     return round_s / np.maximum(round_s + (marks[1] - marks[0]) / _MEASURED, busy)
 
 
-def bandwidth_for(
-    model: ModelShape,
-    method: TimedMethod,
-    target: float,
-    grid: Sequence[float] = GRID,
-    *,
-    latency_s: float = 0.0,
-    workers: int = 2,
-) -> float:
-    """The first bandwidth of the grid, in Gbit/s, at which the utilisation reaches the target; else
-    infinity.
-
-    Args:
-        model: what is trained.
-        method: how.
-        target: of the utilisation, in (0, 1].
-        grid: rising bandwidths in Gbit/s, > 0; default 50 from 0.1 to 1000, equal steps of the
-            logarithm.
-        latency_s: seconds one message takes, >= 0.
-        workers: >= 1.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-    return first_reaching(
-        target, grid, utilisations(model, method, grid, latency_s=latency_s, workers=workers)
-    )
-
-
 def first_reaching(target: float, grid: Sequence[float], values: NDArray[np.float64]) -> float:
     """The first point of the grid whose value reaches the target, in (0, 1]; infinity if none does.
 
