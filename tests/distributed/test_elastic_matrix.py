@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from distoptim import AveragingOptimizer
 from distoptim.comm.elastic import MeanThread
 from distoptim.comm.generation import Among, Generation
 from distoptim.engine.engine import Engine
@@ -52,8 +53,8 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "after the last piece": (MeanThread, "_all_reduce", True),
     "received, not merged": (MeanThread, "_note_made", True),
     "in the merge": (Engine, "merge", True),
-    "in averaged()": (Engine, "means", False),
-    "in flush()": (Engine, "flush", False),
+    "in averaged()": (AveragingOptimizer, "averaged", False),
+    "in flush()": (MeanThread, "_all_reduce", True),
     "in the last round": (MeanThread, "_all_reduce", True),
     "after the end": (Worker, "found", False),
     "leaving the group": (MeanThread, "leave_group", False),
@@ -154,6 +155,7 @@ class Life:
         self.options |= {"carry": True} if self.rule == "diloco" and delay else {}
         self.worker: Worker | None = None
         self.times = 0
+        self.flushes = False
         self.spoils = False
         self.longest_s = 0.0
 
@@ -214,7 +216,9 @@ class Life:
                 with worker.optimizer.averaged(worker.model):
                     pass
             if self.moment == "in flush()":
+                self.flushes = True
                 worker.optimizer.flush()
+                self.flushes = False
 
     @property
     def dead(self) -> int:
@@ -239,6 +243,8 @@ class Life:
         signal.signal(signal.SIGUSR1, raises(ZeroDivisionError))
 
     def its_time(self) -> bool:
+        if self.moment == "in flush()" and not self.flushes:
+            return False
         if self.moment == "in the last round":
             begun = self.worker is not None
             late = begun and self.worker.optimizer.local_step >= (ROUNDS - 1) * TAU
