@@ -12,6 +12,8 @@ from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 from markdown.inlinepatterns import InlineProcessor
 
+MATHML = "http://www.w3.org/1998/Math/MathML"
+
 
 def block(source: str, *_: Any, **__: Any) -> str:
     """What a fence of `math` becomes; called by superfences."""
@@ -20,7 +22,9 @@ def block(source: str, *_: Any, **__: Any) -> str:
 
 class _Inline(InlineProcessor):
     def handleMatch(self, m: Any, data: str) -> tuple[Element, int, int]:
-        return fromstring(convert(m.group(1))), m.start(0), m.end(0)
+        # HTML knows the element without its namespace, which markdown would write into its name.
+        formula = convert(m.group(1)).replace(f' xmlns="{MATHML}"', "")
+        return fromstring(formula), m.start(0), m.end(0)
 
 
 class Formulas(Extension):

@@ -16,8 +16,8 @@ tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tom
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
-# Made of the commands themselves by docs/gather_pages.py.
-GENERATED = "docs/reference/command-line.md"
+# Made by docs/gather_pages.py: of the commands themselves, and of a notebook.
+GENERATED = {"docs/reference/command-line.md", "examples/one_round.md"}
 
 
 def paths(nav):
@@ -35,8 +35,8 @@ def test_every_page_is_in_the_menu_and_the_menu_has_no_other():
         for path in [*(ROOT / "docs").glob("*.md"), *REFERENCE.glob("*.md")]
     }
     assert shown >= pages
-    assert {"index.md", GENERATED} < shown
-    for page in shown - {"index.md", GENERATED}:
+    assert {"index.md", *GENERATED} < shown
+    for page in shown - {"index.md", *GENERATED}:
         assert (ROOT / page).is_file(), page
 
 
