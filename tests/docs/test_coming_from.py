@@ -109,9 +109,9 @@ def trained(found: Tensor) -> None:
     assert (found[:, -1] - found[:, 0]).abs().max() > 0.01
 
 
-def of(heading: str, **options: Any) -> tuple[Tensor, Tensor]:
+def of(heading: str, workers: int = 2, **options: Any) -> tuple[Tensor, Tensor]:
     """By worker, step and parameter: theirs and ours."""
-    found = run(both, 2, heading, **options)
+    found = run(both, workers, heading, **options)
     theirs, ours = (torch.stack(side) for side in zip(*found, strict=True))
     trained(theirs)
     return theirs, ours
@@ -120,6 +120,25 @@ def of(heading: str, **options: Any) -> tuple[Tensor, Tensor]:
 def test_ddp() -> None:
     theirs, ours = of("DistributedDataParallel")
     same(theirs, ours)
+
+
+def other_settings(rank: int) -> list[tuple[Tensor, Tensor]]:
+    torch.set_default_dtype(torch.float64)
+    found = []
+    for settings in ("lr=0.1", "lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01"):
+        scripts = [
+            script.replace("lr=0.1, momentum=0.9", settings)
+            for script in pair("DistributedDataParallel")
+        ]
+        found.append((train(scripts[0], rank), train(scripts[1], rank)))
+    return found
+
+
+def test_ddp_with_sgd_of_other_settings() -> None:
+    for found in run(other_settings, 2):
+        for theirs, ours in found:
+            same(theirs, ours)
+        assert not torch.equal(found[0][1], found[1][1])
 
 
 def without_linearity(rank: int) -> tuple[Tensor, Tensor]:
@@ -148,6 +167,13 @@ def test_post_local_sgd() -> None:
     same(theirs, ours)
     equal = [t for t in range(STEPS + 1) if torch.equal(ours[0, t], ours[1, t])]
     assert equal == [0, 1, 2, 3, 4, 5, 6, 10, 14]
+
+
+def test_post_local_sgd_with_the_mean_within_a_machine() -> None:
+    theirs, ours = of("With the gradients' mean within a machine", workers=4)
+    same(theirs, ours)
+    same(ours[0], ours[1])
+    assert (ours[0] - ours[2])[9].abs().max() > 1e-6
 
 
 def with_momentum(rank: int) -> tuple[Tensor, Tensor]:
