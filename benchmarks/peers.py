@@ -102,7 +102,7 @@ def methods(make: Callable[[], Sleeper]) -> Iterator[tuple[str, Train]]:
         yield from peers_torchft.methods(make, adamw, stepper, TAU)
     for name, algorithm, options in OURS:
         model = make()
-        optimizer = algorithm(adamw(model), tau=TAU, module=model, **options)
+        optimizer = algorithm(adamw(model), **{"tau": TAU, "module": model, **options})
         yield name, stepper(model, optimizer, optimizer.average)
         optimizer.close()
 
@@ -131,6 +131,8 @@ OURS: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("OverlapLocalSGD, int8", distoptim.OverlapLocalSGD, {"codec": "int8"}),
     ("OverlapLocalSGD, e3m0", distoptim.OverlapLocalSGD, {"codec": "e3m0"}),
     ("StreamingDiLoCo, 4 fragments", distoptim.StreamingDiLoCo, {"fragments": 4, "delay": 2}),
+    ("GlobalMomentum, every step, e3m0", distoptim.GlobalMomentum, {"tau": 1}),
+    ("GlobalMomentum, every step, 1bit", distoptim.GlobalMomentum, {"tau": 1, "codec": "1bit"}),
 )
 
 

@@ -153,6 +153,9 @@ class Life:
         self.is_victim = self.name == ("a" if self.moment in ("as giver", "having given") else "c")
         self.options = {**RULES[self.rule], "fragments": fragments, "codec": codec, "delay": delay}
         self.options |= {"carry": True} if self.rule == "diloco" and delay else {}
+        # So wide that its mean has 4 MB, and stays finite.
+        self.is_wide = self.moment == "in a mean of 4 MB"
+        self.options |= {"lr": 1e-6} if self.is_wide else {}
         self.worker: Worker | None = None
         self.times = 0
         self.flushes = False
@@ -174,7 +177,7 @@ class Life:
             self.rule,
             start=3 if ends else 2,
             timeout_s=TIMEOUT_S[self.fault in STANDS],
-            width=100_000 if self.moment == "in a mean of 4 MB" else 8,
+            width=100_000 if self.is_wide else 8,
             options=self.options,
         )
         self.worker = worker
@@ -211,7 +214,8 @@ class Life:
             with torch.no_grad():
                 next(worker.model.parameters()).fill_(torch.nan)
         worker.step()
-        if worker.optimizer.local_step % (6 * TAU) == 0:
+        # In the middle of a round, so that there is something to average.
+        if worker.optimizer.local_step % (6 * TAU) == 2:
             if self.moment == "in averaged()":
                 with worker.optimizer.averaged(worker.model):
                     pass

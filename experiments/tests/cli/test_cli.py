@@ -278,7 +278,8 @@ def test_compare_leaves_table_picture_and_records(invoke, tmp_path):
     assert f"picture: {folder.relative_to(tmp_path)}/comparison.png" in out
     table = [line.split() for line in out.splitlines() if "%" in line and line.split()[0].islower()]
     methods = ["ddp", "local-sgd", "easgd", "cocod-sgd", "bmuf", "overlap-local-sgd"]
-    assert [row[0] for row in table if row[0] in methods][-6:] == methods
+    methods += ["global-momentum"]
+    assert [row[0] for row in table if row[0] in methods][-7:] == methods
     for name in methods:
         record = records.read(folder / name)
         assert record.config.algorithm == name

@@ -13,7 +13,7 @@ from distoptim_experiments import frames
 from distoptim_experiments.config import POWERSGD, SYNCHRONOUS
 from distoptim_experiments.frames import Runs
 from distoptim_experiments.report.figure import COLOURS
-from distoptim_experiments.training.compare import COMPARED
+from distoptim_experiments.training.compare import PAPER
 
 PLACE = ["experiment", "label", "tau", "partition", "slowdown"]
 """Final runs that have these in common should differ in nothing but the seed."""
@@ -43,7 +43,7 @@ def named(found: Runs) -> Runs:
             f"{len(runs) - len(kept)} superseded by a later run of the same configuration, left out"
         )
     kept = _told_apart(kept)
-    order = {name: i for i, name in enumerate(COMPARED)}
+    order = {name: i for i, name in enumerate(PAPER)}
     kept = kept.assign(order=kept.algorithm.map(order).fillna(len(order)))
     kept = kept.sort_values(["order", "name", "tau", "partition", "seed"], kind="stable")
     parts = [_styled(part) for _, part in kept.groupby("experiment", sort=False)]
@@ -114,9 +114,9 @@ def _styled(runs: pd.DataFrame) -> pd.DataFrame:
     Others, and variants, get what is left, black at last.
     """
     final = runs[runs.stage == frames.FINAL].drop_duplicates("name")
-    own = final[final.algorithm.isin(COMPARED)].drop_duplicates("algorithm")
+    own = final[final.algorithm.isin(PAPER)].drop_duplicates("algorithm")
     numbers = {
-        name: COMPARED.index(algorithm)
+        name: PAPER.index(algorithm)
         for name, algorithm in zip(own.name, own.algorithm, strict=True)
     }
     left = _numbers_but(set(numbers.values()))
@@ -128,8 +128,8 @@ def _styled(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _numbers_but(taken: set[int]) -> Iterator[int]:
     numbers = itertools.chain(
-        range(len(COMPARED), len(COLOURS)),
-        reversed(range(len(COMPARED))),
+        range(len(PAPER), len(COLOURS)),
+        reversed(range(len(PAPER))),
         itertools.count(len(COLOURS)),
     )
     return (i for i in numbers if i not in taken)

@@ -11,7 +11,9 @@ from distoptim_experiments.config import RunConfig, compared
 from distoptim_experiments.training.launch import Job, run_local
 from distoptim_experiments.training.loop import Observer
 
-COMPARED = ("ddp", "local-sgd", "easgd", "cocod-sgd", "bmuf", "overlap-local-sgd")
+PAPER = ("ddp", "local-sgd", "easgd", "cocod-sgd", "bmuf", "overlap-local-sgd")
+"""The methods of the Overlap-Local-SGD paper."""
+COMPARED = (*PAPER, "global-momentum")
 
 
 def variants(
