@@ -34,6 +34,12 @@ def final(folder):
     return found[found.stage == frames.FINAL]
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports with empty pictures, for what is in their words and files: four take a second to draw."""
+    monkeypatch.setattr(drawing, "png", lambda *_, **__: b"\x89PNG")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Markdown and HTML of a whole grid, with slow-downs, trials, an unfinished and a damaged record."""
@@ -133,11 +139,15 @@ def test_the_page_is_well_formed_and_asks_for_nothing(made):
     assert "some &lt;CPU&gt;" in text
 
 
-def test_markdown_shows_its_pictures_and_what_runs_say_as_it_is(tmp_path, made):
+def test_markdown_shows_its_pictures(made):
     shown = re.findall(r"^!\[[^\]]+\]\(report-pictures/(\w+)\.png\)$", made[0][0], re.MULTILINE)
     assert shown == ["epochs", "time", "front", "costs", "stragglers"]
     for name in shown:
         assert (made[1] / page.PICTURES / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_runs_say_is_shown_as_it_is(tmp_path):
     evil = "<script>alert(1)</script> [x](javascript:0)\n# heading | `code` *bold*"
     for place, changed in {
         "label": lines(),
@@ -295,6 +305,7 @@ def test_a_partly_diverged_method_is_marked_and_not_the_best(tmp_path):
     assert "Left out: no run here had random slow-downs." in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_experiments_that_cannot_be_compared_are_told_apart(tmp_path):
     for data in ("digits", "fashion-mnist"):
         for label in ("sync", "Local SGD"):
@@ -336,6 +347,7 @@ def test_real_runs_without_worker_accuracy_are_shown(tmp_path):
     assert "Left out: these records have no accuracy of single workers." in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_writes_beside_the_records_or_elsewhere(tmp_path, capsys):
     put(tmp_path / "in", "a", lines())
     put(tmp_path / "in", "b", [{"kind": "start"}])
@@ -390,6 +402,7 @@ def test_a_folder_without_runs_gives_one_line(tmp_path, monkeypatch, capsys, pre
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_file_in_the_way_gives_one_line(tmp_path):
     put(tmp_path, "a", lines())
     (tmp_path / "x").write_text(json.dumps(1))
@@ -397,7 +410,7 @@ def test_a_file_in_the_way_gives_one_line(tmp_path):
         report.write(read(tmp_path), tmp_path / "x")
 
 
-def test_a_file_of_the_users_is_not_overwritten_but_a_report_is(tmp_path):
+def test_a_file_of_the_users_is_not_overwritten_but_a_report_is(tmp_path, undrawn, monkeypatch):
     put(tmp_path, "a", lines())
     command = ["report", str(tmp_path)]
     names = ("report.md", "report.html", f"{page.PICTURES}/front.png")
@@ -412,6 +425,7 @@ def test_a_file_of_the_users_is_not_overwritten_but_a_report_is(tmp_path):
         mine.unlink()
     for mine in files:
         mine.write_text("mine")
+    monkeypatch.undo()
     application()([*command, "--force"])
     made = [mine.read_bytes() for mine in files]
     assert b"mine" not in made
