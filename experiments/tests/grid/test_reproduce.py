@@ -236,7 +236,7 @@ def test_kill_dash_nine_loses_no_finished_run(tmp_path):
     process.communicate(timeout=300)
     states = list((tmp_path / "out").glob(f"*/*/{checkpoint.FOLDER}/latest"))
     assert states
-    assert not application()(arguments)
+    assert not application()([*arguments, "--processes", "1"])
     assert len(list((tmp_path / "out" / run.FINAL).glob("*/record.jsonl"))) == 3
     assert not list((tmp_path / "out").glob(f"*/*/{checkpoint.FOLDER}/latest"))
 
