@@ -175,6 +175,7 @@ class OuterSGD(OuterStep):
                 ratio = mean.lr[i] / before[i] if before[i] else 0.0
                 state.outer.state[z]["momentum_buffer"].mul_(ratio)
         state.outer.step()
+        # Views of the buffer, in which the next payload will be.
         for z in anchors:
             z.grad = None
         if self.rescale:

@@ -75,6 +75,7 @@ class HeavyBall(Rule):
         """x <- x + (gain + momentum) (mean - z) - gain (sent - z), in place of the mean."""
         assert isinstance(state, AnchorState)
         moved = mean.flat.tensor[: fragment.numel].sub_(state.anchor.tensor)
+        # By what it has moved, since the mean itself is overwritten: z <- mean.
         state.anchor.tensor.add_(moved)
         for i, (group, part) in enumerate(fragment.segments):
             moved[part].mul_(self.gain + self.momentum.of(group) * _ratio(state, mean, i))

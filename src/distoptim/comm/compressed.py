@@ -243,10 +243,12 @@ class CompressedMean:
         """buffer <- mean of the weighted payloads, from what has been received."""
         start = time.perf_counter()
         if self.two_stages:
+            # Codecs add to what is there, which is the own difference that was coded in place.
             for span, code in zip(self._spans, self._means, strict=True):
                 self._add_decoded(code, buffer[span].zero_())
         else:
             self._add_up(buffer[: self.numel])
+        # The mean weight first, by which the reference counts.
         buffer[self.numel :] = self.tail_of(self._received)
         buffer[: self.numel].addcmul_(self.reference, buffer[-1])
         self.worked_s += time.perf_counter() - start

@@ -115,6 +115,7 @@ class StagedHandle(TimedHandle):
         self._staging = staging
         self._collective: TimedHandle | None = None
         self._host = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
+        # Behind the kernels that still write the payload.
         stream.wait_stream(torch.cuda.current_stream(buffer.device))
         with torch.cuda.stream(stream):
             self._host.copy_(buffer, non_blocking=True)
@@ -145,6 +146,7 @@ class StagedHandle(TimedHandle):
         self._note_end(self._collective)
         with torch.cuda.stream(self._stream):
             self.buffer.copy_(self._host, non_blocking=True)
+        # The merge comes next on the current stream, and reads the mean.
         torch.cuda.current_stream(self.buffer.device).wait_stream(self._stream)
 
     def tails(self, count: int) -> Tensor:

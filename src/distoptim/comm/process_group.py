@@ -339,6 +339,7 @@ class ProcessGroupCommunicator(Communicator):
             options.rootRank = source
             start = time.perf_counter()
             group.broadcast([host], options).wait()
+            # Of the largest message, whose time says most of the link's rate.
             self._largest = max(self._largest, (host.nbytes, time.perf_counter() - start))
         if host is not buffer:
             buffer.copy_(host)

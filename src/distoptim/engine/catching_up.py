@@ -40,6 +40,7 @@ def catch_up(
     made = engine.step - sync.launched
     sync.samples = samples
     engine.active.abandoned(sync.fragment, sync.state, sync.kept)
+    # Before anything is taken over: own steps are x less the anchor, which is still this worker's.
     own = [_own_steps(engine, each, each.index in given.heard) for each in engine.syncs]
     position = given.position
     engine.reducer.messages = position["messages"]

@@ -225,6 +225,7 @@ class Engine:
         if self._counts_steps:
             self.counters.tick(self.communicator.now())
         self.step += 1
+        # Second stages begin here, at every step: one that began at the merge would be waited for.
         for pending in self._pending:
             pending.handle.poll()
         if self.clock.timed:
@@ -296,6 +297,7 @@ class Engine:
                 and sync.replaced < sync.launched
             ):
                 self._quarantine(sync)
+            # These two before the rule, which may overwrite the mean.
             if sync.likeness is not None and sync.merges > 2:
                 sync.compare(workers)
             if sync.compressed is not None:
@@ -377,6 +379,7 @@ class Engine:
                 # One for all says nothing of how param groups are cut, which may differ.
                 lr=lr[: None if len(set(lr)) > 1 else 1] if self._follows_lr else (),
             )
+            # For so long who comes late has done nothing wrong.
             self.communicator.begin_round(self.clock.delay * self.counters.step_s)
             handle = self.reducer.start(sync, finite, weight, extras, identity)
         self.counters.launched(sync.index, sync.nbytes, time.perf_counter() - start)

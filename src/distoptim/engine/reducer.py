@@ -150,6 +150,7 @@ class Reducer:
         pending = sync.pending
         assert pending is not None
         self._wait(pending.handle, sync.name, pending.identity)
+        # It has come, also where it is refused below.
         sync.pending = None
         tails = pending.handle.tails(sync.extra + SIZE + 1)
         # In a new tensor: dividing the buffer divides these on the host, and does not on another device.
