@@ -14,7 +14,7 @@ const PAGES = {
   which: "docs/which/",
   "every-step": "docs/every-step/",
   failures: "docs/failures/",
-  drawn: "docs/algorithms/#localsgd",
+  drawn: "docs/algorithms/",
   timeline: "docs/timeline/",
   tuning: "docs/tuning/",
   security: "SECURITY/",
@@ -68,6 +68,7 @@ for (const [size, [width, height]] of Object.entries(SIZES)) {
         else console.log(line);
       }
       if (name === "every-step") await page.locator(".formula").first().scrollIntoViewIfNeeded();
+      if (name === "drawn") await page.goto(`${root}${path}#localsgd`);
       if (KEPT.has(label)) await page.screenshot({ path: join(pictures, `${label}.png`) });
       await page.close();
     }
