@@ -24,8 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from typing_extensions import Self
+from typing import Self
 
 MTU = 65000
 """Of the devices: fewer packets, so that Python can pass them on."""

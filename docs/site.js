@@ -7,3 +7,5 @@ function reachable() {
 }
 addEventListener("load", reachable);
 addEventListener("resize", reachable);
+// The theme wraps tables when it comes to it.
+new MutationObserver(reachable).observe(document.documentElement, { childList: true, subtree: true });

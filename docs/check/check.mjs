@@ -58,6 +58,8 @@ for (const [size, [width, height]] of Object.entries(SIZES)) {
       page.on("request", (r) => r.url().startsWith(root) || r.url().startsWith("data:") || complain(`${label}: asks for ${r.url()}`));
       page.on("response", (r) => r.status() >= 400 && complain(`${label}: ${r.status()} ${r.url()}`));
       await page.goto(root + path, { waitUntil: "networkidle" });
+      // The theme wraps tables once the page is there; on a busy machine some time later.
+      await page.waitForFunction(() => [...document.querySelectorAll("article table:not([class])")].every((t) => t.closest(".md-typeset__scrollwrap")));
       const wide = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
       if (wide > 0) complain(`${label}: ${wide} pixels wider than its window`);
       await page.evaluate(axe.source);

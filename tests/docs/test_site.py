@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 import distoptim
 from distoptim import comm, simulator
-
-tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,6 @@ import distoptim
 from distoptim.testing.processes import run
 from tests.helpers import house
 
-tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 # These need more than torch, or the library's public names.
 ABOVE = ("distoptim.__main__", "distoptim.cli", "distoptim.integrations", "distoptim.testing")
 

@@ -12,7 +12,7 @@ import subprocess
 from abc import ABC
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -389,7 +389,7 @@ def surroundings() -> Surroundings:
     """Those of this process."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     return Surroundings(
-        date=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        date=datetime.now(UTC).isoformat(timespec="milliseconds"),
         distoptim=distoptim.__version__,
         torch=torch.__version__,
         python=platform.python_version(),

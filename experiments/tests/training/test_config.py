@@ -1,5 +1,5 @@
 import json
-import sys
+import tomllib
 
 import pytest
 import torch
@@ -11,11 +11,6 @@ from distoptim_experiments.optimizers import check
 from distoptim.algorithms import ALGORITHMS
 from distoptim.comm import SingleWorker
 from distoptim.periods import AdaComm, PostLocal, Schedule
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @pytest.mark.parametrize(

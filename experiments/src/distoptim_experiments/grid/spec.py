@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -23,17 +23,11 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from typing_extensions import Self
 
 from distoptim_experiments.config import POWERSGD, SYNCHRONOUS, RunConfig, compared
 from distoptim_experiments.machines import Machines
 from distoptim_experiments.optimizers import check
 from distoptim_experiments.training.virtual import check_virtual
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
