@@ -1,6 +1,6 @@
 // What scrolls sideways is reached by the keyboard too.
 function reachable() {
-  for (const box of document.querySelectorAll(".md-typeset__scrollwrap, .formula")) {
+  for (const box of document.querySelectorAll(".md-typeset__scrollwrap, .formula, pre > code")) {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }

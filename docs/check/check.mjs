@@ -17,6 +17,8 @@ const PAGES = {
   drawn: "docs/algorithms/",
   timeline: "docs/timeline/",
   tuning: "docs/tuning/",
+  "coming-from": "docs/coming-from/",
+  notebook: "examples/one_round/",
   security: "SECURITY/",
   algorithms: "docs/reference/algorithms/",
   results: "results/small/report/",
