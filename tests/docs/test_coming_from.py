@@ -1,4 +1,4 @@
-"""Each pair of docs/coming-from.md, left and right of its diff, with real workers: where the page says so, the same numbers."""
+"""Each pair of docs/coming-from.md, both sides of its diff, with real workers: where the page says so, the same numbers."""
 
 from __future__ import annotations
 
