@@ -15,6 +15,7 @@ from distoptim.testing import processes as workers
 from distoptim.testing.inspection import inspect
 from distoptim.testing.lockstep import Lockstep
 from tests.helpers import toy
+from tests.helpers.share import share
 
 STEPS = (3, 5, 9)
 
@@ -36,8 +37,10 @@ def uneven(rank, names):
         "schedule": (Schedule({0: 2, 3: 4}), 2),
         "post-local": (PostLocal(start=4, tau=2), 1),
     }
-    for name in names:
-        for label, (tau, fragments) in kinds.items():
+    for i, name in enumerate(names):
+        # By turns, so that every kind of rounds is met with some algorithms.
+        for label in share(kinds, of=len(kinds), turn=i):
+            tau, fragments = kinds[label]
             params = [torch.nn.Parameter(p) for p in toy.start()]
             optimizer = distoptim.ALGORITHMS[name](
                 params, tau=tau, lr=0.1, fragments=fragments, timeout_s=30.0
