@@ -291,6 +291,7 @@ def test_runs_of_different_configurations_are_not_mixed(tmp_path):
     assert found.notes == ["1 superseded by a later run of the same configuration, left out"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_partly_diverged_method_is_marked_and_not_the_best(tmp_path):
     put(tmp_path, "a", lines(accuracy=0.95))
     put(tmp_path, "b", lines(seed=1, diverged=True))
@@ -336,6 +337,7 @@ def test_slow_downs_of_real_workers_are_stragglers(tmp_path):
     assert (tmp_path / page.PICTURES / "stragglers.png").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_real_runs_without_worker_accuracy_are_shown(tmp_path):
     made = lines()
     for line in made:
