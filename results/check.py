@@ -21,6 +21,7 @@ from distoptim_experiments.studies import front
 
 HERE = Path(__file__).parent
 PAGES = [
+    HERE.parent / "README.md",
     HERE / "README.md",
     HERE / "stragglers" / "README.md",
     *(HERE.parent / "docs").glob("*.md"),

@@ -98,10 +98,18 @@ ALL = [
 ]
 
 
+# Each found that a worker which came back in a call that the others were past ended them all.
+ALWAYS = [
+    ("link cut", "in flush()", "diloco", TAU, 3, None),
+    ("stop for long", "in averaged()", "local-sgd", 0, 1, None),
+]
+
+
 def selected() -> list[Any]:
-    if os.environ.get("CASES") == "all":
-        return ALL
-    return random.Random(os.environ.get("CASES", "0")).sample(ALL, SELECTED)
+    rest = [case for case in ALL if case not in ALWAYS]
+    if os.environ.get("CASES") != "all":
+        rest = random.Random(os.environ.get("CASES", "0")).sample(rest, SELECTED)
+    return [*ALWAYS, *(pytest.param(case, marks=pytest.mark.soak) for case in rest)]
 
 
 @pytest.fixture
@@ -302,7 +310,6 @@ def live(rank: int, addresses: list[str], case: Any, folder: Path) -> dict[str, 
         return None
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("case", selected(), ids=lambda case: "-".join(str(part) for part in case))
 def test_survivors_hold_the_same_whatever_happens_whenever(addresses, tmp_path, case):
     """P1, P2, P3: they go on soon, lose no local step, and hold the same after every mean that they have made together."""

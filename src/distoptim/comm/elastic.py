@@ -360,14 +360,18 @@ class MeanThread:
             late = _late(launched)
             if any(w.life == self._lighthouse.life for w in late):
                 raise MeanLost(f"{self._roll.name}: the others are a launch further")
-            members = [w for w in launched if w not in late]
+            on_time = [w for w in launched if w not in late]
+            leading = furthest(on_time)
+            # Who is behind takes over what a round's mean has, and waits while the others are in another call.
+            in_a_round = not leading or leading[0].said.position["round"]
+            members = on_time if in_a_round else leading
             leaving = {w.name: w for w in there if w.said.phase in ("leave", "end")}
             self._roll.goodbyes.update(leaving)
             missing = set(self._roll.names) - {w.name for w in members} - leaving.keys()
             if there and self._lighthouse.quorum < before and missing:
                 too_few_until = time.monotonic() + _NEW_LIGHTHOUSE_S
             waits = too_few_until is not None and missing and time.monotonic() < too_few_until
-            enough = len(members) >= self._min_workers
+            enough = len(on_time) >= self._min_workers
             if enough and not waits and any(w.life == self._lighthouse.life for w in members):
                 return members, list(leaving.values())
             time.sleep(PAUSE_S)

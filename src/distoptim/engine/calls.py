@@ -17,7 +17,7 @@ from typing import Any, final
 
 import torch
 
-from distoptim.comm import CommunicationError
+from distoptim.comm import CommunicationError, MeanLost
 from distoptim.engine.engine import Engine, tick_together
 from distoptim.engine.fragment_sync import FragmentSync
 from distoptim.engine.identity import Kind
@@ -203,28 +203,43 @@ class EngineCalls(Calls):
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Fragment by fragment, in the order of their next launches."""
+        """Fragment by fragment, in the order of their next launches; where workers come and go, by index."""
         engine = self.engine
         engine.check_local()
         engine.reducer.check()
         engine.watch.check()
+        step = engine.step
+        engine.caught_up_in = None
         engine.drain()
-        order = engine.next_first()
+        order = engine.syncs if engine.communicator.elastic else engine.next_first()
         # Of rounds of equal time nobody knows whether others have made steps.
         left = [s for s in order if s.launched < engine.step or engine.clock.timed]
+        if self._others_are_past(step):
+            return
         if left[:1] != order[:1] and not engine.communicator.elastic:
             # The first message must be as long as what a worker that is elsewhere sends next.
             engine.reducer.meet(order[0], engine.identity(Kind.FLUSH, order[0].index))
-        for sync in engine.syncs:
-            sync.schedule(engine.step, engine.clock.tau)
+        if engine.caught_up_in is not Kind.FLUSH:
+            for sync in engine.syncs:
+                sync.schedule(engine.step, engine.clock.tau)
         self._expect(left)
-        for sync in left:
+        while self.coming:
+            sync = self.coming.pop(0)
+            engine.caught_up_in = None
             engine.launch(sync, Kind.FLUSH)
-            self.coming.remove(sync)
             while not engine.merge(sync):
                 engine.launch(sync, Kind.FLUSH)
+            if engine.caught_up_in is not None:
+                # Whose launches it has now.
+                left = [s for s in order if s.launched < engine.step]
+                self._expect([] if self._others_are_past(step) else left)
         engine.begin_time()
         engine.plan()
+
+    def _others_are_past(self, step: int) -> bool:
+        """Whether they had made a call at this local step when this worker caught up with them in it."""
+        engine = self.engine
+        return engine.caught_up_in is Kind.ROUND and engine.step > step
 
     def meet(self, kind: Kind, *, limit_s: float | None = None) -> None:
         """By one message."""
@@ -244,15 +259,20 @@ class EngineCalls(Calls):
             engine.meet(kind)
         self._expect(order, uncoded=True)
         found = {}
-        for sync in order:
-            found[sync.index] = engine.reducer.mean_of(
-                sync.fragment,
-                engine.identity(kind, sync.index),
-                extra=sync.extra,
-                weight=weight,
-                may_be_empty=may_be_empty,
-            )
-            self.coming.remove(sync)
+        while self.coming:
+            sync = self.coming[0]
+            try:
+                found[sync.index] = engine.reducer.mean_of(
+                    sync.fragment,
+                    engine.identity(kind, sync.index),
+                    extra=sync.extra,
+                    weight=weight,
+                    may_be_empty=may_be_empty,
+                )
+            except MeanLost:
+                # With a worker that is gone: again, among those that are left.
+                continue
+            self.coming.pop(0)
         return [found[sync.index] for sync in engine.syncs]
 
     def _copied_anchors(self) -> list[Flat]:

@@ -14,12 +14,18 @@ from distoptim import rule as rules
 from distoptim.comm import CatchUp, FinishedHandle, Handle, MeanLost
 from distoptim.engine.engine import Engine, tick_again
 from distoptim.engine.fragment_sync import FragmentSync, PendingMean
+from distoptim.engine.identity import Kind
 from distoptim.engine.reducer import LIMITS
 from distoptim.fragments import Flat
 
 
 def catch_up(
-    engine: Engine, sync: FragmentSync, handle: Handle, samples: float, *, joins: bool = False
+    engine: Engine,
+    sync: FragmentSync | None,
+    handle: Handle,
+    samples: float,
+    *,
+    joins: bool = False,
 ) -> None:
     """Take over what the others share, as of the launch of the mean that has come.
 
@@ -29,7 +35,8 @@ def catch_up(
 
     Args:
         engine: of this worker.
-        sync: whose launch it was, with which this worker was found to be behind.
+        sync: whose launch it was, with which this worker was found to be behind; None: a message outside
+            of rounds, of no payload.
         handle: of that mean, which may be another fragment's.
         samples: of this worker at the launch before.
         joins: whether this worker has made no steps yet.
@@ -37,9 +44,11 @@ def catch_up(
     given = handle.caught_up
     assert given is not None
     handle.caught_up = None
-    made = engine.step - sync.launched
-    sync.samples = samples
-    engine.active.abandoned(sync.fragment, sync.state, sync.kept)
+    made = 0
+    if sync is not None:
+        made = engine.step - sync.launched
+        sync.samples = samples
+        engine.active.abandoned(sync.fragment, sync.state, sync.kept)
     # Before anything is taken over: own steps are x less the anchor, which is still this worker's.
     own = [_own_steps(engine, each, each.index in given.heard) for each in engine.syncs]
     position = given.position
@@ -62,6 +71,7 @@ def catch_up(
             each.next_launch = engine.step + engine.clock.tau
         _take_over(engine, each, given.state["fragments"][each.index], steps, joins=joins)
     engine.counters.catch_up()
+    engine.caught_up_in = Kind(round(position["code"][0]))
     engine.plan()
     # What others launch meanwhile is launched as of the step at which they do.
     tick_again(engine, made)

@@ -149,7 +149,9 @@ class Engine:
     """
 
     # Where workers come and go, what takes over what the others share; see `catching_up`.
-    catch_up: Callable[[FragmentSync, Handle, float], None] | None = None
+    catch_up: Callable[[FragmentSync | None, Handle, float], None] | None = None
+    # The call in which the others were with whom this worker has caught up last; whoever asks clears it.
+    caught_up_in: Kind | None = None
 
     def __init__(
         self,
@@ -175,7 +177,11 @@ class Engine:
         self._counts_steps = counters is None
         self.counters = counters or Counters(virtual=communicator.in_lockstep)
         self.reducer = Reducer(
-            communicator, timeout_s=timeout_s, codec=codec, abandon=self._abandon
+            communicator,
+            timeout_s=timeout_s,
+            codec=codec,
+            abandon=self._abandon,
+            take_over=self._take_over,
         )
         self.step = 0
         # Inside averaged(), where parameters are the workers' mean.
@@ -576,6 +582,11 @@ class Engine:
             if sync.pending is not None:
                 self.give_up(sync)
         self.plan()
+
+    def _take_over(self, handle: Handle) -> None:
+        """What the others share, which a message outside of rounds has brought."""
+        assert self.catch_up is not None
+        self.catch_up(None, handle, 0.0)
 
     # ---- for calls of all workers (`calls`) -------------------------------------------------------
 

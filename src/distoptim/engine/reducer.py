@@ -40,6 +40,7 @@ class Reducer:
         timeout_s: bound of every wait, in seconds.
         codec: in which payloads travel; None: as they are.
         abandon: called at a failure, when nothing that is in flight will come any more.
+        take_over: called with a message outside of rounds that has found this worker behind the others.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Reducer:
         timeout_s: float,
         codec: Coding | None,
         abandon: Callable[[], None],
+        take_over: Callable[[Handle], None],
     ) -> None:
         self.communicator = communicator
         self.timeout_s = timeout_s
@@ -60,6 +62,7 @@ class Reducer:
         # How many messages this worker has sent; in step with the other workers'.
         self.messages = 0
         self._abandon = abandon
+        self._take_over = take_over
 
     def code(self, sync: FragmentSync, shared: Tensor | None) -> None:
         """Give a fragment a coded mean, if there is a codec: of the difference to `shared`.
@@ -177,6 +180,10 @@ class Reducer:
             extra: elements that make the message as long as one of the fragment's rounds.
             weight: of this worker.
             may_be_empty: whether all weights may be 0.
+
+        Raises:
+            MeanLost: a worker was lost on its way; or this one was behind, and the others are past this call:
+                what it has taken over has no mean of these values.
         """
         self.check()
         flat = fragment.flat(extra=extra + SIZE + 1)
@@ -188,7 +195,16 @@ class Reducer:
         flat.tensor[-1 - SIZE : -1] = identity.code
         handle = self._send(self.communicator.all_reduce, flat.tensor, name)
         self._wait(handle, name, identity)
-        _normalise(flat.tensor, handle.tails(1), name, may_be_empty)
+        if (caught_up := handle.caught_up) is not None:
+            # That of the others' latest round stands for it.
+            heard = handle.buffer
+            self._take_over(handle)
+            if caught_up.position["fragment"] != identity.fragment:
+                raise MeanLost(
+                    f"{name}: this worker was behind, and the others are past {identity}"
+                )
+            flat.tensor.copy_(heard)
+        _normalise(flat.tensor, flat.tensor[-1:], name, may_be_empty)
         return flat
 
     def meet(
@@ -225,6 +241,8 @@ class Reducer:
             tail = empty[sync.fragment.numel :]
             handle = self._send(sync.compressed.start_empty, tail, name)
         self._wait(handle, name, identity, limit_s)
+        if handle.caught_up is not None:
+            self._take_over(handle)
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
