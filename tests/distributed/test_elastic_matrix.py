@@ -31,7 +31,7 @@ os.environ.setdefault("RUST_LOG", "warn")
 pytest.importorskip("torchft", reason="workers that come and go need distoptim[elastic]")
 
 SELECTED = 16
-# Of means that somebody stands still in; nobody may wait so long for who is gone.
+# Whether who is missed comes back; nobody may wait so long for who is gone.
 TIMEOUT_S = {True: 3.0, False: 30.0}
 # Rounds in a run whose end is known before.
 ROUNDS = 15
@@ -184,7 +184,7 @@ class Life:
             address,
             self.rule,
             start=3 if ends else 2,
-            timeout_s=TIMEOUT_S[self.fault in STANDS],
+            timeout_s=TIMEOUT_S[self.fault not in GONE],
             width=100_000 if self.is_wide else 8,
             options=self.options,
         )
@@ -223,7 +223,7 @@ class Life:
                 next(worker.model.parameters()).fill_(torch.nan)
         worker.step()
         # In the middle of a round, so that there is something to average.
-        if worker.optimizer.local_step % (6 * TAU) == 2:
+        if worker.optimizer.local_step % (6 * TAU + 1) == 2:
             if self.moment == "in averaged()":
                 with worker.optimizer.averaged(worker.model):
                     pass

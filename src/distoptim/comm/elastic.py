@@ -32,7 +32,6 @@ from distoptim.comm.communicator import (
     MeanLost,
     Member,
     SingleWorker,
-    unlike_calls,
 )
 from distoptim.comm.generation import Generation, Store, digest, see_alive
 from distoptim.comm.handles import CatchUp, Handle, TimedHandle
@@ -337,7 +336,6 @@ class MeanThread:
             raise CommunicationError(
                 f"{self._roll.name}: nobody is left of the run that it was to join"
             )
-        _check_positions(leading)
         self.form(members, meet=leading[0])
         self._leaving = [w.life for w in leaving]
         first = leading[0]
@@ -353,6 +351,7 @@ class MeanThread:
             MeanLost: the others have given this launch up, of which this worker had not heard.
         """
         too_few_until = None
+        was_told = False
         while not self._over.is_set():
             before = self._lighthouse.quorum
             there = self.ask("round", position, self._timeout_s) or []
@@ -362,9 +361,17 @@ class MeanThread:
                 raise MeanLost(f"{self._roll.name}: the others are a launch further")
             on_time = [w for w in launched if w not in late]
             leading = furthest(on_time)
+            together = _in_one_call(leading)
+            elsewhere = [w for w in leading if w not in together]
             # Who is behind takes over what a round's mean has, and waits while the others are in another call.
-            in_a_round = not leading or leading[0].said.position["round"]
-            members = on_time if in_a_round else leading
+            in_a_round = not leading or together[0].said.position["round"]
+            members = [w for w in on_time if w not in elsewhere] if in_a_round else together
+            if any(w.life == self._lighthouse.life for w in elsewhere) and not was_told:
+                was_told = True
+                others = together[0].said.position["what"]
+                self._roll.note(
+                    "left out", self._roll.name, f"in {position['what']}, the others in {others}"
+                )
             leaving = {w.name: w for w in there if w.said.phase in ("leave", "end")}
             self._roll.goodbyes.update(leaving)
             missing = set(self._roll.names) - {w.name for w in members} - leaving.keys()
@@ -459,16 +466,17 @@ def _late(workers: Sequence[Asked]) -> list[Asked]:
     return [w for w, number in zip(leading, sent, strict=True) if number < max(sent)]
 
 
-def _check_positions(leading: Sequence[Asked]) -> None:
-    """Whether those that are not behind are in the same call.
+def _in_one_call(leading: Sequence[Asked]) -> list[Asked]:
+    """Of those that are not behind the most that are in the same call at the same local step.
 
-    Raises:
-        CommunicationError: on all of them.
+    One that has caught up may have missed a call that a loop makes at a certain local step, over which it went.
+    It waits until the others have made it, is behind then, and takes over what they share.
     """
-    first = leading[0].said.position
-    if any(w.said.position["code"] != first["code"] for w in leading):
-        where = ", ".join(f"{w.name} in {w.said.position['what']}" for w in leading)
-        raise CommunicationError(unlike_calls(where))
+    calls: dict[str, list[Asked]] = {}
+    for worker in leading:
+        calls.setdefault(str(worker.said.position["code"]), []).append(worker)
+    # Of as many, those with the first name: all choose the same.
+    return max(calls.values(), key=len, default=[])
 
 
 @final

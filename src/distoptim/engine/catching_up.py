@@ -52,6 +52,7 @@ def catch_up(
     # Before anything is taken over: own steps are x less the anchor, which is still this worker's.
     own = [_own_steps(engine, each, each.index in given.heard) for each in engine.syncs]
     position = given.position
+    call = Kind(round(position["code"][0]))
     engine.reducer.messages = position["messages"]
     if position["clock"] is not None:
         engine.clock.load_state_dict(position["clock"])
@@ -68,10 +69,12 @@ def catch_up(
         each.next_launch = next_launch
         if each.index == index and position["round"]:
             each.launched = engine.step
-            each.next_launch = engine.step + engine.clock.tau
+            # A flush has scheduled all that follows before its first launch.
+            if call is Kind.ROUND:
+                each.next_launch = engine.step + engine.clock.tau
         _take_over(engine, each, given.state["fragments"][each.index], steps, joins=joins)
     engine.counters.catch_up()
-    engine.caught_up_in = Kind(round(position["code"][0]))
+    engine.caught_up_in = call
     engine.plan()
     # What others launch meanwhile is launched as of the step at which they do.
     tick_again(engine, made)
