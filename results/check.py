@@ -335,6 +335,22 @@ def churn_costs() -> list[str]:
     ]
 
 
+def one_step(lines: list[list[str]]) -> list[list[str]]:
+    """Of the front's rows those of messages that take one local step."""
+    return [[line[1], *line[2:]] for line in lines if line is lines[0] or line[0] == "1 step"]
+
+
+def by_workers() -> list[list[str]]:
+    """Rows: the better of two learning rates on the validation set, for each number of workers."""
+    made = final("workers")
+    chosen = made.loc[made.groupby(["label", "workers"], sort=False).validation_loss.idxmin()]
+    found = chosen.pivot(index="label", columns="workers", values="test_loss")
+    return [
+        ["method", *(f"{count} workers" for count in found.columns)],
+        *([str(label), *(f"{loss:.3f}" for loss in losses)] for label, losses in found.iterrows()),
+    ]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "churn": churn,
     "small, IID": small_iid,
@@ -344,8 +360,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "shakespeare": shakespeare,
     "stragglers": stragglers,
     "front": lambda: rows(*front.front(final("front"))),
+    "front, one step": lambda: rows(*one_step(front.front(final("front")))),
     "front, all": lambda: rows(*front.everything(final("front"))),
     "front, plays tried": lambda: rows(*front.tried(trials("front"), "gpt-small", "iid")),
+    "workers": lambda: rows(*by_workers()),
 }
 
 
