@@ -249,7 +249,8 @@ def torchft(rank: int, heading: str, for_theirs: str, for_ours: str) -> tuple[Te
 @pytest.mark.parametrize("heading", ["LocalSGD", "DiLoCo", "Streaming DiLoCo"])
 def test_torchft(heading: str) -> None:
     pytest.importorskip("torchft")
-    servers = [lighthouse(0), lighthouse(0)]
+    # Its managers must not begin one without the other.
+    servers = [lighthouse(0, least=2), lighthouse(0)]
     found = run(torchft, 2, heading, *map(at, servers))
     for server in servers:
         server.shutdown()

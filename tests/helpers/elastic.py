@@ -23,12 +23,14 @@ TAU = 4
 HEARTBEAT_S = 1.5
 
 
-def lighthouse(port: int, *, heartbeat_s: float = HEARTBEAT_S, join_s: float = 10.0) -> Any:
+def lighthouse(
+    port: int, *, heartbeat_s: float = HEARTBEAT_S, join_s: float = 10.0, least: int = 1
+) -> Any:
     from torchft.coordination import LighthouseServer
 
     return LighthouseServer(
         bind=f"127.0.0.1:{port}",
-        min_replicas=1,
+        min_replicas=least,
         join_timeout_ms=int(1000 * join_s),
         quorum_tick_ms=20,
         heartbeat_timeout_ms=int(1000 * heartbeat_s),
