@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ import pytest
 from distoptim.comm.elastic import MeanThread
 from distoptim.testing.processes import run
 from tests.helpers import elastic
-from tests.helpers.elastic import TAU, Worker, write
+from tests.helpers.elastic import TAU, Worker, strike_at, write
 
 # Read when torchft is imported, which prints every question of every worker without it.
 os.environ.setdefault("RUST_LOG", "warn")
@@ -26,19 +27,13 @@ TIMEOUT_S = 30.0
 
 def die_at(point: str, folder: Path, *, after: bool, launch: int) -> None:
     """Be killed before or after a step of the communication thread, in one of its launches."""
-    step = getattr(MeanThread, point)
-    begun = 0
+    calls = itertools.count(1)
 
-    def made(*args: Any, **options: Any) -> Any:
-        nonlocal begun
-        begun += 1
-        out = step(*args, **options) if after or begun < launch else None
-        if begun == launch:
-            (folder / "died").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return out
+    def die() -> None:
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(MeanThread, point, made)
+    strike_at(MeanThread, point, die, after=after, its_time=lambda: next(calls) == launch)
 
 
 def walk(

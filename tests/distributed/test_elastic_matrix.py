@@ -5,7 +5,6 @@ A seeded selection of all that there are (`make chaos` with `CASES=all` runs eve
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import random
@@ -24,7 +23,16 @@ from distoptim.comm.elastic import MeanThread
 from distoptim.comm.generation import Among, Generation
 from distoptim.engine.engine import Engine
 from distoptim.testing.processes import free_port, run
-from tests.helpers.elastic import HEARTBEAT_S, TAU, Wire, Worker, lighthouse, stop_for, write
+from tests.helpers.elastic import (
+    HEARTBEAT_S,
+    TAU,
+    Wire,
+    Worker,
+    lighthouse,
+    stop_for,
+    strike_at,
+    write,
+)
 
 # Read when torchft is imported, which prints every question of every worker without it.
 os.environ.setdefault("RUST_LOG", "warn")
@@ -239,18 +247,7 @@ class Life:
     def prepare(self) -> None:
         """Let it happen once, when this process comes to that moment."""
         owner, name, after = MOMENTS[self.moment]
-        made = getattr(owner, name)
-
-        @functools.wraps(made)
-        def struck(*args: Any, **options: Any) -> Any:
-            if not after and self.its_time():
-                self.strike()
-            out = made(*args, **options)
-            if after and self.its_time():
-                self.strike()
-            return out
-
-        setattr(owner, name, struck)
+        strike_at(owner, name, self.strike, after=after, its_time=self.its_time)
         signal.signal(signal.SIGTERM, raises(SystemExit))
         signal.signal(signal.SIGUSR1, raises(ZeroDivisionError))
 

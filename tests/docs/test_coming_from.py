@@ -341,7 +341,8 @@ def paper(rank: int, replaced: Callable[[str], str]) -> Tensor:
     with torch.no_grad():
         for parameter, start in zip(model.parameters(), problem.start(), strict=True):
             parameter.copy_(start)
-    data, label = problem.DATA[f"lsq|X{rank}"], problem.DATA[f"lsq|Y{rank}"]
+    data = problem.DATA[f"lsq|X{rank}"]
+    label = problem.DATA[f"lsq|Y{rank}"]
     rows: list[Tensor] = []
     names: Names = {
         "loss_function": lambda out, label: (out - label).square().sum() / (2 * len(label)),

@@ -39,6 +39,21 @@ def loss_of(said):
     return float(loss)
 
 
+def said_by(command, folder, **environment):
+    """What a command that starts its workers itself prints; it must end well."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "bound"),
     [
@@ -80,17 +95,8 @@ def test_a_gpt_reads_the_pages(tmp_path):
 
 @marks.trainer("lightning")
 def test_lightning_starts_its_workers(tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "lightning_module.py"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert loss_of(done.stdout) < 0.1
+    command = [sys.executable, EXAMPLES / "lightning_module.py"]
+    assert loss_of(said_by(command, tmp_path, OMP_NUM_THREADS="1")) < 0.1
 
 
 SRUN = """#!/bin/bash
@@ -113,18 +119,10 @@ def test_slurm_starts_torchrun_on_all_machines(tmp_path):
         "PORT": str(free_port()),
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    done = subprocess.run(
-        ["bash", EXAMPLES / "slurm.sh", EXAMPLES / "ddp_replaced.py"],
-        cwd=tmp_path,
-        env=os.environ | slurm,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert loss_of(done.stdout) < 0.1
-    assert set(re.findall(r"rank (\d) waited", done.stdout)) == {"0", "1"}
+    command = ["bash", EXAMPLES / "slurm.sh", EXAMPLES / "ddp_replaced.py"]
+    said = said_by(command, tmp_path, **slurm)
+    assert loss_of(said) < 0.1
+    assert set(re.findall(r"rank (\d) waited", said)) == {"0", "1"}
 
 
 def worker(rank, address):

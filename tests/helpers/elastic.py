@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -121,9 +123,26 @@ def heard() -> Iterator[list[str]]:
         histories.append(handle.history)
         return out
 
-    ElasticHandle.wait = waited  # type: ignore[method-assign]
-    yield histories
-    ElasticHandle.wait = wait  # type: ignore[method-assign]
+    with mock.patch.object(ElasticHandle, "wait", waited):
+        yield histories
+
+
+def strike_at(
+    owner: type, name: str, strike: Callable[[], None], *, after: bool, its_time: Callable[[], bool]
+) -> None:
+    """Strike before or after a method of this process, for good, at the calls of which it is time."""
+    made = getattr(owner, name)
+
+    @functools.wraps(made)
+    def struck(*args: Any, **options: Any) -> Any:
+        if not after and its_time():
+            strike()
+        out = made(*args, **options)
+        if after and its_time():
+            strike()
+        return out
+
+    setattr(owner, name, struck)
 
 
 class Worker:

@@ -60,6 +60,7 @@ _FIRST = [
     "overhead_s",
     "hidden_s",
 ]
+_FIELDS = {**RunConfig.model_fields, **Machines.model_fields}
 _FIGURES: dict[str, type] = {
     **dict.fromkeys(("tau", "seed", "step", "bytes", "syncs", "workers", "cores"), int),
     **dict.fromkeys(("lr", "seconds", "computation_s", "exposed_s", "test_accuracy"), float),
@@ -235,8 +236,7 @@ def _without(recorded: dict[str, Record], place: Path, table: pd.DataFrame) -> p
 
 def _types() -> dict[str, type]:
     """Of the columns of `runs.csv`; what is not named here is a number, perhaps missing."""
-    fields = {**RunConfig.model_fields, **Machines.model_fields}
-    kinds = {name: plain_type(field.annotation) for name, field in fields.items()}
+    kinds = {name: plain_type(field.annotation) for name, field in _FIELDS.items()}
     kinds = {name: kind if kind in (int, float, bool) else str for name, kind in kinds.items()}
     return {**kinds, **dict.fromkeys(_TEXTS, str), **_FIGURES}
 
@@ -273,11 +273,10 @@ def _table(path: Path, types: dict[str, type]) -> pd.DataFrame:
 
 def _csv(source: Path | io.StringIO, types: dict[str, type]) -> pd.DataFrame:
     texts = pd.read_csv(source, dtype=str, keep_default_na=False, na_values=[""])
-    fields = {**RunConfig.model_fields, **Machines.model_fields}
     for name in texts:
         # Runs that are older than a setting were made as by its default; numbers may stay missing.
-        if types.get(name) is bool and name in fields:
-            texts[name] = texts[name].fillna(str(fields[name].default))
+        if types.get(name) is bool and name in _FIELDS:
+            texts[name] = texts[name].fillna(str(_FIELDS[name].default))
     return pd.DataFrame({name: _typed(texts[name], types.get(name, float)) for name in texts})
 
 

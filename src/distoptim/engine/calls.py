@@ -211,11 +211,10 @@ class EngineCalls(Calls):
         step = engine.step
         engine.caught_up_in = None
         engine.drain()
-        order = engine.syncs if engine.communicator.elastic else engine.next_first()
-        # Of rounds of equal time nobody knows whether others have made steps.
-        left = [s for s in order if s.launched < engine.step or engine.clock.timed]
         if self._others_are_past(step):
             return
+        order = engine.syncs if engine.communicator.elastic else engine.next_first()
+        left = self._not_launched(order)
         if left[:1] != order[:1] and not engine.communicator.elastic:
             # The first message must be as long as what a worker that is elsewhere sends next.
             engine.reducer.meet(order[0], engine.identity(Kind.FLUSH, order[0].index))
@@ -230,11 +229,16 @@ class EngineCalls(Calls):
             while not engine.merge(sync):
                 engine.launch(sync, Kind.FLUSH)
             if engine.caught_up_in is not None:
-                # Whose launches it has now.
-                left = [s for s in order if s.launched < engine.step]
-                self._expect([] if self._others_are_past(step) else left)
+                # The others' launches are this worker's now.
+                self._expect([] if self._others_are_past(step) else self._not_launched(order))
         engine.begin_time()
         engine.plan()
+
+    def _not_launched(self, order: Sequence[FragmentSync]) -> list[FragmentSync]:
+        """Whose steps are in no mean yet."""
+        engine = self.engine
+        # Of rounds of equal time nobody knows whether others have made steps.
+        return [sync for sync in order if sync.launched < engine.step or engine.clock.timed]
 
     def _others_are_past(self, step: int) -> bool:
         """Whether they had made a call at this local step when this worker caught up with them in it."""

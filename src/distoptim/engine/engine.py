@@ -616,15 +616,7 @@ class Engine:
         self.reducer.check()
 
     def meet(self, kind: Kind, *, limit_s: float | None = None) -> None:
-        """See that all workers are in the same call.
-
-        Args:
-            kind: the call.
-            limit_s: how long to wait for the others; by default the timeout.
-
-        Raises:
-            CommunicationError: on all workers, if they are not.
-        """
+        """See by one message that all workers are in the same call; see `calls.Calls.meet`."""
         self.settle_now()
         first = self.next_first()[0]
         self.reducer.meet(first, self.identity(kind, first.index), limit_s=limit_s)

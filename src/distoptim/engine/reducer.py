@@ -204,7 +204,7 @@ class Reducer:
                     f"{name}: this worker was behind, and the others are past {identity}"
                 )
             flat.tensor.copy_(heard)
-        _normalise(flat.tensor, flat.tensor[-1:], name, may_be_empty)
+        _normalise(flat.tensor, handle.tails(1), name, may_be_empty)
         return flat
 
     def meet(

@@ -103,8 +103,7 @@ class Processes(Workers):
 
     def so_far(self) -> dict[str, float | None]:
         """By its own clock."""
-        share = self._costs().exposed_share(self._seconds)
-        return {"exposed_share": share, "tau": self._method.stats().get("tau")}
+        return self._method.so_far(self._costs(), self._seconds)
 
     def totals(self) -> dict[str, Any]:
         """Seconds are means over the ranks, bytes are each worker's, of all its ranks.

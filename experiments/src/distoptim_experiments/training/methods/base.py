@@ -71,6 +71,10 @@ class Method(ABC):
         """What it tells of its rounds, where it has some: tau, staleness, quarantined."""
         return {}
 
+    def so_far(self, costs: Costs, seconds: float) -> dict[str, float | None]:
+        """`exposed_share` and `tau` as fields of `records.Log`, of a run that has cost so much."""
+        return {"exposed_share": costs.exposed_share(seconds), "tau": self.stats().get("tau")}
+
     def state_dict(self) -> dict[str, Any]:
         """What this worker needs to go on, besides model and optimizer."""
         return {}
